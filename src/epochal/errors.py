@@ -1,0 +1,127 @@
+"""Every error that epochal raises on purpose.
+
+    EpochalError                 what happened, where, how to mend it
+    ├── PlanError                an option of the plan cannot be right (several at once: ``.mistakes``)
+    │   └── UnknownNameError     a name that is not among the known ones
+    ├── DataError                the data are empty, ragged, of the wrong type, or cannot be read
+    │   └── TableError           a table or a column of it
+    ├── ModelError               the model and what it was given do not fit together
+    ├── LossError                the loss cannot be computed, or is not a mean
+    │   └── LossShapeError       outputs and targets of different shapes
+    ├── NonFiniteError           a NaN or an infinity reached the loss or the gradients
+    ├── CheckpointError          a file of weights or a checkpoint cannot be read or written
+    ├── RunFolderError           the run folder cannot be used
+    ├── RecipeError              a recipe raised, or does not define ``plan``
+    └── MissingPackageError      an optional package is needed and not installed
+
+``exit_code`` is what the command line ends with.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class EpochalError(Exception):
+    """An error in three parts: what is wrong, where, and how to mend it.
+
+    >>> print(EpochalError("there are no samples.", where="train", fix="give at least one row"))
+    there are no samples.
+      where: train
+      fix:   give at least one row
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
+        super().__init__(what)
+        self.what, self.where, self.fix = what, where, fix
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = "epochal"  # what a traceback shows, and where users find the class
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.fix:
+            lines.append(f"  fix:   {self.fix}")
+        return "\n".join(lines)
+
+    def __reduce__(self):
+        # Errors cross process borders (loader workers); keyword arguments would get lost.
+        return _rebuild, (type(self), self.what, self.where, self.fix)
+
+    def describe(self) -> str:
+        """The error as the command line prints it, its class first."""
+        return f"{type(self).__name__}: {self}"
+
+
+def _rebuild(kind: type[EpochalError], what: str, where: str | None, fix: str | None) -> EpochalError:
+    return kind(what, where=where, fix=fix)
+
+
+class PlanError(EpochalError):
+    exit_code = 2
+    mistakes: Sequence[EpochalError] = ()
+
+    @classmethod
+    def of(cls, mistakes: Sequence[EpochalError]) -> EpochalError:
+        """The one mistake itself, or one error that lists them all."""
+        if len(mistakes) == 1:
+            return mistakes[0]
+        listed = "".join(f"\n- {mistake.describe()}" for mistake in mistakes).replace("\n  ", "\n    ")
+        error = cls(f"{len(mistakes)} options of the plan cannot be right.{listed}")
+        error.mistakes = tuple(mistakes)
+        return error
+
+
+class UnknownNameError(PlanError):
+    @classmethod
+    def of_name(cls, kind: str, given: object, known: Iterable[str], *, where: str | None = None) -> UnknownNameError:
+        """Names the nearest known name and lists all of them."""
+        known = sorted(known)
+        near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.5)
+        fix = (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(known) or 'none'}"
+        return cls(f"{given!r} is not a known {kind}.", where=where, fix=fix)
+
+
+class DataError(EpochalError):
+    pass
+
+
+class TableError(DataError):
+    pass
+
+
+class ModelError(EpochalError):
+    pass
+
+
+class LossError(EpochalError):
+    pass
+
+
+class LossShapeError(LossError):
+    pass
+
+
+class NonFiniteError(EpochalError):
+    exit_code = 3
+
+
+class CheckpointError(EpochalError):
+    pass
+
+
+class RunFolderError(EpochalError):
+    pass
+
+
+class RecipeError(EpochalError):
+    pass
+
+
+class MissingPackageError(EpochalError):
+    pass

@@ -1,0 +1,111 @@
+"""What a run tells: frozen values, yielded by ``Run`` and handed to every observer."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from epochal.protocols import StepResult
+
+Row = Mapping[str, Any]  # one line of the history: epoch, step, lr, time, train_loss, val_loss, ...
+
+
+class StopReason(enum.Enum):
+    """Why a run ended; the value is the message."""
+
+    EPOCHS = "all epochs are done"
+    MAX_STEPS = "max_steps is reached"
+    MAX_TIME = "max_time is used up"
+    EARLY_STOPPING = "the monitored value no longer improves"
+    ASKED = "an observer asked to stop"
+    CLOSED = "the loop was left before its end"
+    INTERRUPTED = "interrupted"
+    NONFINITE = "a value that is not finite"
+    FAILED = "an error"
+
+    @property
+    def message(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """An observer's answer that ends the run after the event in hand."""
+
+    message: str
+    reason: StopReason = StopReason.ASKED
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best evaluation so far: ``metric`` is the monitored name, ``value`` what it was."""
+
+    epoch: int
+    step: int
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Before the first step.
+
+    ``facts`` are the lines of the header, label to text, in order; ``config`` is the plan as resolved
+    (only strings, numbers, booleans and lists); ``epochs`` and ``steps`` are how many are planned,
+    None where that is not known; ``done`` is how many epochs were done before (after a resume).
+    """
+
+    facts: Mapping[str, str]
+    config: Mapping[str, Any]
+    epochs: int | None
+    steps: int | None
+    monitor: str
+    run: Path | None = None
+    done: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """After one optimizer update. ``step`` counts from 1, ``epoch`` is the number of the epoch in hand, from 1."""
+
+    step: int
+    epoch: int
+    samples: int
+    result: StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """After an evaluation: a row of the history, and whether it is the best so far."""
+
+    row: Row
+    is_best: bool
+    best: Best | None
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """After a checkpoint was committed."""
+
+    path: Path
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """After the last step; the model holds the weights it will keep."""
+
+    reason: StopReason
+    message: str
+    best: Best | None
+    restored: bool
+    epochs: int
+    steps: int
+    seconds: float
+
+
+Event = Started | StepDone | Evaluated | Saved | Ended
