@@ -69,11 +69,12 @@ class PlanError(EpochalError):
     @classmethod
     def of(cls, mistakes: Sequence[EpochalError]) -> EpochalError:
         """The one mistake itself, or one error that lists them all."""
-        if len(mistakes) == 1:
-            return mistakes[0]
-        listed = "".join(f"\n- {mistake.describe()}" for mistake in mistakes).replace("\n  ", "\n    ")
-        error = cls(f"{len(mistakes)} options of the plan cannot be right.{listed}")
-        error.mistakes = tuple(mistakes)
+        every = [one for mistake in mistakes for one in getattr(mistake, "mistakes", ()) or (mistake,)]
+        if len(every) == 1:
+            return every[0]
+        listed = "".join(f"\n- {mistake.describe()}".replace("\n  ", "\n    ") for mistake in every)
+        error = cls(f"{len(every)} options of the plan cannot be right.{listed}")
+        error.mistakes = tuple(every)
         return error
 
 
@@ -125,3 +126,31 @@ class RecipeError(EpochalError):
 
 class MissingPackageError(EpochalError):
     pass
+
+
+class Mistakes:
+    """Collects errors, so that all of them can be told at once.
+
+    >>> mistakes = Mistakes()
+    >>> with mistakes:
+    ...     raise PlanError("lr must be above 0.")
+    >>> mistakes.found
+    [PlanError('lr must be above 0.')]
+    """
+
+    def __init__(self) -> None:
+        self.found: list[EpochalError] = []
+
+    def __enter__(self) -> Mistakes:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, EpochalError):
+            self.found.append(error)
+            return True
+        return False
+
+    def tell(self) -> None:
+        """Raises what was collected, if anything."""
+        if self.found:
+            raise PlanError.of(self.found)

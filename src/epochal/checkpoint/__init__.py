@@ -1,0 +1,1 @@
+"""State on disk: weights and checkpoints, written so that a crash never costs a good one. No pickle."""

@@ -1,0 +1,1 @@
+"""What a run reads: sources, tables, order, batches, windows."""

@@ -1,0 +1,387 @@
+"""From a table to arrays: a transformation that is learned once, saved as JSON, and used again.
+
+Numbers are standardised and filled, booleans become 0 and 1, text becomes one feature a category (how, stands
+in ``columns.py``). Columns that cannot teach anything are dropped; ``Encoding.notes`` says which, and why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from epochal.data import columns as kinds
+from epochal.data.columns import Category, Number
+from epochal.errors import CheckpointError, TableError, UnknownNameError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+FORMAT = 1
+TASKS = ("auto", "classification", "regression")
+MOST_CLASSES = 20  # that a target of whole numbers can have without being asked for
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What turns a table into features, float32 (rows, width), and targets.
+
+    task: "regression" or "classification". columns: those that become features, in order. classes: the target's
+    values in the order of their indices, for classification. target_mean, target_scale: mean and standard
+    deviation of each target in its own unit, for regression. dropped: the columns left out. notes: the lines
+    that say what was decided.
+    """
+
+    task: str
+    target_names: tuple[str, ...]
+    columns: tuple[Number | Category, ...]
+    classes: tuple[str | bool | int | float, ...] = ()
+    target_mean: tuple[float, ...] = ()
+    target_scale: tuple[float, ...] = ()
+    dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def learn(
+        cls,
+        frame: pl.DataFrame,
+        target: str | Sequence[str],
+        *,
+        task: str = "auto",
+        where: str = "train",
+        drop: Sequence[str] = (),
+    ) -> Encoding:
+        """Learns the transformation from the training table.
+
+        target: one column, or several for regression. drop: columns to leave out. task: "auto" takes text,
+        booleans and whole numbers of few values (two; or at most 20, none of them alone, with five rows each
+        on average) for classes, and any other target for a quantity.
+
+        Raises TableError for what cannot be learned from: an unknown, constant, missing or infinite target, an
+        infinite value, a column of lists, no column left. Rows are counted from 1, without the header.
+        """
+        targets = (target,) if isinstance(target, str) else tuple(target)
+        _check_names(targets, drop, frame.columns, where)
+        frame = kinds.plain(frame)
+        _check_known(frame, targets, where)
+        task, why = _choose_task(frame.select(targets), task, where)
+        columns, reasons = _learn_columns(frame.drop(targets), drop, where)
+        values: dict[str, Any] = {}
+        if task == "classification":
+            values["classes"] = tuple(frame[targets[0]].unique().sort().to_list())
+        else:
+            scales = [kinds.mean_and_std(kinds.numbers(frame[name], where), name, where) for name in targets]
+            values["target_mean"], values["target_scale"] = map(tuple, zip(*scales))
+        dropped = tuple(name for name in frame.columns if name in reasons)
+        notes = (f"task: {task}, because {why}", *_notes(columns, reasons, frame))
+        return cls(task, targets, columns, dropped=dropped, notes=notes, **values)
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """One name a feature: "age", "age is missing", "color=red", "color=other"."""
+        return tuple(name for column in self.columns for name in column.feature_names)
+
+    @property
+    def width(self) -> int:
+        """How many features there are."""
+        return len(self.feature_names)
+
+    def features(self, frame: pl.DataFrame, *, where: str = "train") -> np.ndarray:
+        """The features, float32 (rows, width). Columns that were not there in training are ignored.
+
+        Raises TableError if columns are missing, or hold what they did not hold in training.
+        """
+        frame, parts = self._only(frame, [column.name for column in self.columns], where), []
+        for column in self.columns:
+            parts.append(column.encode(frame[column.name], where).astype(np.float32))
+        return np.concatenate(parts, axis=1)
+
+    def targets(self, frame: pl.DataFrame, *, where: str = "train") -> np.ndarray:
+        """The targets: standardised, float32 (rows, targets); or the index of the class, int64 (rows,).
+
+        Raises TableError if a target is missing, infinite, or of a class that was not there in training.
+        """
+        frame = self._only(frame, self.target_names, where)
+        _check_known(frame, self.target_names, where)
+        if self.task == "classification":
+            return self._class_indices(frame[self.target_names[0]], where)
+        parts = []
+        for name, mean, scale in zip(self.target_names, self.target_mean, self.target_scale):
+            parts.append(kinds.standardised(kinds.numbers(frame[name], where), mean, scale, name, where))
+        return np.column_stack(parts)
+
+    def _class_indices(self, column: pl.Series, where: str) -> np.ndarray:
+        import polars as pl
+
+        text = kinds.texts(column, where)
+        if isinstance(self.classes[0], bool):
+            text = text.str.to_lowercase().replace({"0": "false", "1": "true"})
+        known = kinds.texts(pl.Series(self.classes), where).to_list()
+        indices = kinds.positions(text, {value: index for index, value in enumerate(known)}, otherwise=-1)
+        if (indices < 0).any():
+            row = int(np.argmax(indices < 0))
+            what = f"the target {column.name!r} holds {column[row]!r} in row {row + 1}, which is no class of training."
+            raise TableError(what, where=where, fix=f"mend it or remove the row; the classes are {_some(self.classes)}")
+        return indices
+
+    def _only(self, frame: pl.DataFrame, names: Sequence[str], where: str) -> pl.DataFrame:
+        absent = [name for name in names if name not in frame.columns]
+        if not absent:
+            return kinds.plain(frame.select(names))
+        near = {name: difflib.get_close_matches(name, frame.columns, n=1) for name in absent}
+        guesses = [f"{found[0]!r} for {name!r}" for name, found in near.items() if found]
+        fix = f"did you mean {', '.join(guesses)}? " if guesses else ""
+        what = f"columns of the training table are missing: {', '.join(map(repr, absent))}."
+        raise TableError(what, where=where, fix=f"{fix}the table has {_some(frame.columns)}")
+
+    def decode_regression(self, values: Any) -> np.ndarray:
+        """Standardised values, (rows, targets), in the targets' own units: float64, the same shape."""
+        return np.asarray(values, np.float64) * self.target_scale + self.target_mean
+
+    def extra(self, frame: pl.DataFrame) -> tuple[str, ...]:
+        """The columns of a table that were not there in training."""
+        known = {*self.target_names, *self.dropped, *(column.name for column in self.columns)}
+        return tuple(name for name in frame.columns if name not in known)
+
+    def unseen(self, frame: pl.DataFrame, *, where: str = "data") -> dict[str, list[str]]:
+        """The categories of a table that were not there in training, by column; "missing" for missing values."""
+        categories = [column for column in self.columns if isinstance(column, Category)]
+        frame = self._only(frame, [column.name for column in categories], where)
+        found = {column.name: column.unseen(frame[column.name], where) for column in categories}
+        return {name: values for name, values in found.items() if values}
+
+    def to_json(self) -> dict[str, Any]:
+        """Text, numbers, booleans, lists and dictionaries, which ``from_json`` takes back exactly."""
+        columns = [{"kind": "category" if isinstance(c, Category) else "number", **_fields(c)} for c in self.columns]
+        return {"format": FORMAT, **_fields(self), "columns": columns}
+
+    @classmethod
+    def from_json(cls, data: Any, *, where: str = "the saved transformation") -> Encoding:
+        """Takes back what ``to_json`` gave. The file may be anyone's, so every part of it is checked.
+
+        Raises CheckpointError if it is of another format, or not as ``to_json`` writes it.
+        """
+        if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
+            what = f"the transformation has format {data['format']!r}, and this epochal reads format {FORMAT}."
+            raise CheckpointError(what, where=where, fix="use the version of epochal that wrote it, or a newer one")
+        values = _checked(data, _ENCODING, where)
+        columns = []
+        for index, part in enumerate(values["columns"]):
+            place = f"{where}, columns[{index}]"
+            category = isinstance(part, dict) and part.get("kind") == "category"
+            fields = _checked(part, _CATEGORY if category else _NUMBER, place)
+            columns.append(Category(**fields) if category else Number(**fields))
+        encoding = cls(**{**values, "columns": tuple(columns)})
+        _check_whole(encoding, where)
+        return encoding
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    return {name: list(part) if isinstance(part, tuple) else part for name, part in pairs}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value)
+
+
+def _is_scale(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str
+
+
+def _is_class(value: Any) -> bool:
+    return _is_number(value) or type(value) in (str, bool) or (type(value) is int and abs(value) < 2**63)
+
+
+def _list_of(rule: Callable[[Any], bool], least: int = 0) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) >= least and all(map(rule, value))
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+_NUMBER = {
+    "kind": lambda value: value == "number",
+    "name": _is_text,
+    "mean": _is_number,
+    "std": _is_scale,
+    "fill": _is_number,
+    "indicator": _is_flag,
+    "boolean": _is_flag,
+}
+_CATEGORY = {
+    "kind": lambda value: value == "category",
+    "name": _is_text,
+    "values": _list_of(_is_text, least=1),
+    "grouped": _list_of(_is_text),
+}
+_ENCODING = {
+    "format": lambda value: value == FORMAT,
+    "task": lambda value: value in TASKS[1:],
+    "target_names": _list_of(_is_text, least=1),
+    "columns": _list_of(lambda value: True, least=1),
+    "classes": _list_of(_is_class),
+    "target_mean": _list_of(_is_number),
+    "target_scale": _list_of(_is_scale),
+    "dropped": _list_of(_is_text),
+    "notes": _list_of(_is_text),
+}
+
+
+def _checked(data: Any, rules: Mapping[str, Callable[[Any], bool]], where: str) -> dict[str, Any]:
+    """The fields of ``data`` with lists as tuples, less what only the file needs; all fields, and no others."""
+    if not isinstance(data, dict):
+        raise _unsound(f"it is a {type(data).__name__}, not a dictionary", where)
+    for key in data:
+        if key not in rules:
+            raise _unsound(f"the key {key!r} is unknown", where)
+    for key, rule in rules.items():
+        if key not in data or not rule(data[key]):
+            raise _unsound(f"{key!r} is missing or not what it should be", where)
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    return {key: value for key, value in fields.items() if key not in ("kind", "format")}
+
+
+def _check_whole(encoding: Encoding, where: str) -> None:
+    """What the parts must be to each other."""
+    names = [*encoding.target_names, *(column.name for column in encoding.columns), *encoding.dropped]
+    groups = [names, encoding.classes] + [c.values for c in encoding.columns if isinstance(c, Category)]
+    if any(len(set(group)) < len(group) for group in groups):
+        raise _unsound("a name stands in it twice", where)
+    count = 0 if encoding.task == "classification" else len(encoding.target_names)
+    if len(encoding.target_mean) != count or len(encoding.target_scale) != count:
+        raise _unsound("the number of its targets and of their scales differ", where)
+    one_kind = len({type(value) for value in encoding.classes}) == 1
+    if encoding.task == "classification":
+        sound = one_kind and len(encoding.classes) > 1 and len(encoding.target_names) == 1
+    else:
+        sound = not encoding.classes
+    if not sound:
+        raise _unsound(f"its classes do not fit a {encoding.task}", where)
+
+
+def _unsound(reason: str, where: str) -> CheckpointError:
+    return CheckpointError(
+        f"the transformation is not sound: {reason}.", where=where, fix="train again, or copy it again"
+    )
+
+
+def _some(names: Iterable[str], most: int = 20) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _check_names(targets: Sequence[str], drop: Sequence[str], present: Sequence[str], where: str) -> None:
+    for name in (*targets, *drop):
+        if name not in present:
+            near = difflib.get_close_matches(name, present, n=1, cutoff=0.5)
+            fix = (f"did you mean {near[0]!r}? " if near else "") + f"the table has {_some(present)}"
+            raise TableError(f"there is no column {name!r} in the table.", where=where, fix=fix)
+    if not targets or len(set(targets)) < len(targets) or set(targets) & set(drop):
+        what = "there is no target, or it is named twice, or dropped."
+        raise TableError(what, where=where, fix="name each target column once, and not among those to drop")
+
+
+def _check_known(frame: pl.DataFrame, targets: Sequence[str], where: str) -> None:
+    for name in targets:
+        absent = np.flatnonzero(frame[name].is_null().to_numpy())
+        if len(absent):
+            rows = ", ".join(str(row + 1) for row in absent[:5]) + (", ..." if len(absent) > 5 else "")
+            what = f"the target {name!r} is missing in {len(absent)} of {frame.height} rows."
+            raise TableError(what, where=f"{where}, row {rows}", fix="remove these rows, or fill in the target")
+        infinite = np.flatnonzero(frame[name].is_infinite().to_numpy()) if frame[name].dtype.is_float() else ()
+        if len(infinite):
+            what = f"the target {name!r} holds {frame[name][int(infinite[0])]} in row {infinite[0] + 1}."
+            raise TableError(what, where=where, fix="mend the value, or remove the row")
+
+
+def _choose_task(targets: pl.DataFrame, task: str, where: str) -> tuple[str, str]:
+    """The task, and why."""
+    if task not in TASKS:
+        raise UnknownNameError.of_name("task", task, TASKS, where=where)
+    for column in targets:
+        kind = kinds.kind_of(column)
+        if column.n_unique() < 2:
+            what = f"the target {column.name!r} is {column[0]!r} in every row, so there is nothing to learn."
+            raise TableError(what, where=where, fix="give rows with other values, or name another target")
+        if kind not in ("text", "booleans", "whole numbers", "numbers"):
+            what = f"the target {column.name!r} holds {kind}, which cannot be learned."
+            raise TableError(what, where=where, fix="make it a number or a class first, in a column of its own")
+        if kind == "text" and (task == "regression" or targets.width > 1):
+            what = f"the target {column.name!r} holds text ({column[0]!r} in row 1), and regression needs numbers."
+            raise TableError(what, where=where, fix="make it numbers, or leave out --task regression")
+    if targets.width > 1:
+        if task == "classification":
+            what = f"there are {targets.width} targets, and classification has one."
+            raise TableError(what, where=where, fix="name one target")
+        return "regression", "there are several targets"
+    return (task, "it was asked for") if task != "auto" else _guess_task(targets.to_series(), where)
+
+
+def _guess_task(target: pl.Series, where: str) -> tuple[str, str]:
+    kind, name, different = kinds.kind_of(target), target.name, target.n_unique()
+    if kind == "text":
+        if different > max(kinds.MOST_CATEGORIES, len(target) / 2):
+            what = f"the target {name!r} holds text with {different} different values in {len(target)} rows."
+            fix = "make it numbers for regression, or say --task classification if these are classes"
+            raise TableError(what, where=where, fix=fix)
+        return "classification", f"the target {name!r} holds text with {different} different values"
+    if kind == "booleans":
+        return "classification", f"the target {name!r} holds booleans (--task regression takes them as 0 and 1)"
+    if kind == "whole numbers":
+        rarest = target.value_counts(name="rows of it")["rows of it"].min()
+        if different == 2 or (different <= MOST_CLASSES and 5 * different <= len(target) and rarest > 1):
+            why = f"the target {name!r} has only {different} different whole numbers"
+            return "classification", f"{why} (--task regression takes it as a quantity)"
+    return "regression", f"the target {name!r} holds {different} different numbers (--task classification is the other)"
+
+
+def _learn_columns(
+    frame: pl.DataFrame, drop: Sequence[str], where: str
+) -> tuple[tuple[Number | Category, ...], dict[str, str]]:
+    """The columns that become features; and why each of the others does not, by name."""
+    columns, reasons = [], {}
+    for column in frame:
+        reason = "as asked" if column.name in drop else kinds.reason_to_drop(column, where)
+        if reason is None:
+            kind = Category if kinds.kind_of(column) == "text" else Number
+            learned = kind.learn(column, where)
+            if kind is Category and len(learned.values) < 2:
+                reason = kinds.ALL_RARE
+            else:
+                columns.append(learned)
+        if reason:
+            reasons[column.name] = reason
+    if not columns:
+        fix = "; ".join(("give a column that is a number or a category", *_dropped(reasons)))
+        raise TableError("no column is left to learn from.", where=where, fix=fix)
+    return tuple(columns), reasons
+
+
+def _dropped(reasons: Mapping[str, str]) -> list[str]:
+    """One line a reason."""
+    named = {reason: [repr(name) for name in reasons if reasons[name] == reason] for reason in reasons.values()}
+    return [f"dropped {', '.join(names)}: {reason}" for reason, names in named.items()]
+
+
+def _notes(columns: Sequence[Number | Category], reasons: Mapping[str, str], frame: pl.DataFrame) -> list[str]:
+    notes = _dropped(reasons)
+    filled = [c for c in columns if isinstance(c, Number) and c.indicator]
+    if filled:
+        each = (f"{c.name!r} ({frame[c.name].null_count()} rows, {c.fill:g})" for c in filled)
+        notes.append(f"filled missing numbers with the median: {', '.join(each)}")
+    grouped = [c for c in columns if isinstance(c, Category) and c.grouped]
+    if grouped:
+        each = (f"{c.name!r} ({len(c.grouped)} of them)" for c in grouped)
+        notes.append(f'grouped rare categories as "other": {", ".join(each)}')
+    return notes

@@ -1,0 +1,160 @@
+"""Batches of an epoch, from any source: epochal's own loader, and a DataLoader as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from epochal.data.order import AUGMENTATION, batch_indices, epoch_order
+from epochal.data.sources import Arrays, Samples, Source, Stream, open_source
+from epochal.errors import PlanError
+from epochal.runtime.seeding import derive, seeded
+
+
+class Loader:
+    """epochal's own loader: the batches of an epoch are a function of (seed, epoch).
+
+    data: whatever ``fit`` accepts but a DataLoader. seed: for the order and for the random numbers that
+    a data set draws while a sample is made; these are seeded for each batch, so 0, 1 or 4 workers give
+    the same samples, and the training's own generators are never touched.
+
+    >>> loader = Loader((torch.arange(5.0), torch.arange(5)), batch_size=2)
+    >>> [len(y) for x, y in loader.batches(epoch=0)]
+    [2, 2, 1]
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        batch_size: int = 32,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        workers: int = 0,
+        where: str = "data",
+        target: Sequence[str] = (),
+        dtype: torch.dtype | None = None,
+        pin_memory: bool = False,
+    ):
+        self.source: Source = open_source(data, where=where, target=target, dtype=dtype)
+        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
+        if workers > 1 and isinstance(self.source, Stream):
+            raise PlanError(
+                f"an iterable data set is read by one worker at most, not by {workers}.",
+                where=where,
+                fix="use workers=1, or give a DataLoader over a data set that splits itself among its workers",
+            )
+        if not isinstance(self.source, Arrays):
+            self._epoch = _Epoch(self.source, batch_size, shuffle, seed)
+            self._torch_loader = _torch_loader(self._epoch, workers, pin_memory)
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples an epoch has; None for a stream."""
+        return None if isinstance(self.source, Stream) else len(self.source)
+
+    def __len__(self) -> int:
+        if self.samples is None:
+            raise TypeError("an iterable data set has no length")
+        return -(-self.samples // self.batch_size)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """The batches of ``epoch``, from batch ``start`` on (a stream is read forward to there)."""
+        if isinstance(self.source, Arrays):
+            device = self.source.tensors[0].device
+            order = epoch_order(len(self.source), seed=self.seed, epoch=epoch, shuffle=self.shuffle).to(device)
+            return map(self.source.take, batch_indices(order, self.batch_size, start))
+        self._epoch.number, self._epoch.start = epoch, start
+        return iter(self._torch_loader)
+
+
+class GivenLoader:
+    """A DataLoader taken as it is: its batches, its order, its collate function, its workers."""
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+
+    @property
+    def samples(self) -> int | None:
+        if isinstance(self.loader.dataset, IterableDataset) or self.loader.batch_size is None:
+            return None
+        count = len(self.loader.sampler) if hasattr(self.loader.sampler, "__len__") else len(self.loader.dataset)
+        return count - count % self.loader.batch_size if self.loader.drop_last else count
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """One pass, as a plain ``for`` would make it; a sampler with ``set_epoch`` is told the epoch."""
+        for sampler in (self.loader.sampler, self.loader.batch_sampler):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+        return islice(iter(self.loader), start, None)
+
+
+class _Epoch:
+    """What is read in the epoch in hand: iterating it gives, for each batch, its seed and its indices."""
+
+    def __init__(self, source: Samples | Stream, batch_size: int, shuffle: bool, seed: int):
+        self.source, self.batch_size, self.shuffle, self.seed = source, batch_size, shuffle, seed
+        self.number, self.start = 0, 0
+
+    def seed_of(self, batch: int) -> int:
+        return derive(self.seed, AUGMENTATION, self.number, batch)
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        order = epoch_order(len(self.source), seed=self.seed, epoch=self.number, shuffle=self.shuffle)
+        for batch, index in enumerate(batch_indices(order, self.batch_size, self.start), self.start):
+            yield self.seed_of(batch), index.tolist()
+
+
+class _Batches(Dataset):
+    """Makes a batch for each request, in whichever process it runs."""
+
+    def __init__(self, source: Samples):
+        self.source = source
+
+    def __getitem__(self, request: tuple[int, list[int]]) -> Any:
+        seed, indices = request
+        with seeded(seed):
+            return self.source.take(indices)
+
+
+class _StreamedBatches(IterableDataset):
+    """The batches of a stream, one after the other, each made under its own seed."""
+
+    def __init__(self, epoch: _Epoch):
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = self.epoch.source.batches(self.epoch.batch_size)
+        for number in count():
+            with seeded(self.epoch.seed_of(number)):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            if number >= self.epoch.start:
+                yield batch
+
+
+def _torch_loader(epoch: _Epoch, workers: int, pin_memory: bool) -> DataLoader:
+    """torch's own loader moves requests and batches between the processes."""
+    stream = isinstance(epoch.source, Stream)
+    return DataLoader(
+        _StreamedBatches(epoch) if stream else _Batches(epoch.source),
+        sampler=None if stream else epoch,
+        batch_size=None,  # a request is a whole batch
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        persistent_workers=workers > 0 and not stream,  # a stream's worker learns the epoch when it starts
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # its own, so that the training's is not drawn from
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,253 @@
+"""What a run can read, brought to one of three forms: arrays in memory, samples by index, or a stream."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
+
+from epochal.data import tables
+from epochal.errors import DataError, PlanError
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Arrays of one length, batched by one index operation. ``parts`` keeps the user's form: tuple, dict or tensor."""
+
+    parts: Any
+    encoding: Any = None  # how a table became these arrays
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        if isinstance(self.parts, Tensor):
+            return [self.parts]
+        return list(self.parts.values() if isinstance(self.parts, dict) else self.parts)
+
+    def take(self, index: Tensor) -> Any:
+        """The batch of these rows: copies, so that a model that works in place cannot change the data."""
+        if isinstance(self.parts, tuple):
+            return tuple([part.index_select(0, index) for part in self.parts])
+        if isinstance(self.parts, dict):
+            return {key: part.index_select(0, index) for key, part in self.parts.items()}
+        return self.parts.index_select(0, index)
+
+    def to(self, device: torch.device) -> Arrays:
+        return self.map(lambda part: part.to(device))
+
+    def map(self, change) -> Arrays:
+        if isinstance(self.parts, Tensor):
+            return Arrays(change(self.parts), self.encoding)
+        if isinstance(self.parts, dict):
+            return Arrays({key: change(part) for key, part in self.parts.items()}, self.encoding)
+        return Arrays(tuple(change(part) for part in self.parts), self.encoding)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.tensors)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A map-style data set: samples by index, made into batches by a collate function."""
+
+    dataset: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def take(self, index: Sequence[int]) -> Any:
+        if hasattr(self.dataset, "__getitems__"):
+            return default_collate(self.dataset.__getitems__(list(index)))
+        return default_collate([self.dataset[i] for i in index])
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An iterable data set: samples in the order in which they come."""
+
+    dataset: Any
+
+    def batches(self, batch_size: int) -> Iterator[Any]:
+        samples: list[Any] = []
+        for sample in self.dataset:
+            samples.append(sample)
+            if len(samples) == batch_size:
+                yield default_collate(samples)
+                samples = []
+        if samples:
+            yield default_collate(samples)
+
+
+Source = Arrays | Samples | Stream
+
+
+def open_source(data: Any, *, where: str, target: Sequence[str] = (), dtype: torch.dtype | None = None) -> Source:
+    """Brings ``data`` to one of the three forms.
+
+    data: a tuple, dict or single array (torch, numpy, anything with ``__array__``, lists of numbers), a
+    table or a path with ``target``, a map-style or an iterable data set, or a list of samples.
+    dtype: what floating point numpy arrays become (numpy's default is float64, torch's float32); torch
+    tensors keep theirs.
+
+    Raises DataError if there is nothing in it, if lengths differ, or if it cannot be read.
+    """
+    if isinstance(data, Arrays | Samples | Stream):
+        return data
+    if tables.is_table(data) and not str(data).endswith(".npz"):
+        return _from_table(data, where=where, target=target, dtype=dtype)
+    if isinstance(data, str | bytes) or hasattr(data, "__fspath__"):
+        return _from_npz(data, where=where, target=target, dtype=dtype)
+    if isinstance(data, IterableDataset):
+        return Stream(data)
+    if type(data) is TensorDataset:
+        return _not_empty(Arrays(tuple(data.tensors)), where)
+    if isinstance(data, Dataset):
+        return _samples(data, where)
+    if isinstance(data, Mapping) and not hasattr(data, "__array__"):
+        return _arrays({str(key): value for key, value in data.items()}, where=where, dtype=dtype)
+    if _is_array(data) or (isinstance(data, list | tuple) and data and all(map(_is_column, data))):
+        return _arrays(data if _is_array(data) else tuple(data), where=where, dtype=dtype)
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return _samples(data, where)
+    if hasattr(data, "__iter__"):
+        raise DataError(
+            f"a {type(data).__name__} can be read only once.",
+            where=where,
+            fix="wrap it in a torch.utils.data.IterableDataset whose __iter__ starts anew, or give a list",
+        )
+    raise DataError(
+        f"{type(data).__name__} is not something to train on.",
+        where=where,
+        fix="give a tuple of arrays (X, y), a dict of arrays, a table or path with target=, a Dataset or a DataLoader",
+    )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray) or (hasattr(value, "__array__") and not tables.is_table(value))
+
+
+def _is_column(value: Any) -> bool:
+    """Whether a part of a tuple is an array, rather than one sample of a list of samples."""
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim > 0
+    if isinstance(value, list):
+        return True
+    return hasattr(value, "__array__") and hasattr(value, "__len__")
+
+
+def _samples(data: Any, where: str) -> Samples:
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise DataError(
+            f"the data set {type(data).__name__} needs __len__ and __getitem__.",
+            where=where,
+            fix="define both, or derive from torch.utils.data.IterableDataset",
+        )
+    return _not_empty(Samples(data), where)
+
+
+def _not_empty(source: Any, where: str) -> Any:
+    if len(source) == 0:
+        raise DataError("there are no samples.", where=where, fix="give at least one sample")
+    return source
+
+
+def _arrays(data: Any, *, where: str, dtype: torch.dtype | None) -> Arrays:
+    if isinstance(data, tuple):
+        names = [f"{where}[{i}]" for i in range(len(data))]
+        parts: Any = tuple(as_tensor(part, where=name, dtype=dtype) for name, part in zip(names, data))
+        tensors = list(parts)
+    elif isinstance(data, dict):
+        if not data:
+            raise DataError("there are no arrays.", where=where, fix="give at least one array")
+        names = [f"{where}[{key!r}]" for key in data]
+        parts = {key: as_tensor(part, where=name, dtype=dtype) for name, (key, part) in zip(names, data.items())}
+        tensors = list(parts.values())
+    else:
+        names, parts = [where], as_tensor(data, where=where, dtype=dtype)
+        tensors = [parts]
+    lengths = [len(tensor) for tensor in tensors]
+    if len(set(lengths)) > 1:
+        listed = ", ".join(f"{name} has {length}" for name, length in zip(names, lengths))
+        raise DataError(
+            "the arrays have different lengths.", where=listed, fix="give every array one entry for each sample"
+        )
+    return _not_empty(Arrays(parts), where)
+
+
+def as_tensor(value: Any, *, where: str, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor over the same memory where that is possible; floating point numpy arrays get ``dtype``."""
+    if isinstance(value, Tensor):
+        tensor = value.detach()
+    else:
+        tensor = _from_numpy(np.asarray(value), where)
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+    if tensor.dim() == 0:
+        raise DataError(
+            "a single number is not an array of samples.", where=where, fix="give one entry for each sample"
+        )
+    return tensor
+
+
+def _from_numpy(array: np.ndarray, where: str) -> Tensor:
+    if array.dtype.kind in "OSUMmV":
+        raise DataError(
+            f"an array of {array.dtype} cannot be trained on.",
+            where=where,
+            fix="turn it into numbers first (a table with target= does that for categories)",
+        )
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if any(stride < 0 for stride in array.strides):
+        array = np.ascontiguousarray(array)
+    with warnings.catch_warnings():
+        # A read-only array (a memory map, say) is only ever indexed, never written to.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def _from_table(data: Any, *, where: str, target: Sequence[str], dtype: torch.dtype | None) -> Arrays:
+    from epochal.data.encoding import Encoding
+
+    if not target:
+        raise PlanError(
+            "a table needs the name of its target column.", where=where, fix='say which, for example target="price"'
+        )
+    frame = tables.read_table(data, where=where)
+    return encoded(Encoding.learn(frame, list(target), where=where), frame, where=where, dtype=dtype)
+
+
+def encoded(encoding: Any, table: Any, *, where: str, dtype: torch.dtype | None = None) -> Arrays:
+    """A table as arrays (features, targets), by a transformation that was learned on the training table."""
+    frame = tables.read_table(table, where=where)
+    parts = (encoding.features(frame, where=where), encoding.targets(frame))
+    return Arrays(tuple(as_tensor(part, where=where, dtype=dtype) for part in parts), encoding)
+
+
+def _from_npz(path: Any, *, where: str, target: Sequence[str], dtype: torch.dtype | None) -> Arrays:
+    if not str(path).endswith(".npz"):
+        raise DataError(
+            f"{str(path)!r} has no known kind of data.", where=where, fix="give a .csv, .parquet or .npz file"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error}.", where=where, fix="write it with np.savez") from error
+    missing = [name for name in target if name not in arrays]
+    if missing:
+        raise DataError(
+            f"there is no array {missing[0]!r} in {str(path)!r}.",
+            where=f"{where}; it holds {', '.join(arrays)}",
+            fix="name one of these as target=",
+        )
+    return _arrays(arrays, where=where, dtype=dtype)

@@ -1,0 +1,210 @@
+"""Reading tables: CSV and Parquet files, and the tables of polars, pandas and arrow.
+
+Everything arrives as a ``polars.DataFrame``. A CSV file is read as text first, and a column takes the
+narrowest of four types that *all* its values can be read as (whole number, number, true/false, text),
+so a late surprise in a long file changes a column's type and never crashes the reading.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from epochal.errors import TableError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+MISSING = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "?")  # what a file writes for a missing value
+SEPARATORS = ",;\t|"
+
+
+def is_table(source: Any) -> bool:
+    """Whether ``read_table`` is the one to read ``source``: by its suffix or its attributes, without importing polars.
+
+    >>> is_table("prices.csv"), is_table("prices.npz"), is_table([1, 2])
+    (True, False, False)
+    """
+    if isinstance(source, str | os.PathLike):
+        return str(source).lower().endswith(SUFFIXES)
+    kind = type(source)
+    if hasattr(kind, "__dataframe__") or (kind.__module__.startswith("polars.") and kind.__name__ == "LazyFrame"):
+        return True
+    # One column alone (a polars or pandas Series) streams too, and is no table.
+    return hasattr(kind, "__arrow_c_stream__") and hasattr(kind, "columns")
+
+
+def read_table(source: Any, *, where: str = "train") -> pl.DataFrame:
+    """Reads a table of at least one row.
+
+    ``source``: the path of a ``.csv``, ``.csv.gz``, ``.tsv``, ``.tsv.gz`` or ``.parquet`` file, or a table of
+    polars (lazy or not), pandas or arrow. ``where`` names the source in errors.
+
+    A CSV file is UTF-8 (with or without a byte order mark) and begins with a header. Its separator is the one of
+    ``, ; tab |`` that gives the header the most fields. Spaces around a value are not part of it, blank lines are
+    skipped, and a field that is empty, NA, N/A, NaN, nan, null, NULL, None or ? is missing.
+
+    Raises ``TableError`` for what cannot be read without guessing: rows of the wrong length, repeated column
+    names, other encodings, an empty file, a table without rows.
+    """
+    if isinstance(source, str | os.PathLike):
+        where = f"{where}, {source}"
+        frame = _read_file(Path(source), where)
+    else:
+        frame = _read_object(source, where)
+    if not frame.width or not frame.height:
+        what = "the table has columns and no rows." if frame.width else "the table has no columns."
+        raise TableError(what, where=where, fix="give a table with at least one row")
+    return frame
+
+
+def _read_object(source: Any, where: str) -> pl.DataFrame:
+    import polars as pl
+
+    if isinstance(source, pl.DataFrame):
+        return source
+    if isinstance(source, pl.LazyFrame):
+        return source.collect()
+    kind = f"{type(source).__module__.partition('.')[0]}.{type(source).__name__}"
+    if not is_table(source):
+        raise TableError(f"a {kind} is not a table.", where=where, fix="give a path or a polars, pandas or arrow table")
+    try:
+        if kind == "pandas.DataFrame":
+            return pl.from_pandas(source)
+        if hasattr(source, "__arrow_c_stream__"):
+            return pl.DataFrame(source)
+        return pl.from_dataframe(source)
+    except Exception as cause:
+        reason = str(cause).split("\n")[0].rstrip(".")
+        fix = "give every column one type and a name of its own"
+        raise TableError(f"the {kind} cannot be read as a table: {reason}.", where=where, fix=fix) from cause
+
+
+def _read_file(path: Path, where: str) -> pl.DataFrame:
+    name = path.name.lower()
+    if not name.endswith(SUFFIXES):
+        what = f"{path.name!r} is not a kind of file that can be read as a table."
+        raise TableError(what, where=where, fix=f"give a file that ends in {', '.join(SUFFIXES)}")
+    try:
+        content = path.read_bytes()
+        if name.endswith(".gz"):
+            content = gzip.decompress(content)
+    except FileNotFoundError:
+        raise TableError(f"there is no file {path.name!r}.", where=where, fix=_nearest_file(path)) from None
+    except (OSError, EOFError, zlib.error) as cause:
+        what = f"the file cannot be read: {cause}."
+        raise TableError(what, where=where, fix="check that it is a file, whole, and readable by you") from cause
+    if not content.strip():
+        raise TableError("the file is empty.", where=where, fix="give a file with a header and at least one row")
+    if name.endswith(".parquet"):
+        return _read_parquet(content, where)
+    return _read_text(_decoded(content, where), "\t" if ".tsv" in name else SEPARATORS, where)
+
+
+def _nearest_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"there is no folder {str(path.parent)!r} either: check the path"
+    present = [entry.name for entry in path.parent.iterdir() if is_table(entry)]
+    near = difflib.get_close_matches(path.name, present, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else "check the path"
+
+
+def _read_parquet(content: bytes, where: str) -> pl.DataFrame:
+    import polars as pl
+
+    fix = "write it again as Parquet, or rename it after what it is"
+    if content[:4] != b"PAR1" or content[-4:] != b"PAR1":
+        raise TableError("the file is not Parquet, or only a part of it.", where=where, fix=fix)
+    try:
+        return pl.read_parquet(io.BytesIO(content))
+    except Exception as cause:
+        reason = str(cause).split("\n")[0].rstrip(".")
+        raise TableError(f"the file is not sound Parquet: {reason}.", where=where, fix=fix) from cause
+
+
+def _decoded(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as cause:
+        line = content.count(b"\n", 0, cause.start) + 1
+        what = f"the file is not UTF-8: byte 0x{content[cause.start]:02x} in line {line}."
+        fix = "save it as UTF-8 (iconv -f latin1 -t utf-8 OLD > NEW, where it is Latin-1)"
+        raise TableError(what, where=where, fix=fix) from None
+
+
+def _read_text(text: str, separators: str, where: str) -> pl.DataFrame:
+    import polars as pl
+
+    text = text.strip("\r\n") + "\n"  # at the very end polars takes "1,2," for two fields
+    # csv.Sniffer takes a letter or a decimal comma for the separator; the header tells more surely.
+    separator = max(separators, key=lambda mark: len(next(_reader(text, mark))))
+    names = _names(next(_rows(text, separator, where)), where)
+    try:
+        frame = pl.read_csv(text.encode(), separator=separator, infer_schema=False)
+    except pl.exceptions.PolarsError:
+        frame = None  # a ragged row, or a stray quote: Python's reader is slower and can say which
+    # polars fills short rows with missing values, which always reaches the last column; a blank line too.
+    if frame is None or frame.width != len(names) or not frame.height or frame[:, -1].null_count():
+        count = sum(1 for _ in _rows(text, separator, where)) - 1
+        if frame is None or frame.shape != (count, len(names)):
+            body = list(_rows(text, separator, where))[1:]
+            columns = list(zip(*body, strict=True)) if body else [()] * len(names)
+            frame = pl.DataFrame([pl.Series(str(i), values, pl.String) for i, values in enumerate(columns)])
+    return pl.DataFrame([_typed(column.alias(name)) for name, column in zip(names, frame)])
+
+
+def _reader(text: str, separator: str, strict: bool = False) -> Any:
+    return csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=strict)
+
+
+def _rows(text: str, separator: str, where: str) -> Iterator[list[str]]:
+    """The rows with the header first; refuses those of another length than the header's, and open quotes."""
+    reader = _reader(text, separator, strict=True)
+    width, line = None, 1
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as cause:
+            fix = 'write a quote inside quotes twice ("") and close every quote'
+            raise TableError(f"the row at line {line} cannot be read: {cause}.", where=where, fix=fix) from None
+        if row is None:
+            return
+        if row:  # a blank line is an empty list
+            width = width or len(row)
+            if len(row) != width:
+                what = f"the row at line {line} has {len(row)} fields, and the header has {width}."
+                raise TableError(what, where=where, fix=f"give it {width} fields; a separator inside one needs quotes")
+            yield row
+        line = reader.line_num + 1
+
+
+def _names(header: list[str], where: str) -> list[str]:
+    names = [name.strip() or f"column {position}" for position, name in enumerate(header, start=1)]
+    repeated = [repr(name) for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        what = f"the header has more than one column of the name {', '.join(repeated)}."
+        raise TableError(what, where=where, fix="give every column a name of its own")
+    return names
+
+
+def _typed(column: pl.Series) -> pl.Series:
+    """The narrowest type that all values of a column of text can be read as."""
+    import polars as pl
+
+    text = column.str.strip_chars()
+    text = text.set(text.is_in(MISSING).fill_null(False), None)
+    for kind in (pl.Int64, pl.Float64):
+        numbers = text.cast(kind, strict=False)
+        if numbers.null_count() == text.null_count():
+            return numbers
+    lower = text.str.to_lowercase()
+    return lower == "true" if lower.drop_nulls().is_in(("true", "false")).all() else text

@@ -1,0 +1,93 @@
+"""A prepared run in words: the header that people read, and the plan as the run folder records it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from epochal.events import Started
+from epochal.feeding import Data, steps_of
+from epochal.runtime import device as devices
+
+if TYPE_CHECKING:
+    from epochal.data.loader import GivenLoader, Loader
+    from epochal.plan import Plan
+    from epochal.state import TrainState
+
+
+def started(plan: Plan, state: TrainState, data: Data, device: torch.device, monitor: str, objective: str) -> Started:
+    """The event that opens a run."""
+    steps = steps_of(data.train, plan.accumulate, plan.epochs, plan.max_steps)
+    facts = {
+        "model": f"{type(plan.model).__name__}, {_parameters(plan.model)}",
+        "train": _samples(data.train, data.batch_size)
+        + (f" × {plan.accumulate} a step" if plan.accumulate > 1 else ""),
+        "val": _samples(data.val, data.batch_size) if data.val is not None else "none",
+        "loss": objective,
+        "optimizer": _optimizer(state.optimizer),
+        "device": f"{devices.describe(device)}, {plan.precision}{', compiled' if plan.compile else ''}",
+        "until": _until(plan, monitor),
+    }
+    if plan.seed is not None:
+        facts["seed"] = str(plan.seed)
+    if plan.run is not None:
+        facts["run"] = str(plan.run)
+    folder = Path(plan.run) if plan.run is not None else None
+    return Started(facts, config(plan), plan.epochs, steps, monitor, folder, state.progress.epoch)
+
+
+def _parameters(model: nn.Module) -> str:
+    count = sum(p.numel() for p in model.parameters())
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return f"{count:,} parameters" + (f" ({frozen:,} frozen)" if frozen else "")
+
+
+def _samples(loader: Loader | GivenLoader, batch_size: int) -> str:
+    size = loader.loader.batch_size if hasattr(loader, "loader") else batch_size
+    counted = "a stream" if loader.samples is None else f"{loader.samples:,} samples"
+    return f"{counted} in batches of {size}" if size else counted
+
+
+def _optimizer(optimizer: Optimizer | None) -> str:
+    if optimizer is None:
+        return "in the step"
+    rates = sorted({float(group["lr"]) for group in optimizer.param_groups})
+    return f"{type(optimizer).__name__}, lr {' and '.join(f'{rate:g}' for rate in rates)}"
+
+
+def _until(plan: Plan, monitor: str) -> str:
+    limits = [
+        f"{plan.epochs} epoch{'s' if plan.epochs != 1 else ''}" if plan.epochs else None,
+        f"{plan.max_steps} steps" if plan.max_steps else None,
+        str(plan.max_time) + (" s" if not isinstance(plan.max_time, str) else "") if plan.max_time else None,
+    ]
+    patience = plan.patience or (plan.early_stopping.patience if plan.early_stopping else None)
+    if patience:
+        limits.append(f"{patience} evaluations without a better {monitor}")
+    return " or ".join(limit for limit in limits if limit)
+
+
+def config(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values: names and numbers as they are, objects by what they are called."""
+    skipped = {"model", "train", "val", "observers"}
+    options = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    plain = {name: _plain(value) for name, value in options.items() if name not in skipped and value is not None}
+    return {"model": type(plan.model).__name__, **plain}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, Optimizer):
+        settings = {name: default for name, default in value.defaults.items() if isinstance(default, int | float | str)}
+        return f"{type(value).__name__}({', '.join(f'{name}={setting!r}' for name, setting in settings.items())})"
+    if dataclasses.is_dataclass(value) or isinstance(value, Path | torch.device):
+        return str(value)
+    return getattr(value, "__name__", type(value).__name__)

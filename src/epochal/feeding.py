@@ -1,0 +1,192 @@
+"""The plan's ``train`` and ``val`` as loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from epochal import losses
+from epochal.data import split, tables
+from epochal.data.batch import TARGET_KEYS
+from epochal.data.loader import GivenLoader, Loader
+from epochal.data.sources import Arrays, Source, encoded, open_source
+from epochal.errors import LossError, PlanError
+from epochal.runtime import seeding
+
+if TYPE_CHECKING:
+    from epochal.plan import Plan
+
+DEFAULT_BATCH = 32
+SHARE_OF_MEMORY = 0.2  # arrays that take less of the accelerator's free memory are moved there once
+
+
+@dataclass(frozen=True)
+class Data:
+    """train, val: the loaders. seed: of the order. target: names of the targets in a dict batch. inputs: how
+    many inputs a batch has, None where that is not known. train_targets, val_targets: all targets, where
+    they are in memory.
+    """
+
+    train: Loader | GivenLoader
+    val: Loader | GivenLoader | None
+    seed: int
+    batch_size: int
+    target: list[str] = field(default_factory=list)
+    inputs: int | None = None
+    encoding: Any = None
+    train_targets: Tensor | None = None
+    val_targets: Tensor | None = None
+
+
+def read(plan: Plan, kind: str | None, device: torch.device, dtype: torch.dtype) -> Data:
+    """Opens the data of a plan. kind: the short name of the loss."""
+    target = [plan.target] if isinstance(plan.target, str) else list(plan.target or ())
+    seed = plan.seed if plan.seed is not None else 0
+    if isinstance(plan.train, DataLoader):
+        if isinstance(plan.val, float):
+            raise PlanError(
+                "a part of a DataLoader cannot be held back.", where=f"val={plan.val}", fix="give its data set as train"
+            )
+        train: Any = plan.train
+        val = _open(plan.val, "val", target, dtype, kind)
+    elif isinstance(plan.val, float):
+        train, val = _divided(plan.train, plan.val, seed, target, dtype, kind)
+    else:
+        train = _open(plan.train, "train", target, dtype, kind)
+        val = _open(plan.val, "val", target, dtype, kind, encoding=getattr(train, "encoding", None))
+    if val is not None and plan.loss is None and plan.objective is None:
+        raise PlanError(
+            "val has to be evaluated with something.",
+            where="loss=None, objective=None",
+            fix="give loss= or objective= beside step=",
+        )
+    train_targets, val_targets = _targets(train, target), _targets(val, target)
+    if kind in losses.CLASS_INDEX:
+        _refuse_negative(train_targets, plan.loss)
+    if plan.seed is None and not isinstance(train, DataLoader):
+        seed = seeding.draw()  # so that torch.manual_seed before fit decides, as it does for a DataLoader
+    size = plan.batch_size or DEFAULT_BATCH
+    shuffle = True if plan.shuffle is None else plan.shuffle
+    return Data(
+        train=_loader(train, size, shuffle, seed, plan.workers or 0, "train", device),
+        val=None if val is None else _loader(val, size, False, seed, plan.workers or 0, "val", device),
+        seed=seed,
+        batch_size=size,
+        target=target,
+        inputs=max(1, len(train.parts) - 1) if isinstance(train, Arrays) and isinstance(train.parts, tuple) else None,
+        encoding=getattr(train, "encoding", None),
+        train_targets=train_targets,
+        val_targets=val_targets,
+    )
+
+
+def steps_of(train: Loader | GivenLoader, accumulate: int, epochs: int | None, max_steps: int | None) -> int | None:
+    """How many updates the run will make, None where that is not known."""
+    try:
+        planned = -(-len(train) // accumulate) * epochs if epochs is not None else None
+    except TypeError:
+        planned = None
+    return min((steps for steps in (planned, max_steps) if steps is not None), default=None)
+
+
+def _open(
+    data: Any, where: str, target: Sequence[str], dtype: torch.dtype, kind: str | None, encoding: Any = None
+) -> Source | DataLoader | None:
+    if data is None or isinstance(data, DataLoader):
+        return data
+    if tables.is_table(data):
+        if encoding is None:
+            encoding = _learn(tables.read_table(data, where=where), target, kind, where)
+        return _fitting(encoded(encoding, data, where=where, dtype=dtype), target, kind)
+    return _fitting(open_source(data, where=where, target=target, dtype=dtype), target, kind)
+
+
+def _learn(frame: Any, target: Sequence[str], kind: str | None, where: str) -> Any:
+    from epochal.data.encoding import Encoding
+
+    if not target:
+        raise PlanError(
+            "a table needs the name of its target column.", where=where, fix='say which, for example target="price"'
+        )
+    task = "auto" if kind is None else "regression" if kind in _REGRESSION else "classification"
+    return Encoding.learn(frame, list(target) if len(target) > 1 else target[0], task=task, where=where)
+
+
+_REGRESSION = losses.ELEMENTWISE - {"bce", "bce_with_logits"}
+
+
+def _divided(
+    data: Any, fraction: float, seed: int, target: Sequence[str], dtype: torch.dtype, kind: str | None
+) -> tuple[Source, Source]:
+    """Train and val out of one; a table is divided before anything is learned from it."""
+    if tables.is_table(data):
+        frame = tables.read_table(data, where="train")
+        encoding = _learn(frame, target, kind, "train")
+        classes = torch.as_tensor(encoding.targets(frame)) if encoding.task == "classification" else None
+        rows = split.split_indices(len(frame), fraction, seed=seed, classes=classes)
+        parts = [frame[index.tolist()] for index in rows]
+        encoding = _learn(parts[0], target, kind, "train")
+        return tuple(_open(part, "train", target, dtype, kind, encoding) for part in parts)  # type: ignore[return-value]
+    source = _open(data, "train", target, dtype, kind)
+    classes = split.known_classes(source, _targets(source, target)) if kind in losses.CLASS_INDEX else None
+    return split.hold_out(source, fraction, seed=seed, classes=classes)
+
+
+def _fitting(source: Source, target: Sequence[str], kind: str | None) -> Source:
+    """Class indices of any integer type as the int64 that torch's losses take; a table's as the loss wants them."""
+    targets = _targets(source, target)
+    if targets is None or targets.is_floating_point() or not isinstance(source, Arrays):
+        return source
+    if kind in losses.CLASS_INDEX and targets.dtype in (torch.int8, torch.int16, torch.int32):
+        return source.map(lambda part: part.long() if part is targets else part)
+    if kind in ("bce", "bce_with_logits") and source.encoding is not None:
+        return source.map(lambda part: part.to(torch.get_default_dtype())[:, None] if part is targets else part)
+    return source
+
+
+def _targets(source: Any, target: Sequence[str]) -> Tensor | None:
+    if not isinstance(source, Arrays):
+        return None
+    if isinstance(source.parts, tuple):
+        return source.parts[-1] if len(source.parts) > 1 else None
+    if isinstance(source.parts, dict):
+        names = list(target) or [key for key in TARGET_KEYS if key in source.parts][:1]
+        return source.parts.get(names[0]) if len(names) == 1 else None
+    return None
+
+
+def _refuse_negative(targets: Tensor | None, loss: Any) -> None:
+    """A negative class can be known before there is a model; one that is too large only with its outputs."""
+    if targets is None or targets.is_floating_point() or targets.numel() == 0:
+        return
+    wrong = (targets < 0) & (targets != getattr(loss, "ignore_index", -100))
+    if wrong.any():
+        at = int(wrong.flatten().nonzero()[0])
+        raise LossError(
+            "a target is a negative class.",
+            where=f"train, target {int(targets.flatten()[at])} at position {at}",
+            fix="number the classes from 0, or give the loss with ignore_index= set to this value",
+        )
+
+
+def _loader(
+    source: Source | DataLoader,
+    batch_size: int,
+    shuffle: bool,
+    seed: int,
+    workers: int,
+    where: str,
+    device: torch.device,
+) -> Loader | GivenLoader:
+    if isinstance(source, DataLoader):
+        return GivenLoader(source)
+    if isinstance(source, Arrays) and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        source = source.to(device) if source.nbytes < SHARE_OF_MEMORY * free else source
+    pin = device.type == "cuda"
+    return Loader(source, batch_size, shuffle=shuffle, seed=seed, workers=workers, where=where, pin_memory=pin)

@@ -1,0 +1,143 @@
+"""The loop, an evaluation, and a prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from epochal.data.batch import split
+from epochal.errors import DataError, EpochalError, ModelError
+from epochal.metrics.metric import Mean, Stream
+from epochal.objective import Objective, explain
+from epochal.protocols import Step, StepResult
+from epochal.runtime import device as devices
+
+if TYPE_CHECKING:
+    from epochal.data.window import Window
+    from epochal.state import Progress, TrainState
+
+
+def steps(
+    state: TrainState,
+    step: Step,
+    windows: Callable[[Progress], Iterable[Window]],
+    until: Callable[[], bool],
+) -> Iterator[StepResult | None]:
+    """The loop: a result for each update, and None at the end of each epoch.
+
+    It begins where ``state.progress`` stands, in the middle of an epoch too, and the state is complete
+    whenever it yields.
+    """
+    progress = state.progress
+    while not until():
+        for window in windows(progress):
+            result = step(state, window)
+            progress.tick(window)
+            yield result
+            if until():
+                return
+        progress.close_epoch()
+        yield None
+
+
+@contextmanager
+def evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, the modules are in eval mode and nothing is recorded; afterwards each is in the mode it was in.
+
+    ``no_grad`` and not ``inference_mode``, so that a model which takes gradients itself still can.
+    """
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def evaluate(
+    objective: Objective,
+    forward: Callable,
+    batches: Iterable[Any],
+    stream: Stream,
+    *,
+    modules: Sequence[nn.Module],
+    device: torch.device,
+    autocast: AbstractContextManager,
+    where: str = "val",
+) -> dict[str, Any]:
+    """The loss, as the weighted mean over all samples, and the metrics, by name."""
+    mean, number = Mean(), -1
+    stream.reset()
+    with evaluation_mode(modules):
+        for number, batch in enumerate(batches):
+            try:
+                batch = devices.move(batch, device) if devices.moves(device) else batch
+                with autocast:
+                    loss = objective(forward, batch)
+                stream.update(loss.outputs, loss.targets)
+            except EpochalError as error:
+                error.where = f"batch {number} of {where}; {(error.where or '').removeprefix('; ')}".removesuffix("; ")
+                raise
+            except Exception as error:
+                raise explain(error, modules[0], batch, f"batch {number} of {where}") from error
+            mean.update(loss.value, loss.weight)
+    if number < 0:
+        raise DataError("there is no batch to evaluate.", where=where, fix="give at least one sample")
+    return {"loss": mean.compute(), **stream.compute()}
+
+
+def predict(
+    forward: Callable,
+    batches: Iterable[Any],
+    *,
+    modules: Sequence[nn.Module],
+    device: torch.device,
+    autocast: AbstractContextManager,
+    inputs: Callable[[Any], tuple[tuple, dict]],
+) -> Any:
+    """The outputs for all samples, in order, on the host: one tensor, or a tuple or dict of tensors."""
+    outputs = []
+    with evaluation_mode(modules):
+        for number, batch in enumerate(batches):
+            batch = devices.move(batch, device) if devices.moves(device) else batch
+            args, kwargs = inputs(batch)
+            try:
+                with autocast:
+                    outputs.append(devices.move(forward(*args, **kwargs), torch.device("cpu")))
+            except Exception as error:
+                raise explain(error, modules[0], batch, f"batch {number} of the data to predict") from error
+    if not outputs:
+        raise DataError("there is nothing to predict.", where="the data gave no batch", fix="give at least one sample")
+    return _joined(outputs)
+
+
+def inputs_only(batch: Any, target: Sequence[str] = (), count: int | None = None) -> tuple[tuple, dict]:
+    """The inputs of a batch that may or may not bring its targets; ``count``: how many inputs the model takes."""
+    if isinstance(batch, list | tuple) and count is not None and not hasattr(batch, "_fields"):
+        return tuple(batch[:count]), {}
+    if isinstance(batch, list | tuple) and not hasattr(batch, "_fields"):
+        return tuple(batch[: max(1, len(batch) - 1)]), {}
+    args, kwargs, _ = split(batch, target)
+    return args, kwargs
+
+
+def _joined(outputs: list[Any]) -> Any:
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat([output if output.dim() else output[None] for output in outputs])
+    if isinstance(first, dict):
+        return {key: _joined([output[key] for output in outputs]) for key in first}
+    if isinstance(first, list | tuple):
+        return tuple(_joined(list(parts)) for parts in zip(*outputs))
+    raise ModelError(
+        f"outputs of type {type(first).__name__} cannot be put together.",
+        where="predict",
+        fix="let the model return a tensor, a tuple or a dict of tensors",
+    )

@@ -1,0 +1,173 @@
+"""Losses by name, what they demand of outputs and targets, and the weight of their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epochal.errors import LossError, LossShapeError, UnknownNameError
+
+NAMES: dict[str, type[nn.Module]] = {
+    "mse": nn.MSELoss,
+    "l1": nn.L1Loss,
+    "smooth_l1": nn.SmoothL1Loss,
+    "huber": nn.HuberLoss,
+    "cross_entropy": nn.CrossEntropyLoss,
+    "nll": nn.NLLLoss,
+    "bce": nn.BCELoss,
+    "bce_with_logits": nn.BCEWithLogitsLoss,
+}
+ELEMENTWISE = frozenset({"mse", "l1", "smooth_l1", "huber", "bce", "bce_with_logits"})
+CLASS_INDEX = frozenset({"cross_entropy", "nll"})
+_KINDS = {cls: name for name, cls in NAMES.items()}
+
+
+def resolve(loss: str | Callable) -> Callable[[Any, Any], Tensor]:
+    """A callable ``(outputs, targets) -> mean`` for a name, a module or a function.
+
+    >>> resolve("mse")
+    MSELoss()
+
+    Raises UnknownNameError for an unknown name, LossError for a module that does not give a mean.
+    """
+    if isinstance(loss, str):
+        if loss not in NAMES:
+            raise UnknownNameError.of_name("loss", loss, NAMES, where=f"loss={loss!r}")
+        return NAMES[loss]()
+    if isinstance(loss, type):
+        raise LossError(
+            f"the loss is the class {loss.__name__}, not an instance of it.",
+            where=f"loss={loss.__name__}",
+            fix=f"give loss={loss.__name__}()",
+        )
+    if not callable(loss):
+        raise LossError(
+            f"{type(loss).__name__} is not a loss.",
+            where=f"loss={loss!r}",
+            fix="give a name, an nn.Module or a function f(outputs, targets)",
+        )
+    if getattr(loss, "reduction", "mean") != "mean":
+        raise LossError(
+            f"the loss gives {'a sum' if loss.reduction == 'sum' else 'one value an element'} and not the mean.",
+            where=f"loss={describe(loss)} with reduction={loss.reduction!r}",
+            fix='leave reduction at "mean"; with objective= you can return any scalar',
+        )
+    return loss
+
+
+def kind(loss: Any) -> str | None:
+    """The short name of a known loss, None for any other.
+
+    >>> kind(nn.HuberLoss()), kind(print)
+    ('huber', None)
+    """
+    return _KINDS.get(type(loss))
+
+
+def describe(loss: Any) -> str:
+    """The loss in words: ``nn.MSELoss``, or the name of the function."""
+    if isinstance(loss, nn.Module):
+        return f"nn.{type(loss).__name__}" if type(loss) in _KINDS else type(loss).__name__
+    return getattr(loss, "__name__", type(loss).__name__)
+
+
+def weight_of(loss: Any, targets: Any, samples: int) -> float | Tensor:
+    """How much the mean over a batch counts: its samples; for class indices what torch divides by.
+
+    ``nn.CrossEntropyLoss`` and ``nn.NLLLoss`` leave out the targets that equal ``ignore_index`` and
+    weigh the others by class weight (torch's documentation of both), so their means are weighted so too.
+    """
+    if kind(loss) not in CLASS_INDEX or not isinstance(targets, Tensor) or targets.is_floating_point():
+        return samples
+    if loss.weight is None:
+        return (targets != loss.ignore_index).sum()
+    counted = targets != loss.ignore_index
+    return (loss.weight[torch.where(counted, targets, 0)] * counted).sum()
+
+
+def check_shapes(loss: Any, outputs: Tensor, targets: Tensor, where: str) -> None:
+    """Refuses outputs and targets that torch would broadcast into something else than was meant."""
+    if outputs.shape == targets.shape:
+        return
+    given = f"outputs {_shape(outputs)}, targets {_shape(targets)}; loss {describe(loss)}"
+    if outputs.numel() == targets.numel():
+        shape = ", ".join(["-1", *map(str, outputs.shape[1:])]) if outputs.dim() else "()"
+        if outputs.dim() == targets.dim() + 1 and outputs.shape[-1] == 1:
+            fix = f"give targets the shape {_shape(outputs)}, for example y.unsqueeze({outputs.dim() - 1})"
+        else:
+            fix = f"give targets the shape {_shape(outputs)}, for example y.reshape({shape})"
+    else:
+        fix = "let the model give one output for each target"
+    raise LossShapeError("the loss is computed over tensors of different shapes.", where=f"{where}; {given}", fix=fix)
+
+
+def check_scalar(value: Any, where: str) -> None:
+    """Refuses what cannot be differentiated as a loss."""
+    if not isinstance(value, Tensor):
+        raise LossError(
+            f"the loss is a {type(value).__name__}, not a tensor.",
+            where=where,
+            fix="return the scalar tensor itself, not its .item()",
+        )
+    if value.numel() != 1:
+        raise LossError(
+            "the loss is not a scalar.",
+            where=f"{where}; its shape is {_shape(value)}",
+            fix="return the mean, for example loss.mean()",
+        )
+    if value.is_complex():
+        raise LossError("the loss is complex.", where=where, fix="return a real scalar, for example loss.abs()")
+
+
+def check_classes(loss: Any, outputs: Any, targets: Any, where: str) -> None:
+    """Refuses class indices that are not among the classes; reads the targets once (a host sync)."""
+    if kind(loss) not in CLASS_INDEX or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return None
+    if targets.is_floating_point():
+        return _check_probabilities(loss, outputs, targets, where)
+    if outputs.dim() > 1 and targets.shape == (*outputs.shape[:1], 1, *outputs.shape[2:]):
+        raise LossShapeError(
+            "the class indices have one dimension too many.",
+            where=f"{where}; outputs {_shape(outputs)}, targets {_shape(targets)}; loss {describe(loss)}",
+            fix="drop the dimension of size 1, for example y.squeeze(1)",
+        )
+    classes = outputs.shape[1] if outputs.dim() > 1 else outputs.shape[0]
+    wrong = ((targets < 0) | (targets >= classes)) & (targets != loss.ignore_index)
+    if wrong.any():
+        seen = targets[wrong]
+        first = wrong.flatten().nonzero()[0].item()
+        counts_from_one = seen.min() == classes and seen.max() == classes
+        raise LossError(
+            f"a target is outside the {classes} classes that the model gives scores for.",
+            where=f"{where}; target {seen[0].item()} at position {first}, outputs {_shape(outputs)}",
+            fix=f"number the classes from 0 to {classes - 1}"
+            + (": they seem to start at 1, give y - 1" if counts_from_one else ", or give the model more outputs"),
+        )
+    return None
+
+
+def _check_probabilities(loss: Any, outputs: Tensor, targets: Tensor, where: str) -> None:
+    if outputs.shape == targets.shape and kind(loss) == "cross_entropy":
+        return
+    raise LossError(
+        "class indices must be integers.",
+        where=f"{where}; targets {str(targets.dtype).removeprefix('torch.')} {_shape(targets)}; loss {describe(loss)}",
+        fix="give the class of each sample as an integer, for example y.long()",
+    )
+
+
+def check_dtype(loss: Any, targets: Any, where: str) -> None:
+    """Refuses integer targets where torch needs floating point ones."""
+    if kind(loss) in ("bce", "bce_with_logits") and isinstance(targets, Tensor) and not targets.is_floating_point():
+        raise LossError(
+            f"{describe(loss)} needs floating point targets.",
+            where=f"{where}; targets {str(targets.dtype).removeprefix('torch.')}",
+            fix="give y.float()",
+        )
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

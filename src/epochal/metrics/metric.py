@@ -1,0 +1,366 @@
+"""What a metric is, and its running state on one side (train or val)."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epochal.errors import CheckpointError, DataError
+
+WORD_BORDER = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"  # Binary|F1|Score, KL|Divergence
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric in two halves: sums on the device, and the value that is made of them on the host.
+
+    name: its name in the rows (``train_`` and ``val_`` are put before it).
+    sums: (outputs, targets) of one batch -> vector (float64 or int64) on the outputs' device, of the same
+        length for every batch. It must not wait for the device (no ``.item()``, no boolean indexing).
+    value: the merged vector, on the CPU -> a float, or a (nested) list of numbers.
+    higher_is_better: None where neither direction is better; such a metric cannot be monitored without a mode.
+    merge: two vectors -> a new one, in any order: over batches, devices and processes.
+
+    >>> def bias_sums(outputs, targets):
+    ...     return with_count((outputs - targets).double().sum(), targets.numel())
+    >>> bias = Metric("bias", bias_sums, ratio)
+    >>> bias.value(bias.sums(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 2.0])))
+    0.5
+    """
+
+    name: str
+    sums: Callable[[Any, Any], Tensor]
+    value: Callable[[Tensor], float | list]
+    higher_is_better: bool | None = None
+    merge: Callable[[Tensor, Tensor], Tensor] = torch.add
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A torchmetrics ``Metric`` or ``MetricCollection``, and the name that the user gave it, if any."""
+
+    metric: nn.Module
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name or re.sub(WORD_BORDER, "_", type(self.metric).__name__).lower()
+
+
+def is_foreign(item: object) -> bool:
+    """Whether this is an instance of a torchmetrics class; known by its shape, as torchmetrics may be absent."""
+    verbs = ("update", "compute", "reset")
+    return (
+        isinstance(item, nn.Module)
+        and all(callable(getattr(item, verb, None)) for verb in verbs)
+        and hasattr(type(item), "metric_state")
+    )
+
+
+def names_of(metrics: Iterable[Metric | Foreign | nn.Module]) -> list[str]:
+    """The keys that these metrics put into a row, in order.
+
+    A torchmetrics metric without a name of the user's is called by its class: ``MulticlassAccuracy`` gives
+    ``multiclass_accuracy``. A collection gives its own keys, after ``name_`` where the user gave a name.
+    (A torchmetrics metric whose value is a dict gives the keys of that dict, which only its value tells.)
+    """
+    return [name for metric in metrics for name in _names(metric)]
+
+
+def _names(metric: Metric | Foreign | nn.Module) -> list[str]:
+    if isinstance(metric, Metric):
+        return [metric.name]
+    foreign = metric if isinstance(metric, Foreign) else Foreign(metric)
+    if isinstance(foreign.metric, nn.ModuleDict):  # what a MetricCollection is
+        return [f"{foreign.name}_{key}" if foreign.name else str(key) for key in foreign.metric.keys()]  # noqa: SIM118
+    return [foreign.label]
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The dtype for sums: float64, which counts exactly to 2**53; float32 on mps, which has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor in a tensor, or in nested mappings, lists and tuples of them."""
+    if isinstance(value, Tensor):
+        return value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return next((found for found in map(first_tensor, parts) if found is not None), None)
+
+
+def with_count(total: Tensor, count: int) -> Tensor:
+    """The sums (total, count), for ``ratio``."""
+    return torch.stack([total, torch.full_like(total, count)])  # torch.tensor([...]) would wait for the device
+
+
+def ratio(sums: Tensor) -> float:
+    """The value of the sums (total, count); NaN when nothing was counted."""
+    total, count = sums.tolist()
+    return total / count if count else math.nan
+
+
+def check_tensors(outputs: Any, targets: Any) -> None:
+    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+        raise DataError(
+            "a named metric needs outputs and targets that are tensors;"
+            f" they are {type(outputs).__name__} and {type(targets).__name__}.",
+            where="metrics",
+            fix="give the metric as a function f(outputs, targets), or metrics=None",
+        )
+
+
+def shapes(outputs: Tensor, targets: Tensor) -> str:
+    return f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
+
+
+def _moved(sums: Tensor, device: torch.device) -> Tensor:
+    if sums.is_floating_point():
+        sums = sums.to(widest_float(device))  # before the move: mps cannot take a float64
+    return sums.to(device)
+
+
+class Mean:
+    """The weighted mean of a stream of scalars, summed on their device in float64.
+
+    An update with a number as the weight is one addition on the device; nothing waits until ``compute``.
+
+    >>> mean = Mean()
+    >>> mean.update(torch.tensor(1.0), 3)
+    >>> mean.update(torch.tensor(5.0), 1)
+    >>> mean.compute()
+    2.0
+    """
+
+    def __init__(self) -> None:
+        self._weight = 0.0  # of the weights given as numbers: exact, and free
+        self._hold(torch.zeros(2, dtype=torch.float64))
+
+    def _hold(self, sums: Tensor) -> None:
+        self._sums = sums
+        self._total, self._tensor_weight = sums.unbind()  # views: adding to them adds to `_sums`
+
+    def update(self, value: Tensor, weight: float | Tensor = 1) -> None:
+        """Counts ``value`` (a scalar tensor) ``weight`` times.
+
+        A weight of 0 adds nothing, whatever the value: the mean over a batch that is all masked is NaN, and
+        says nothing about the others.
+        """
+        value = value.detach()
+        if value.device != self._sums.device:
+            self._hold(_moved(self._sums, value.device))
+        if isinstance(weight, Tensor):
+            weight = weight.detach().to(value.device)
+            self._total.addcmul_(torch.where(weight == 0, 0, value), weight)  # 0 * nan would be nan
+            self._tensor_weight.add_(weight)
+        elif weight:
+            weight = float(weight)  # a float32 of numpy's would stop counting at 2**24
+            self._total.add_(value, alpha=weight)
+            self._weight += weight
+
+    def compute(self) -> float:
+        """The mean so far; NaN when nothing has been counted. Waits for the device."""
+        total, tensor_weight = self._sums.tolist()
+        weight = tensor_weight + self._weight
+        return total / weight if weight else math.nan
+
+    def reset(self) -> None:
+        self._sums.zero_()
+        self._weight = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums.clone(), "weight": self._weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._hold(state["sums"].clone())
+        self._weight = state["weight"]
+
+
+class Stream:
+    """The running state of several metrics on one side (train or val).
+
+    metrics: epochal ``Metric`` and torchmetrics metrics, with different names (``resolve`` sees to that). Each
+    torchmetrics metric is copied, so that train and val do not share a state; the copy goes to the device of
+    the outputs on first use. Metrics with the same ``sums`` (precision, recall and f1, say) share them.
+
+    >>> from epochal.metrics.named import resolve
+    >>> stream = Stream(resolve(["accuracy"], loss="cross_entropy"))
+    >>> stream.update(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
+    >>> stream.compute()
+    {'accuracy': 0.5}
+    """
+
+    def __init__(self, metrics: Sequence[Metric | Foreign | nn.Module]) -> None:
+        self._metrics = [metric if isinstance(metric, Metric) else _copied(metric) for metric in metrics]
+        own = [metric for metric in self._metrics if isinstance(metric, Metric)]
+        # For each metric, the first with the same sums: it computes them for all of these.
+        self._leader = {
+            metric.name: next(one for one in own if one.sums is metric.sums and one.merge is metric.merge)
+            for metric in own
+        }
+        self._leaders = [metric for metric in own if self._leader[metric.name] is metric]
+        self._foreign = {", ".join(_names(one)): one for one in self._metrics if isinstance(one, Foreign)}
+        self._sums: dict[str, Tensor] = {}
+        self._updates = 0
+        self._device: torch.device | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return names_of(self._metrics)
+
+    @torch.no_grad()
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Counts one batch: what the model gave and what it should have given, detached, on one device."""
+        tensor = first_tensor((outputs, targets))
+        if tensor is not None and tensor.device != self._device:
+            self._move(tensor.device)
+        for metric in self._leaders:
+            new, old = metric.sums(outputs, targets), self._sums.get(metric.name)
+            self._sums[metric.name] = new if old is None else _merged(metric, old, new)
+        for foreign in self._foreign.values():
+            foreign.metric.update(outputs, targets)
+        self._updates += 1
+
+    def _move(self, device: torch.device) -> None:
+        self._sums = {name: _moved(sums, device) for name, sums in self._sums.items()}
+        for foreign in self._foreign.values():
+            foreign.metric.to(device)
+        self._device = device
+
+    @torch.no_grad()
+    def compute(self) -> dict[str, float | list]:
+        """Name -> value; a value that is not a scalar is a (nested) list. All NaN before the first update."""
+        if self._updates == 0:  # torchmetrics would warn
+            return dict.fromkeys(self.names, math.nan)
+        row: dict[str, float | list] = {}
+        for metric in self._metrics:
+            if isinstance(metric, Metric):
+                row[metric.name] = _plain(metric.value(self._sums[self._leader[metric.name].name].cpu()))
+                continue
+            value = metric.metric.compute()
+            parts = _flat(value, metric.name) if isinstance(value, Mapping) else [(metric.label, value)]
+            for key, part in parts:
+                row[key if key not in row else f"{metric.label}_{key}"] = _plain(part)
+        return row
+
+    def reset(self) -> None:
+        self._sums.clear()
+        self._updates = 0
+        for foreign in self._foreign.values():
+            foreign.metric.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and dicts only. Later updates do not change it (merging makes new sums)."""
+        if self._updates == 0:
+            return {"updates": 0, "sums": {}, "foreign": {}}
+        return {
+            "updates": self._updates,
+            "sums": {name: self._sums[leader.name] for name, leader in self._leader.items()},
+            "foreign": {name: _foreign_state(foreign.metric) for name, foreign in self._foreign.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a ``state_dict``.
+
+        Raises CheckpointError where it counted other metrics than this stream does, as their values would
+        cover only a part of the epoch. (A state before the first update fits any stream.)
+        """
+        self.reset()
+        if state["updates"] == 0:
+            return
+        saved, mine = {*state["sums"], *state["foreign"]}, {*self._leader, *self._foreign}
+        if saved != mine:
+            raise CheckpointError(
+                f"the checkpoint lies inside an epoch that counts the metrics {', '.join(sorted(saved)) or 'none'};"
+                f" this run has {', '.join(sorted(mine)) or 'none'}.",
+                where="metrics",
+                fix="resume with the same metrics, and change them at the end of an epoch",
+            )
+        self._sums = {metric.name: state["sums"][metric.name] for metric in self._leaders}
+        for name, foreign in self._foreign.items():
+            _load_foreign(foreign.metric, state["foreign"][name])
+        self._updates = state["updates"]
+        self._device = None  # what was loaded may lie elsewhere: the next update moves it
+
+
+def _copied(metric: Foreign | nn.Module) -> Foreign:
+    foreign = metric if isinstance(metric, Foreign) else Foreign(metric)
+    module = copy.deepcopy(foreign.metric)
+    module.reset()  # the user may have tried it out
+    return Foreign(module, foreign.name)
+
+
+def _merged(metric: Metric, old: Tensor, new: Tensor) -> Tensor:
+    if old.shape != new.shape:  # would broadcast, or fail with a message of torch's
+        raise DataError(
+            f"the sums of the metric {metric.name!r} changed shape from {tuple(old.shape)} to {tuple(new.shape)}.",
+            where="metrics",
+            fix="give the outputs of every batch the same number of classes or columns",
+        )
+    return metric.merge(old, new)
+
+
+def _flat(value: Mapping, prefix: str | None) -> Iterable[tuple[str, Any]]:
+    for key, part in value.items():
+        name = f"{prefix}_{key}" if prefix else str(key)
+        if isinstance(part, Mapping):
+            yield from _flat(part, name)
+        else:
+            yield name, part
+
+
+def _plain(value: Any) -> float | list:
+    if isinstance(value, Tensor):
+        return float(value) if value.ndim == 0 else value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) if isinstance(part, (Tensor, tuple)) else part for part in value]
+    return float(value)
+
+
+def _foreign_state(metric: nn.Module) -> dict[str, Any]:
+    """The states of a torchmetrics metric and of those inside it, by their paths.
+
+    ``metric_state`` is public. Some metrics keep more beside it: tensors (``MinMaxMetric.min_val``) and
+    counters (``_update_count``, ``Running._num_vals_seen``), without which they do not go on as they were.
+    """
+    return {
+        path: {
+            "tensors": {name: _snapshot(value) for name, value in _tensors(part).items()},
+            "counters": {name: n for name, n in vars(part).items() if type(n) is int and name.startswith("_")},
+        }
+        for path, part in _parts(metric)
+    }
+
+
+def _parts(metric: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    return [pair for pair in metric.named_modules() if is_foreign(pair[1]) and not isinstance(pair[1], nn.ModuleDict)]
+
+
+def _tensors(part: nn.Module) -> dict[str, Any]:
+    beside = {name: value for name, value in vars(part).items() if isinstance(value, Tensor) and name[0] != "_"}
+    return beside | part.metric_state
+
+
+def _snapshot(value: Tensor | list) -> Any:
+    # A list state only ever grows at its end, so its tensors need no copy; a dict, as a state holds no lists.
+    return value.clone() if isinstance(value, Tensor) else {str(i): part for i, part in enumerate(value)}
+
+
+def _load_foreign(metric: nn.Module, state: dict[str, Any]) -> None:
+    for path, part in _parts(metric):
+        saved, device = state[path], part.device
+        for name, value in saved["tensors"].items():
+            if isinstance(value, Mapping):
+                restored = [value[str(i)].to(device) for i in range(len(value))]
+            else:
+                restored = value.to(device, copy=True)
+            setattr(part, name, restored)
+        for name, number in saved["counters"].items():
+            setattr(part, name, number)

@@ -1,0 +1,149 @@
+"""From a batch to a loss: the one place where the model is called in training and in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epochal import losses
+from epochal.data.batch import size, split
+from epochal.errors import LossError, ModelError
+from epochal.protocols import Loss
+
+Objective = Callable[[Callable, Any], Loss]  # (forward, batch) -> Loss
+
+
+class Supervised:
+    """The model's outputs compared with the batch's targets.
+
+    The first batch is looked at closely, before any weight has moved: shapes, types and, over all
+    targets where they are in memory, class indices. Later batches only have their shapes compared.
+    """
+
+    def __init__(self, loss: Callable, *, target: Sequence[str] = (), all_targets: Any = None):
+        self.loss, self.target = loss, target
+        self._compares_shapes = losses.kind(loss) in losses.ELEMENTWISE
+        self._all_targets = all_targets
+        self._examined = False
+
+    def __call__(self, forward: Callable, batch: Any) -> Loss:
+        args, kwargs, targets = split(batch, self.target)
+        if targets is None:
+            self._refuse_missing_targets(batch)
+        outputs = forward(*args, **kwargs)
+        if not self._examined:
+            self._examine(outputs, targets)
+        if self._compares_shapes and outputs.shape != targets.shape:
+            losses.check_shapes(self.loss, outputs, targets, "")
+        value = self.loss(outputs, targets)
+        if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+            losses.check_scalar(value, f"loss {losses.describe(self.loss)}")
+        return Loss(value, losses.weight_of(self.loss, targets, size(batch)), outputs, targets)
+
+    def _examine(self, outputs: Any, targets: Any) -> None:
+        if self._compares_shapes and not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+            raise LossError(
+                f"{losses.describe(self.loss)} compares two tensors.",
+                where=f"the model returned {type(outputs).__name__}, the targets are {type(targets).__name__}",
+                fix="give a loss function f(outputs, targets) that picks what it needs",
+            )
+        losses.check_dtype(self.loss, targets, "batch 0")
+        losses.check_classes(self.loss, outputs, targets, "batch 0")
+        if self._all_targets is not None:
+            losses.check_classes(self.loss, outputs, self._all_targets, "all targets")
+        self._examined = True
+
+    def _refuse_missing_targets(self, batch: Any) -> None:
+        raise LossError(
+            "a loss compares outputs with targets, but a batch has no targets.",
+            where=f"a batch is {describe_batch(batch)}",
+            fix='give (inputs, targets), name the dict entry with target="...", or use objective=f(model, batch)',
+        )
+
+
+class Custom:
+    """A user's objective ``f(model, batch) -> Tensor | Loss``, with the weight filled in."""
+
+    def __init__(self, objective: Callable):
+        self.objective = objective
+
+    def __call__(self, forward: Callable, batch: Any) -> Loss:
+        given = self.objective(forward, batch)
+        loss = given if isinstance(given, Loss) else Loss(given)
+        losses.check_scalar(loss.value, f"objective {losses.describe(self.objective)}")
+        return loss if loss.weight is not None else loss._replace(weight=size(batch))
+
+
+def describe_batch(batch: Any) -> str:
+    """Shapes and types, for messages: ``(float32 (32, 10), int64 (32,))``."""
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
+    if isinstance(batch, dict):
+        return "{" + ", ".join(f"{key}: {describe_batch(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, list | tuple) and len(batch) <= 8:
+        return "(" + ", ".join(map(describe_batch, batch)) + ")"
+    return type(batch).__name__
+
+
+def explain(error: Exception, model: nn.Module, batch: Any, where: str) -> Exception:
+    """What to raise instead of an error out of the user's model or loss.
+
+    Mistakes that torch reports in riddles become a ModelError; any other error stays itself and gets a
+    note that says in which step it happened.
+    """
+    text = str(error).strip()
+    place = f"{where}; {_failing_module(error, model)}; the batch is {describe_batch(batch)}"
+    first = next((line for line in text.splitlines() if line), type(error).__name__)
+    if (isinstance(error, RuntimeError) and "dtype" in text) or "expected scalar type" in text or "same dtype" in text:
+        return _type_mismatch(batch, model, place, first)
+    if isinstance(error, RuntimeError) and (
+        "cannot be multiplied" in text or ("to have" in text and "channels" in text)
+    ):
+        return ModelError(
+            f"a layer cannot take inputs of this shape: {first}.",
+            where=place,
+            fix="make the layer's input size match the data",
+        )
+    if isinstance(error, TypeError) and "forward()" in text and "argument" in text:
+        return ModelError(
+            f"the batch does not fit the model's forward: {first}.",
+            where=place,
+            fix="(a, b, y) calls model(a, b), a dict calls model(**inputs); any other way: objective=f(model, batch)",
+        )
+    error.add_note(f"epochal: {place}")
+    return error
+
+
+def _type_mismatch(batch: Any, model: nn.Module, place: str, first: str) -> ModelError:
+    inputs, named, _ = split(batch)
+    types = {part.dtype for part in (*inputs, *named.values()) if isinstance(part, Tensor)}
+    weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    name = str(weights).removeprefix("torch.")
+    if types and not any(kind.is_floating_point or kind.is_complex for kind in types):
+        return ModelError(
+            f"integer inputs reach a layer whose weights are {name}.",
+            where=place,
+            fix="give X.float() (and scale it), or let an nn.Embedding take the integers",
+        )
+    return ModelError(
+        f"a layer got numbers of another type than its weights: {first}.",
+        where=place,
+        fix=f"give X.to(torch.{name}), or make the model {'double()' if torch.float64 in types else 'float()'}",
+    )
+
+
+def _failing_module(error: Exception, model: nn.Module) -> str:
+    """The innermost module of the model that was running, found in the traceback."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if id(owner) in paths:
+            found = owner
+        trace = trace.tb_next
+    if found is None:
+        return f"model {type(model).__name__}"
+    return f"layer {paths[id(found)] or 'model'!r} ({type(found).__name__})"

@@ -1,0 +1,54 @@
+"""The training side of a row: means over the samples since the last row, kept on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from epochal.metrics.metric import Mean, Stream
+from epochal.protocols import StepResult
+
+
+class TrainAverages:
+    """Adds up what the steps report: the loss, the metrics on the training outputs, and a step's own values."""
+
+    def __init__(self, stream: Stream):
+        self.loss, self.stream, self.skipped = Mean(), stream, 0
+        self.values: dict[str, Mean] = {}
+
+    def update(self, result: StepResult) -> None:
+        self.skipped += not result.applied
+        self.loss.update(result.loss, result.weight)
+        for outputs, targets in result.seen:
+            self.stream.update(outputs, targets)
+        for name, value in result.values.items():
+            self.values.setdefault(name, Mean()).update(value, result.weight)
+
+    def take(self) -> dict[str, Any]:
+        """The means so far, by column name; a new row begins."""
+        found = {"loss": self.loss.compute(), **{name: mean.compute() for name, mean in self.values.items()}}
+        columns = {f"train_{name}": value for name, value in {**found, **self.stream.compute()}.items()}
+        if self.skipped:
+            columns["skipped"] = self.skipped
+        self.loss.reset()
+        self.stream.reset()
+        self.values.clear()
+        self.skipped = 0
+        return columns
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "loss": self.loss.state_dict(),
+            "stream": self.stream.state_dict(),
+            "values": {name: mean.state_dict() for name, mean in self.values.items()},
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.loss.load_state_dict(state["loss"])
+        self.stream.load_state_dict(state["stream"])
+        self.skipped = state["skipped"]
+        self.values = {}
+        for name, saved in state["values"].items():
+            self.values[name] = Mean()
+            self.values[name].load_state_dict(saved)

@@ -1,0 +1,1 @@
+"""How weights move: optimizers and learning rate schedules, by name or as torch objects."""

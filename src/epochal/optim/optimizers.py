@@ -1,0 +1,152 @@
+"""Optimizers by name, from a factory, or as the user built them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from epochal.errors import ModelError, PlanError, UnknownNameError
+
+NAMES: dict[str, type[Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "adafactor": torch.optim.Adafactor,
+    "muon": torch.optim.Muon,
+}
+FUSED = frozenset({"sgd", "adam", "adamw", "adagrad"})
+
+
+def build(
+    optimizer: str | Callable[[Iterable[nn.Parameter]], Optimizer] | Optimizer,
+    modules: Sequence[nn.Module],
+    *,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+) -> Optimizer:
+    """The optimizer over the trainable parameters of ``modules`` (the model, and a loss that has parameters).
+
+    A name is built fused where torch has it, with ``lr`` and ``weight_decay`` or torch's defaults. A
+    factory is called with the parameters. An ``Optimizer`` is taken as it is.
+
+    Raises ModelError if no parameter requires a gradient, UnknownNameError, or PlanError if the optimizer
+    belongs to another model.
+    """
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise ModelError(
+            "the model has no parameter to train.",
+            where=f"{type(modules[0]).__name__}: {_count(modules[0])}",
+            fix="set requires_grad_(True) on the parameters that shall be trained",
+        )
+    if isinstance(optimizer, str):
+        options = {"lr": lr, "weight_decay": weight_decay}
+        return _named(optimizer, modules, parameters, {key: v for key, v in options.items() if v is not None})
+    if not isinstance(optimizer, Optimizer):
+        optimizer = _from_factory(optimizer, parameters)
+    _check_owner(optimizer, modules)
+    return optimizer
+
+
+def _count(module: nn.Module) -> str:
+    count = sum(p.numel() for p in module.parameters())
+    return "it has no parameters" if count == 0 else f"all of its {count:,} parameters are frozen"
+
+
+def _named(name: str, modules: Sequence[nn.Module], parameters: list[nn.Parameter], options: dict) -> Optimizer:
+    if name not in NAMES:
+        raise UnknownNameError.of_name("optimizer", name, NAMES, where=f"optimizer={name!r}")
+    if name == "muon":
+        return _muon(parameters, options)
+    # The fused kernels take neither sparse gradients nor complex weights.
+    sparse = any(getattr(part, "sparse", False) is True for module in modules for part in module.modules())
+    if name in FUSED and not sparse and not any(p.is_complex() for p in parameters):
+        try:
+            return NAMES[name](parameters, **options, fused=True)
+        except (RuntimeError, TypeError):
+            pass  # no fused kernel for this device or type: torch says so when asked
+    return NAMES[name](parameters, **options)
+
+
+def _muon(parameters: list[nn.Parameter], options: dict) -> Optimizer:
+    """Muon moves matrices; vectors and tensors of more dimensions go to AdamW, as its author does.
+
+    Source: K. Jordan et al., Muon (2024); the rate is matched to AdamW's as in Moonlight (2025), so
+    one ``lr`` serves both.
+    """
+    matrices = [p for p in parameters if p.dim() == 2]
+    others = [p for p in parameters if p.dim() != 2]
+    built = []
+    if matrices:
+        built.append(torch.optim.Muon(matrices, **options, adjust_lr_fn="match_rms_adamw"))
+    if others:
+        built.append(torch.optim.AdamW(others, **options))
+    return built[0] if len(built) == 1 else Several(built)
+
+
+class Several(Optimizer):
+    """Several optimizers that act as one: their groups side by side, one step steps all."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]):
+        self.optimizers = list(optimizers)
+        super().__init__([group for one in self.optimizers for group in one.param_groups], {})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        # A schedule writes lr into these groups; they have to be the very dicts that the parts read.
+        self.param_groups = [group for one in self.optimizers for group in one.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for one in self.optimizers:
+            one.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [one.state_dict() for one in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for one, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            one.load_state_dict(state)
+        self._share_groups()
+
+
+def _from_factory(factory: Any, parameters: list[nn.Parameter]) -> Optimizer:
+    if not callable(factory):
+        raise PlanError(
+            f"{type(factory).__name__} is not an optimizer.",
+            where=f"optimizer={factory!r}",
+            fix="give a name, a function f(params) -> Optimizer, or an Optimizer",
+        )
+    built = factory(parameters)
+    if not isinstance(built, Optimizer):
+        raise PlanError(
+            f"the optimizer factory returned {type(built).__name__}, not a torch.optim.Optimizer.",
+            where="optimizer",
+            fix="return the optimizer, for example lambda params: torch.optim.SGD(params, lr=0.01)",
+        )
+    return built
+
+
+def _check_owner(optimizer: Optimizer, modules: Sequence[nn.Module]) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise PlanError(
+            "LBFGS evaluates the loss several times in one step, which this loop does not do.",
+            where="optimizer",
+            fix="write the update yourself and give it as step=",
+        )
+    known = {id(p) for module in modules for p in module.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(id(p) in known for p in held):
+        raise PlanError(
+            "the optimizer holds the parameters of another model.",
+            where=f"none of its {len(held)} parameters is one of {type(modules[0]).__name__}'s",
+            fix="build it over this model's parameters() (a copy of a model has new ones)",
+        )

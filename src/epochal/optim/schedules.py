@@ -1,0 +1,207 @@
+"""Learning rate schedules by name, from a factory, or as the user built them; stepped per epoch or per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CyclicLR,
+    ExponentialLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    StepLR,
+)
+
+from epochal.errors import PlanError, UnknownNameError
+
+PER_STEP = ("cosine", "onecycle", "linear")
+PER_EPOCH = ("step", "multistep", "exponential", "plateau")
+NAMES = (*PER_EPOCH, *PER_STEP)
+
+
+@dataclass(frozen=True, init=False)
+class Schedule:
+    """A schedule with its settings.
+
+    kind: a name, ``f(optimizer) -> LRScheduler``, or an ``LRScheduler``. per: ``"step"`` or ``"epoch"``,
+    how often it moves; by its kind if not given (cosine, linear and onecycle move every step over the
+    whole run, the others every epoch). warmup: so many steps at the start in which the rate rises
+    linearly to its full value. Other settings go to the torch class: ``Schedule("step", step_size=30)``.
+    """
+
+    kind: Any
+    per: str | None = None
+    warmup: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __init__(self, kind: Any, *, per: str | None = None, warmup: int = 0, **settings: Any):
+        for name, value in (("kind", kind), ("per", per), ("warmup", warmup), ("settings", settings)):
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        where = f"schedule={self.kind!r}"
+        if isinstance(self.kind, str) and self.kind not in NAMES:
+            raise UnknownNameError.of_name("schedule", self.kind, NAMES, where=where)
+        if not isinstance(self.kind, str | LRScheduler) and not callable(self.kind):
+            raise PlanError(
+                f"{type(self.kind).__name__} is not a schedule.",
+                where=where,
+                fix="give a name, a function f(optimizer) -> LRScheduler, or an LRScheduler",
+            )
+        if self.per not in (None, "step", "epoch"):
+            raise UnknownNameError.of_name("unit of a schedule", self.per, ("step", "epoch"), where=f"per={self.per!r}")
+        if not isinstance(self.warmup, int) or self.warmup < 0:
+            raise PlanError(
+                "warmup must be a number of steps, 0 or more.", where=f"warmup={self.warmup!r}", fix="give an integer"
+            )
+        if self.warmup and self.kind == "onecycle":
+            raise PlanError(
+                "onecycle has a warm-up of its own.", where=f"warmup={self.warmup}", fix="use pct_start= instead"
+            )
+        if self.settings and not isinstance(self.kind, str):
+            raise PlanError(
+                "settings belong to a schedule that is given by name.",
+                where=f"{where}, {', '.join(self.settings)}",
+                fix="put them where the LRScheduler is made",
+            )
+
+
+class Scheduled:
+    """A schedule at work on an optimizer: the one place where a schedule is stepped.
+
+    Nothing here moves before the optimizer has made its first update.
+    """
+
+    def __init__(self, scheduler: LRScheduler, per: str, warmup: LinearLR | None, warmup_steps: int):
+        self.scheduler, self.per = scheduler, per
+        self._warmup, self._warmup_steps, self._steps = warmup, warmup_steps, 0
+
+    @property
+    def is_plateau(self) -> bool:
+        return isinstance(self.scheduler, ReduceLROnPlateau)
+
+    def after_step(self) -> None:
+        """After an update of the optimizer."""
+        self._steps += 1
+        if self._steps <= self._warmup_steps:
+            self._warmup.step()
+            if self._steps == self._warmup_steps:  # the chain of products ends an ulp off the full rate
+                for group in self._warmup.optimizer.param_groups:
+                    group["lr"] = group["initial_lr"]
+        elif self.per == "step":
+            self.scheduler.step()
+
+    def after_epoch(self) -> None:
+        """At the end of an epoch."""
+        if self.per == "epoch" and not self.is_plateau and self._steps > self._warmup_steps:
+            self.scheduler.step()
+
+    def after_evaluation(self, value: float) -> None:
+        """With the monitored value; only a plateau looks at it."""
+        if self.is_plateau and self._steps > self._warmup_steps:
+            self.scheduler.step(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        warmup = self._warmup.state_dict() if self._warmup else None
+        return {"scheduler": self.scheduler.state_dict(), "warmup": warmup, "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self._warmup:
+            self._warmup.load_state_dict(state["warmup"])
+        self._steps = state["steps"]
+
+
+def build(schedule: Any, optimizer: Optimizer, *, epochs: int | None, steps: int | None, mode: str) -> Scheduled:
+    """Puts a schedule to work.
+
+    epochs, steps: the length of the run, None where it is not known. mode: "min" or "max", which way
+    the monitored value improves.
+
+    Raises PlanError for a scheduler of another optimizer, an unknown length where one is needed, or a
+    plateau that watches in the wrong direction.
+    """
+    schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
+    if isinstance(schedule.kind, str):
+        per = schedule.per or ("step" if schedule.kind in PER_STEP else "epoch")
+        length = (steps - schedule.warmup if steps is not None else None) if per == "step" else epochs
+        scheduler = _named(schedule, optimizer, per, length, mode)
+    else:
+        scheduler = schedule.kind if isinstance(schedule.kind, LRScheduler) else _from_factory(schedule.kind, optimizer)
+        per = schedule.per or ("step" if isinstance(scheduler, OneCycleLR | CyclicLR) else "epoch")
+    _check(scheduler, optimizer, mode)
+    warmup = None
+    if schedule.warmup:
+        warmup = LinearLR(optimizer, start_factor=1 / (schedule.warmup + 1), total_iters=schedule.warmup)
+    return Scheduled(scheduler, per, warmup, schedule.warmup)
+
+
+def _named(schedule: Schedule, optimizer: Optimizer, per: str, length: int | None, mode: str) -> LRScheduler:
+    kind, settings = schedule.kind, schedule.settings
+    length = _length(schedule, per, length) if kind in PER_STEP else 0
+    highest = [group["lr"] for group in optimizer.param_groups]
+    makers: dict[str, Callable[[], LRScheduler]] = {
+        "step": lambda: StepLR(optimizer, **{"step_size": 30, "gamma": 0.1, **settings}),
+        "multistep": lambda: MultiStepLR(optimizer, **settings),
+        "exponential": lambda: ExponentialLR(optimizer, **{"gamma": 0.95, **settings}),
+        "plateau": lambda: ReduceLROnPlateau(optimizer, **{"mode": mode, **settings}),
+        "cosine": lambda: CosineAnnealingLR(optimizer, **{"T_max": length, **settings}),
+        "linear": lambda: LinearLR(
+            optimizer, **{"start_factor": 1.0, "end_factor": 0.0, "total_iters": length, **settings}
+        ),
+        "onecycle": lambda: OneCycleLR(optimizer, **{"max_lr": highest, "total_steps": length, **settings}),
+    }
+    try:
+        return makers[kind]()
+    except (TypeError, ValueError) as error:
+        needs = ' (it needs milestones, for example Schedule("multistep", milestones=[30, 60]))'
+        raise PlanError(
+            f"the schedule {kind!r} cannot be made: {error}.",
+            where=f"schedule={kind!r}, {settings or 'no settings'}",
+            fix="give the settings of its torch class" + (needs if kind == "multistep" else ""),
+        ) from error
+
+
+def _length(schedule: Schedule, per: str, length: int | None) -> int:
+    if length is None and not {"T_max", "total_iters", "total_steps"} & set(schedule.settings):
+        raise PlanError(
+            f"the schedule {schedule.kind!r} needs to know how many {per}s there will be.",
+            where="the data have no length" if per == "step" else "epochs is not given",
+            fix="give max_steps=" if per == "step" else "give epochs=",
+        )
+    return max(1, length or 1)
+
+
+def _from_factory(factory: Callable[[Optimizer], Any], optimizer: Optimizer) -> LRScheduler:
+    built = factory(optimizer)
+    if not isinstance(built, LRScheduler):
+        raise PlanError(
+            f"the schedule factory returned {type(built).__name__}, not an LRScheduler.",
+            where="schedule",
+            fix="return the scheduler, for example lambda opt: StepLR(opt, step_size=30)",
+        )
+    return built
+
+
+def _check(scheduler: LRScheduler, optimizer: Optimizer, mode: str) -> None:
+    if scheduler.optimizer is not optimizer:
+        raise PlanError(
+            "the schedule moves the learning rate of another optimizer.",
+            where=f"schedule={type(scheduler).__name__}",
+            fix="give the optimizer that it was made with as optimizer=, or give f(optimizer) -> LRScheduler",
+        )
+    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != mode:
+        raise PlanError(
+            f"the plateau waits for the monitored value to go {'down' if scheduler.mode == 'min' else 'up'}, "
+            f"but it improves by going {'down' if mode == 'min' else 'up'}.",
+            where=f"schedule=ReduceLROnPlateau(mode={scheduler.mode!r})",
+            fix=f"make it with mode={mode!r}",
+        )

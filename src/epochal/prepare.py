@@ -1,0 +1,169 @@
+"""From a plan to a run: device, data, optimizer, schedule, step, watchers, in this order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from epochal import losses
+from epochal.cadence import Every
+from epochal.checkpoint.store import Checkpoints, Saving
+from epochal.describe import started
+from epochal.errors import Mistakes, PlanError, UnknownNameError
+from epochal.feeding import Data, read, steps_of
+from epochal.metrics import named
+from epochal.metrics.metric import Stream
+from epochal.objective import Custom, Objective, Supervised
+from epochal.observe.averages import TrainAverages
+from epochal.observe.best import BestSoFar
+from epochal.observe.console import Console
+from epochal.observe.early_stopping import EarlyStopping
+from epochal.observe.recorder import Recorder
+from epochal.optim import optimizers, schedules
+from epochal.protocols import Observer, Stateful
+from epochal.result import Setting, float_type
+from epochal.run import Limits, Run, Validation
+from epochal.runtime import device as devices
+from epochal.runtime import precision as precisions
+from epochal.runtime import seeding
+from epochal.runtime.processes import world
+from epochal.state import TrainState
+from epochal.step import Update
+
+if TYPE_CHECKING:
+    from epochal.plan import Plan
+
+
+def prepare(plan: Plan) -> Run:
+    """Builds every part. What is wrong with data, optimizer, metrics and monitor is told at once."""
+    if plan.seed is not None:
+        seeding.seed_everything(plan.seed)
+    device = devices.choose(plan.device)
+    loss = losses.resolve(plan.loss) if plan.loss is not None else None
+    modules = [plan.model, loss] if isinstance(loss, nn.Module) else [plan.model]
+    for module in modules:
+        module.to(device)
+    mistakes = Mistakes()
+    with mistakes:
+        data = read(plan, losses.kind(loss), device, float_type(plan.model))
+    with mistakes:
+        optimizer = _optimizer(plan, modules)
+    with mistakes:
+        metrics = named.resolve(plan.metrics, loss=losses.kind(loss), ignore_index=getattr(loss, "ignore_index", -100))
+        best = _best(plan, metrics, modules)
+    mistakes.tell()
+
+    limits = Limits(plan.epochs, plan.max_steps, _seconds(plan.max_time))
+    forward = torch.compile(plan.model) if plan.compile else plan.model
+    evaluated_by = _objective(plan, loss, data, data.val_targets)
+    step = plan.step or Update(
+        _objective(plan, loss, data, data.train_targets), forward, device,
+        precision=plan.precision, clip=plan.clip, skip_nonfinite=plan.nonfinite == "skip",
+    )  # fmt: skip
+    state = TrainState(
+        plan.model, optimizer, loss=loss if len(modules) > 1 else None, seed=data.seed,
+        schedule=_schedule(plan, optimizer, steps_of(data.train, plan.accumulate, limits.epochs, limits.steps), best),
+        scaler=precisions.scaler(plan.precision, device),
+    )  # fmt: skip
+    autocast = precisions.autocast(plan.precision, device)
+    run = Run(
+        state=state, step=step, train=data.train, accumulate=plan.accumulate, limits=limits, best=best,
+        validation=Validation(
+            data.val, evaluated_by, Stream(metrics), autocast, Every.parse(plan.evaluate_every, where="evaluate_every")
+        ),
+        averages=TrainAverages(Stream(metrics)),
+        setting=Setting(
+            forward, modules, device, evaluated_by, metrics, autocast, data.batch_size, data.target, data.inputs,
+            data.encoding, float_type(plan.model),
+        ),
+        started=started(plan, state, data, device, best.monitor, losses.describe(loss or plan.objective or plan.step)),
+    )  # fmt: skip
+    _watch(plan, run)
+    return run
+
+
+def _optimizer(plan: Plan, modules: Sequence[nn.Module]) -> Any:
+    if plan.step is not None and plan.optimizer is None:
+        return None  # a step of the user's own may bring its optimizers
+    return optimizers.build(plan.optimizer or "adam", modules, lr=plan.lr, weight_decay=plan.weight_decay)
+
+
+def _schedule(plan: Plan, optimizer: Any, steps: int | None, best: BestSoFar) -> schedules.Scheduled | None:
+    if plan.schedule is None:
+        return None
+    if optimizer is None:
+        raise PlanError(
+            "a schedule moves the learning rate of an optimizer, and there is none.",
+            where="schedule, optimizer=None",
+            fix="give optimizer= too, or step the schedule in your step",
+        )
+    return schedules.build(plan.schedule, optimizer, epochs=plan.epochs, steps=steps, mode=best.mode)
+
+
+def _objective(plan: Plan, loss: Any, data: Data, all_targets: Any) -> Objective | None:
+    if loss is not None:
+        return Supervised(loss, target=data.target, all_targets=all_targets)
+    return Custom(plan.objective) if plan.objective is not None else None
+
+
+def _seconds(max_time: float | str | None) -> float | None:
+    return Every.parse(max_time, where="max_time").count if isinstance(max_time, str) else max_time
+
+
+def _best(plan: Plan, metrics: list, modules: list[nn.Module]) -> BestSoFar:
+    stopping = plan.early_stopping
+    monitor, mode = _monitor(plan, metrics)
+    restores = plan.restore_best if stopping is None or stopping.restore_best is None else stopping.restore_best
+    keeps = modules if restores and plan.val is not None else ()
+    return BestSoFar(monitor, mode, stopping.min_delta if stopping else 0.0, keeps)
+
+
+def _monitor(plan: Plan, metrics: list) -> tuple[str, str]:
+    """The column that decides what is best, and which way it improves."""
+    stopping = plan.early_stopping
+    asked = {name for name in (plan.monitor, stopping.monitor if stopping else None) if name is not None}
+    if len(asked) > 1:
+        raise PlanError(
+            "two columns cannot both decide what is best.",
+            where=f"monitor={plan.monitor!r}, early_stopping monitors {stopping.monitor!r}",
+            fix="give one of them",
+        )
+    sides = ("train", "val") if plan.val is not None else ("train",)
+    modes = {"loss": "min", **{name: named.mode_of(one) for one in metrics for name in named.names_of([one])}}
+    known = {f"{side}_{name}": mode for side in sides for name, mode in modes.items()}
+    given = asked.pop() if asked else f"{sides[-1]}_loss"
+    monitor = re.sub(r"^(eval|valid|validation|val)[_/]", "val_", re.sub(r"^(train|training)[_/]", "train_", given))
+    if monitor not in known and not (plan.step is not None and monitor.startswith("train_")):
+        raise UnknownNameError.of_name("column to monitor", given, known, where=f"monitor={given!r}")
+    mode = (stopping.mode if stopping else None) or known.get(monitor, "min")
+    if mode is None:
+        raise PlanError(
+            f"nothing says whether a low or a high {monitor} is better.",
+            where=f"monitor={given!r}",
+            fix=f'give early_stopping=EarlyStopping(monitor={given!r}, mode="max") or mode="min"',
+        )
+    return monitor, mode
+
+
+def _watch(plan: Plan, run: Run) -> None:
+    """Gives the run its observers, its folder, and what was saved before, if it is resumed."""
+    folder, saving = run.started.run, Saving.of(plan.save)
+    stopping = plan.early_stopping or (EarlyStopping(patience=plan.patience) if plan.patience else None)
+    observers: list[Observer] = [stopping.fresh()] if stopping else []
+    is_first = world().is_first
+    observers += plan.observers if plan.observers is not None else ([Console()] if is_first else [])
+    if folder is not None and is_first:
+        observers.append(Recorder(folder, run.state.model, resume=plan.resume))
+        run.checkpoints = Checkpoints(folder / "checkpoints", saving.keep)
+        run.saving = Every.parse(saving.every, where="save")
+    run.observers = observers
+    extras = {f"observers.{i}": one for i, one in enumerate(observers) if isinstance(one, Stateful)}
+    if isinstance(plan.step, Stateful):
+        extras["step"] = plan.step
+    run.state.extras.update({"best": run.best, "averages": run.averages, **extras})
+    if plan.resume and run.checkpoints.all():
+        run.state.load_state_dict(run.checkpoints.load(run.checkpoints.newest()))

@@ -1,0 +1,192 @@
+"""The history of a run: one row an evaluation, as rows, as columns, as a table, as a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, final, overload
+
+from epochal.errors import TableError, UnknownNameError
+from epochal.events import Best, Row
+from epochal.report.rows import columns, scalar, scalar_columns, write_whole
+
+if TYPE_CHECKING:
+    import polars as pl
+    from matplotlib.figure import Figure
+
+_ALWAYS = ("train_loss", "val_loss")  # may be asked for in every run, measured or not
+
+
+@final
+class History(Sequence[dict[str, Any]]):
+    """Rows in the order of their evaluation, and every column by its name.
+
+    ``rows``: one dict an evaluation, with ``epoch``, ``step``, ``lr``, ``time`` (seconds since the
+    run's start), ``train_loss`` and what else was measured. ``best``: the best evaluation, where the
+    run knows it; otherwise it is looked up in the column ``monitor`` (the least value for the mode
+    ``"min"``, the greatest for ``"max"``; the earlier of equal ones; a nan is never best).
+
+    A column holds a value a row, nan where a row has none:
+
+    >>> history = History([{"epoch": 1, "val_loss": 0.5}, {"epoch": 2, "val_loss": 0.25}], monitor="val_loss")
+    >>> history.val_loss, history["epoch"], history[-1]
+    ([0.5, 0.25], [1, 2], {'epoch': 2, 'val_loss': 0.25})
+    >>> history
+    History: 2 rows, epochs 1 to 2
+      last  epoch 2  val_loss 0.25
+      best  epoch 2  val_loss 0.25
+
+    An unknown column is an ``UnknownNameError`` by item and an ``AttributeError`` by attribute, both
+    with the nearest name.
+    """
+
+    def __init__(
+        self, rows: Iterable[Row] = (), monitor: str | None = None, mode: str = "min", best: Best | None = None
+    ):
+        if mode not in ("min", "max"):
+            raise UnknownNameError.of_name("mode", mode, ("min", "max"), where="History(mode=...)")
+        self.rows: list[dict[str, Any]] = [dict(row) for row in rows]
+        self.monitor, self.mode = monitor, mode
+        self._best = best
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names in the rows, in the order of their first appearance."""
+        return columns(self.rows)
+
+    @property
+    def best(self) -> Best | None:
+        """The best evaluation; None where nothing is monitored or no value of it was finite."""
+        if self._best is not None or self.monitor is None:
+            return self._best
+        values = [(scalar(row.get(self.monitor)), row) for row in self.rows]
+        known = [(value, row) for value, row in values if value is not None and math.isfinite(value)]
+        if not known:
+            return None
+        value, row = (min if self.mode == "min" else max)(known, key=lambda pair: pair[0])
+        return Best(row.get("epoch", 0), row.get("step", 0), self.monitor, value)
+
+    def _column(self, name: str) -> list[Any]:
+        known = {*self.columns, *_ALWAYS}
+        if name not in known:
+            raise UnknownNameError.of_name("column of the history", name, known)
+        values = (row.get(name) for row in self.rows)
+        return [math.nan if value is None else value for value in values]
+
+    def __getattr__(self, name: str) -> list[Any]:
+        if name.startswith("_") or "rows" not in self.__dict__:  # asked by copy and pickle before there are rows
+            raise AttributeError(name)
+        try:
+            return self._column(name)
+        except UnknownNameError as error:
+            raise AttributeError(str(error)) from None
+
+    @overload
+    def __getitem__(self, key: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[dict[str, Any]]: ...
+    @overload
+    def __getitem__(self, key: str) -> list[Any]: ...
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return self._column(key) if isinstance(key, str) else self.rows[key]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self.columns, *_ALWAYS})
+
+    def __repr__(self) -> str:
+        if not self.rows:
+            return "History: no rows"
+        first, last, best = self.rows[0], self.rows[-1], self.best
+        count = "1 row" if len(self) == 1 else f"{len(self)} rows"
+        epochs = list(dict.fromkeys(str(row["epoch"]) for row in (first, last) if "epoch" in row))
+        span = f", epoch{'s' * (len(epochs) > 1)} {' to '.join(epochs)}" if epochs else ""
+        lines = [f"History: {count}{span}", f"  last  {_line(last)}"]
+        if best is not None:
+            row = next(
+                (row for row in self.rows if (row.get("epoch"), row.get("step", 0)) == (best.epoch, best.step)), {}
+            )
+            lines.append(f"  best  {_line({'epoch': best.epoch, best.metric: best.value} | row)}")
+        return "\n".join(lines)
+
+    def to_polars(self) -> pl.DataFrame:
+        """The rows as a polars frame: a column a name, null where a row has no value."""
+        import polars as pl
+
+        return pl.DataFrame(self.rows, infer_schema_length=None, strict=False)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes the numbers, one line a row, such that ``from_csv`` reads the same floats to the bit.
+
+        What is not a number (a confusion matrix) is left out. Raises ``RunFolderError``.
+        """
+        names = scalar_columns(self.rows)
+        text = io.StringIO()
+        if names:
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(names)
+            for row in self.rows:
+                values = (scalar(row.get(name)) for name in names)
+                writer.writerow("" if value is None else repr(value) for value in values)
+        write_whole(path, text.getvalue().encode())
+
+    @classmethod
+    def from_csv(cls, path: str | os.PathLike[str], monitor: str | None = None, mode: str = "min") -> History:
+        """Reads what ``to_csv`` wrote. Raises ``TableError`` for a file that is missing or is not such a table."""
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                lines = list(csv.reader(file))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise TableError(
+                f"the history cannot be read: {reason}.",
+                where=os.fspath(path),
+                fix="name a results.csv that epochal has written",
+            ) from error
+        names = lines[0] if lines else []
+        rows = [_parsed(names, line, f"{os.fspath(path)}, line {n}") for n, line in enumerate(lines[1:], 2)]
+        return cls(rows, monitor, mode)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draws the curves (see ``plots.draw``); saves them too when a path (.png, .svg, .pdf) is given."""
+        from epochal.report import plots
+
+        figure = plots.draw(self.rows, best=self.best)
+        if path is not None:
+            plots.save(figure, path)
+        return figure
+
+
+def _line(row: Row) -> str:
+    """The losses and metrics of a row in short, without what one rarely looks for."""
+    names = [name for name in row if name not in ("epoch", "step", "lr", "time")]
+    numbers = [(name, scalar(row[name])) for name in names]
+    told = [f"{name} {value:.4g}" for name, value in numbers if value is not None]
+    return "  ".join([f"epoch {row['epoch']}"] * ("epoch" in row) + told)
+
+
+def _parsed(names: list[str], line: list[str], where: str) -> dict[str, int | float]:
+    if len(line) != len(names):
+        raise TableError(
+            f"the table has {len(names)} columns, and the line {len(line)}.",
+            where=where,
+            fix="mend or remove the line",
+        )
+    return {name: _number(text, f"{where}, column {name!r}") for name, text in zip(names, line) if text}
+
+
+def _number(text: str, where: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    raise TableError(f"{text!r} is not a number.", where=where, fix="mend or remove the line")

@@ -1,0 +1,219 @@
+"""A run: iterated to its end, and what it leaves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from epochal import loop
+from epochal.cadence import Every
+from epochal.checkpoint.store import Checkpoints
+from epochal.data.loader import GivenLoader, Loader
+from epochal.data.window import Window, windows
+from epochal.errors import NonFiniteError
+from epochal.events import Ended, Evaluated, Event, Saved, Started, StepDone, Stop, StopReason
+from epochal.metrics.metric import Stream
+from epochal.objective import Objective
+from epochal.observe.averages import TrainAverages
+from epochal.observe.best import BestSoFar
+from epochal.protocols import Observer, Step, StepResult
+from epochal.report.history import History
+from epochal.result import Result, Setting
+from epochal.state import Progress, TrainState
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a run ends, whichever comes first; None is no limit."""
+
+    epochs: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+
+    def reached(self, progress: Progress, seconds: float) -> StopReason | None:
+        if self.epochs is not None and progress.epoch >= self.epochs:
+            return StopReason.EPOCHS
+        if self.steps is not None and progress.step >= self.steps:
+            return StopReason.MAX_STEPS
+        if self.seconds is not None and seconds >= self.seconds:
+            return StopReason.MAX_TIME
+        return None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is evaluated, with what, and how often; ``loader`` is None where there is no ``val``."""
+
+    loader: Loader | GivenLoader | None
+    objective: Objective | None
+    stream: Stream
+    autocast: AbstractContextManager
+    every: Every
+
+
+@dataclass
+class Run:
+    """A prepared run: ``for event in run`` trains. As a context manager it ends properly however it is left.
+
+    state: complete at every event. started: what observers are told first. saving: how often checkpoints
+    are saved, with ``checkpoints``; None where there is no run folder.
+    """
+
+    state: TrainState
+    step: Step
+    train: Loader | GivenLoader
+    accumulate: int
+    validation: Validation
+    limits: Limits
+    averages: TrainAverages
+    best: BestSoFar
+    setting: Setting
+    started: Started
+    observers: Sequence[Observer] = ()
+    checkpoints: Checkpoints | None = None
+    saving: Every | None = None
+    ended: Ended | None = field(default=None, init=False)
+
+    def __iter__(self) -> Iterator[Event]:
+        """The whole run, in the order in which things happen."""
+        state, progress = self.state, self.state.progress
+        self._begin()
+        yield self._tell(self.started)
+        for result in loop.steps(state, self.step, self._windows, self._is_over):
+            at_epoch_end = result is None
+            if result is not None:
+                self._account_for(result)
+                yield self._tell(StepDone(progress.step, progress.epoch + 1, progress.samples, result))
+            evaluated = self._evaluate() if self._evaluation_is_due(at_epoch_end) else None
+            if at_epoch_end and state.schedule is not None:
+                state.schedule.after_epoch()
+            if evaluated is not None:
+                yield self._tell(evaluated)
+            if self._saving_is_due(at_epoch_end):
+                yield self._tell(self._save())
+        if progress.evaluated != progress.step:
+            yield self._tell(self._evaluate())
+        if self.checkpoints is not None:
+            yield self._tell(self._save())
+        yield self._end(*self._reason())
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.ended is None:
+            self._end(_reason_of(error), str(error).splitlines()[0] if error and str(error) else "")
+
+    @property
+    def result(self) -> Result:
+        """What the run left; once it has ended."""
+        ended = self.ended or self._end(StopReason.CLOSED, "")
+        history = History(self.state.rows, self.best.monitor, self.best.mode, self.best.best)
+        return Result(
+            self.state.model, history, ended.best, ended.reason, ended.message, ended.restored, self.started.run,
+            self.setting,
+        )  # fmt: skip
+
+    def _begin(self) -> None:
+        self._began = time.perf_counter() - self.state.progress.seconds
+        self._last_evaluation = self._last_saving = time.perf_counter()
+        self._modes = [(part, part.training) for module in self.state.modules for part in module.modules()]
+        for module in self.state.modules:
+            # A model in train mode is left as it is: a backbone that was put to eval mode stays so.
+            if not module.training:
+                module.train()
+
+    def _windows(self, progress: Progress) -> Iterator[Window]:
+        batches = self.train.batches(progress.epoch, progress.windows * self.accumulate)
+        return windows(batches, self.accumulate)
+
+    def _is_over(self) -> bool:
+        return self.state.stop is not None or self.limits.reached(self.state.progress, self._seconds()) is not None
+
+    def _reason(self) -> tuple[StopReason, str]:
+        if (stop := self.state.stop) is not None:
+            return stop.reason, stop.message
+        reason = self.limits.reached(self.state.progress, self._seconds()) or StopReason.CLOSED
+        return reason, reason.message
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    def _tell(self, event: Event) -> Event:
+        for observer in self.observers:
+            answer = observer(event)
+            if isinstance(answer, Stop) and self.state.stop is None:
+                self.state.stop = answer
+        return event
+
+    def _account_for(self, result: StepResult) -> None:
+        self.averages.update(result)
+        # A schedule never moves before the optimizer has; an update that was left out is none.
+        if result.applied and self.state.schedule is not None:
+            self.state.schedule.after_step()
+
+    def _evaluation_is_due(self, at_epoch_end: bool) -> bool:
+        progress, since = self.state.progress, time.perf_counter() - self._last_evaluation
+        every = self.validation.every
+        due = every.due(step=progress.step, epoch=progress.epoch, at_epoch_end=at_epoch_end, seconds=since)
+        return due and progress.evaluated != progress.step
+
+    def _evaluate(self) -> Evaluated:
+        """Closes a row: the training's means since the last one, and the validation."""
+        progress, validation = self.state.progress, self.validation
+        row = {"epoch": max(1, progress.epoch_in_hand), "step": progress.step, "lr": self._lr(), "time": 0.0}
+        row.update(self.averages.take())
+        if validation.loader is not None:
+            values = loop.evaluate(
+                validation.objective, self.setting.forward, validation.loader.batches(epoch=0), validation.stream,
+                modules=self.state.modules, device=self.setting.device, autocast=validation.autocast,
+            )  # fmt: skip
+            row.update({f"val_{name}": value for name, value in values.items()})
+        row["time"] = progress.seconds = self._seconds()
+        is_best = self.best.update(row)
+        if self.state.schedule is not None:
+            self.state.schedule.after_evaluation(row[self.best.monitor])
+        progress.evaluated = progress.step
+        self._last_evaluation = time.perf_counter()
+        self.state.rows.append(row)
+        return Evaluated(row, is_best, self.best.best)
+
+    def _lr(self) -> float | None:
+        return float(self.state.optimizer.param_groups[0]["lr"]) if self.state.optimizer is not None else None
+
+    def _saving_is_due(self, at_epoch_end: bool) -> bool:
+        if self.saving is None:
+            return False
+        progress, since = self.state.progress, time.perf_counter() - self._last_saving
+        return self.saving.due(step=progress.step, epoch=progress.epoch, at_epoch_end=at_epoch_end, seconds=since)
+
+    def _save(self) -> Saved:
+        progress = self.state.progress
+        progress.seconds = self._seconds()
+        path = self.checkpoints.save(progress.step, self.state.state_dict())
+        self._last_saving = time.perf_counter()
+        return Saved(path, progress.step)
+
+    def _end(self, reason: StopReason, message: str) -> Ended:
+        """Puts the best weights and the modules' modes back, and tells."""
+        progress = self.state.progress
+        restored = self.best.restore(progress.step)
+        for part, training in getattr(self, "_modes", ()):
+            part.training = training
+        seconds = self._seconds() if hasattr(self, "_began") else 0.0
+        self.ended = Ended(
+            reason, message or reason.message, self.best.best, restored, progress.epoch, progress.step, seconds
+        )
+        self._tell(self.ended)
+        return self.ended
+
+
+def _reason_of(error: BaseException | None) -> StopReason:
+    if error is None:
+        return StopReason.CLOSED
+    if isinstance(error, KeyboardInterrupt):
+        return StopReason.INTERRUPTED
+    return StopReason.NONFINITE if isinstance(error, NonFiniteError) else StopReason.FAILED

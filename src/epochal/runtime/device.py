@@ -1,0 +1,67 @@
+"""Which device a run uses, and moving batches to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epochal.errors import PlanError
+
+
+def choose(device: str | torch.device) -> torch.device:
+    """The device to use: ``"auto"`` takes the accelerator if there is one, anything else is kept.
+
+    >>> choose("cpu")
+    device(type='cpu')
+    """
+    if device == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None else torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
+        raise PlanError(
+            f"the device {device!r} cannot be used.",
+            where=f"device={device!r}; torch says: {str(error).strip().splitlines()[0]}",
+            fix='use device="auto" or "cpu", or install a torch build for this device',
+        ) from error
+    return chosen
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for the header."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"cpu ({threads} thread{'s' if threads != 1 else ''})"
+    return str(device)
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in it on ``device``.
+
+    Walks dicts, lists, tuples and named tuples; anything else with a ``to`` method (a packed sequence,
+    a graph batch) is asked to move itself, and what cannot move stays. From pinned memory the copy does
+    not wait.
+    """
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=batch.is_pinned()) if batch.device != device else batch
+    if hasattr(batch, "to") and callable(batch.to):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: move(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(move(value, device) for value in batch)
+    return batch
+
+
+def moves(device: torch.device) -> bool:
+    """Whether batches, which come from the host, have to be moved at all."""
+    return device.type != "cpu"

@@ -1,0 +1,171 @@
+"""One optimizer update: autocast, scaling, accumulation, clipping and the non-finite guard, and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from epochal.errors import EpochalError, LossError, NonFiniteError
+from epochal.objective import Objective, explain
+from epochal.protocols import StepResult
+from epochal.runtime import device as devices
+from epochal.runtime import precision as precisions
+
+if TYPE_CHECKING:
+    from epochal.data.window import Window
+    from epochal.state import TrainState
+
+
+class Update:
+    """The default step: the gradient of the weighted mean over the window, then one move of the weights.
+
+    forward: the model, or a compiled form of it. clip: the largest gradient norm (L2 over all parameters),
+    None for no clipping. skip_nonfinite: leave out an update that is not finite, instead of raising.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        forward: Callable,
+        device: torch.device,
+        *,
+        precision: str = "fp32",
+        clip: float | None = None,
+        skip_nonfinite: bool = False,
+    ):
+        self.objective, self.forward, self.device = objective, forward, device
+        self.autocast = precisions.autocast(precision, device)
+        self.clip, self.skip_nonfinite = clip, skip_nonfinite
+        self._moves = devices.moves(device)
+
+    def __call__(self, state: TrainState, window: Window) -> StepResult:
+        state.optimizer.zero_grad()
+        alone = len(window.batches) == 1
+        seen, total, weights = [], 0.0, 0.0
+        for batch in window.batches:
+            try:
+                if self._moves:
+                    batch = devices.move(batch, self.device)
+                with self.autocast:
+                    loss = self.objective(self.forward, batch)
+            except Exception as error:
+                raise _located(error, state, batch) from error
+            if not loss.value.requires_grad:
+                raise _without_graph(state)
+            weights = loss.weight if alone else weights + loss.weight
+            total = loss.value.detach() if alone else total + _weighted(loss.value.detach(), loss.weight)
+            # One batch is its own mean, and gives the bits of the plain loop. Of several, each counts by its
+            # weight; samples are known before, what the weights add up to only afterwards.
+            value = loss.value if alone else _weighted(loss.value, loss.weight) / window.samples
+            (value if state.scaler is None else state.scaler.scale(value)).backward()
+            seen.append((_detached(loss.outputs), _detached(loss.targets)))
+        if not alone:
+            total = total / weights
+            _rescale(state, window.samples / weights)
+        norm = self._norm(state)
+        if not self._is_finite(state, total, norm):
+            return self._not_finite(state, window, total, norm)
+        return StepResult(total, weights, seen, grad_norm=norm, applied=self._move_weights(state, norm))
+
+    def _norm(self, state: TrainState) -> Tensor:
+        """The L2 norm of all gradients, unscaled, as ``torch.nn.utils.clip_grad_norm_`` takes it."""
+        if state.scaler is not None:
+            state.scaler.unscale_(state.optimizer)
+        return torch.nn.utils.get_total_norm([_values(p.grad) for p in _with_gradient(state)])
+
+    def _is_finite(self, state: TrainState, loss: Tensor, norm: Tensor) -> bool:
+        # An fp16 gradient may overflow: its scaler sees that, skips the update and scales down.
+        checked = loss if state.scaler is not None else loss + norm
+        return math.isfinite(checked.item())
+
+    def _not_finite(self, state: TrainState, window: Window, loss: Tensor, norm: Tensor) -> StepResult:
+        if not self.skip_nonfinite:
+            raise _non_finite(state, window, loss, norm)
+        state.optimizer.zero_grad()
+        if state.scaler is not None:
+            state.scaler.update()
+        return StepResult(loss, weight=0.0, applied=False)
+
+    def _move_weights(self, state: TrainState, norm: Tensor) -> bool:
+        if self.clip is not None:
+            _clip(state, self.clip, norm)
+        if state.scaler is None:
+            state.optimizer.step()
+            return True
+        scale = state.scaler.get_scale()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        return state.scaler.get_scale() >= scale
+
+
+def _weighted(value: Tensor, weight: float | Tensor) -> Tensor:
+    """value × weight, and 0 where nothing is counted: the mean over nothing is not a number."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, 0.0, value * weight)
+    return value * weight if weight else value * 0.0
+
+
+def _with_gradient(state: TrainState) -> list[Tensor]:
+    return [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """The entries of a gradient; of a sparse one those that are there, duplicates added up."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _rescale(state: TrainState, factor: float | Tensor) -> None:
+    if isinstance(factor, float) and factor == 1.0:
+        return
+    for p in _with_gradient(state):
+        p.grad.mul_(factor)
+
+
+def _clip(state: TrainState, clip: float, norm: Tensor) -> None:
+    parameters = _with_gradient(state)
+    torch.nn.utils.clip_grads_with_norm_([p for p in parameters if not p.grad.is_sparse], clip, norm)
+    coefficient = torch.clamp(clip / (norm + 1e-6), max=1.0)  # the same formula, for what torch leaves out
+    for p in parameters:
+        if p.grad.is_sparse:
+            p.grad.mul_(coefficient)
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {key: _detached(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_detached(part) for part in value)
+    return value
+
+
+def _located(error: Exception, state: TrainState, batch: Any) -> Exception:
+    where = f"step {state.progress.step}, batch {state.progress.windows} of train"
+    if isinstance(error, EpochalError):
+        error.where = f"{where}; {error.where.removeprefix('; ')}" if error.where else where
+        return error
+    return explain(error, state.model, batch, where)
+
+
+def _without_graph(state: TrainState) -> LossError:
+    return LossError(
+        "the loss does not depend on any parameter that can be trained.",
+        where=f"step {state.progress.step}; loss.requires_grad is False",
+        fix="do not detach() the outputs, and do not compute the loss under torch.no_grad()",
+    )
+
+
+def _non_finite(state: TrainState, window: Window, loss: Tensor, norm: Tensor) -> NonFiniteError:
+    what = "the loss" if not math.isfinite(loss.item()) else "a gradient"
+    rate = state.optimizer.param_groups[0]["lr"]
+    return NonFiniteError(
+        f"{what} is not finite; the weights were not touched.",
+        where=f"step {state.progress.step}, epoch {state.progress.epoch + 1}, batch {state.progress.windows}; "
+        f"loss {loss.item():g}, gradient norm {norm.item():g}, lr {float(rate):g}",
+        fix='look for NaN in the data, lower lr, set clip=1.0, or use nonfinite="skip"',
+    )
