@@ -62,7 +62,7 @@ class Run:
         self.steps += 1
         self.clock.now += seconds
         result = StepResult(torch.tensor(loss), 32)
-        self.console(StepDone(self.steps, epoch, 32, result))
+        self.console(StepDone(self.steps, epoch, 1000 + 32 * self.steps, result))  # a resumed run has seen some
         return self
 
     def row(self, val_loss, train_loss=None, epoch=None, step=None, **more):
@@ -489,7 +489,7 @@ def test_ten_thousand_steps_cost_few_writes_and_fewer_looks_at_the_device():
     result = StepResult(torch.tensor(0.5).as_subclass(Loss), 32)
     for step in range(1, 10_001):
         run.clock.now += 0.001  # ten seconds in all
-        run.console(StepDone(step, 1, 32, result))
+        run.console(StepDone(step, 1, 32 * step, result))
     assert 80 <= out.writes <= 101
     assert 15 <= Loss.looks <= 21
 

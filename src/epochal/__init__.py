@@ -8,6 +8,29 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from epochal.checkpoint.store import Saving as Saving
+    from epochal.data.loader import Loader as Loader
+    from epochal.data.window import Window as Window
+    from epochal.errors import EpochalError as EpochalError
+    from epochal.events import Stop as Stop
+    from epochal.events import StopReason as StopReason
+    from epochal.metrics.metric import Metric as Metric
+    from epochal.observe.console import Console as Console
+    from epochal.observe.early_stopping import EarlyStopping as EarlyStopping
+    from epochal.optim.schedules import Schedule as Schedule
+    from epochal.plan import Plan as Plan
+    from epochal.plan import fit as fit
+    from epochal.protocols import Loss as Loss
+    from epochal.protocols import StepResult as StepResult
+    from epochal.report.history import History as History
+    from epochal.result import Result as Result
+    from epochal.result import evaluate as evaluate
+    from epochal.result import predict as predict
+    from epochal.run import Run as Run
+    from epochal.state import TrainState as TrainState
+    from epochal.tutorial import MetricsTracker as MetricsTracker
+
 __version__ = "0.1.0"
 
 _HOMES = {

@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
 
 def steps(
-    state: TrainState,
-    step: Step,
-    windows: Callable[[Progress], Iterable[Window]],
-    until: Callable[[], bool],
+    state: TrainState, step: Step, windows: Callable[[Progress], Iterable[Window]], until: Callable[[], bool]
 ) -> Iterator[StepResult | None]:
     """The loop: a result for each update, and None at the end of each epoch.
 

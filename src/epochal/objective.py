@@ -97,11 +97,10 @@ def explain(error: Exception, model: nn.Module, batch: Any, where: str) -> Excep
     text = str(error).strip()
     place = f"{where}; {_failing_module(error, model)}; the batch is {describe_batch(batch)}"
     first = next((line for line in text.splitlines() if line), type(error).__name__)
-    if (isinstance(error, RuntimeError) and "dtype" in text) or "expected scalar type" in text or "same dtype" in text:
+    from_torch = isinstance(error, RuntimeError)
+    if from_torch and any(words in text for words in ("same dtype", "expected scalar type", "Input type")):
         return _type_mismatch(batch, model, place, first)
-    if isinstance(error, RuntimeError) and (
-        "cannot be multiplied" in text or ("to have" in text and "channels" in text)
-    ):
+    if from_torch and ("cannot be multiplied" in text or ("to have" in text and "channels" in text)):
         return ModelError(
             f"a layer cannot take inputs of this shape: {first}.",
             where=place,

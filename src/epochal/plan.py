@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
@@ -334,8 +335,63 @@ def _positive(value: Any, name: str, kind: type) -> None:
 _EXAMPLES = {"lr": 0.001, "clip": 1.0, "max_time": 600}
 
 
+P = ParamSpec("P")
+
+
+def _taking(_: Callable[P, Plan]) -> Callable[[Callable[..., Result]], Callable[P, Result]]:
+    """Gives ``fit`` the signature of ``Plan``, for people, editors and type checkers alike."""
+
+    def decorate(function: Callable[..., Result]) -> Callable[P, Result]:
+        function.__signature__ = inspect.signature(Plan).replace(return_annotation=Result)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@_taking(Plan)
 def fit(*arguments: Any, **options: Any) -> Result:
-    """Trains a model to the end of its plan."""
+    """Trains a model to the end of its plan.
+
+    model: an ``nn.Module``; it is trained in place, and moved to ``device``. train, val: a tuple or dict of
+    arrays (torch, numpy, anything with ``__array__``; the first dimension counts samples), a table or a path
+    (``.csv .parquet .npz``) with ``target``, a map-style or iterable data set, or a ``DataLoader``, taken as
+    it is. ``val`` may be a fraction of ``train`` too. A batch ``(a, b, y)`` calls ``model(a, b)`` and
+    compares with ``y``; a dict calls ``model(**inputs)``.
+
+    What is minimised
+        loss: ``mse l1 smooth_l1 huber cross_entropy nll bce bce_with_logits``, an ``nn.Module``, or
+        ``f(outputs, targets)`` that gives the mean over the batch. objective: instead of it,
+        ``f(model, batch)`` that gives a scalar tensor or ``epochal.Loss(value, weight, outputs, targets)``.
+        step: instead of the whole update, ``f(state, window) -> StepResult``.
+    How weights move
+        optimizer: ``sgd adam adamw rmsprop adagrad nadam radam adafactor muon`` (``adam`` by default),
+        ``f(params) -> Optimizer``, or an ``Optimizer``. lr, weight_decay: of a named one. schedule: ``step
+        multistep exponential cosine onecycle linear plateau``, ``epochal.Schedule(...)``,
+        ``f(optimizer) -> LRScheduler``, or an ``LRScheduler``. accumulate: micro-batches in one update.
+        clip: the largest gradient norm. nonfinite: ``"stop"`` or ``"skip"``.
+    How long
+        epochs, max_steps, max_time (seconds, or ``"10 min"``): whichever comes first. patience, or
+        early_stopping: evaluations without a new best. restore_best: with ``val``, end with the best weights.
+        monitor: the column that decides what is best, ``val_loss`` by default, ``train_loss`` without ``val``.
+    Data
+        batch_size (32), shuffle (True for ``train``), workers (0), target: for epochal's own loader.
+    What is seen
+        metrics: ``accuracy top5 precision recall f1 confusion mae mse rmse r2``, ``f(outputs, targets)``,
+        ``epochal.Metric`` or a torchmetrics metric. evaluate_every: ``"1 epoch"``, ``"500 steps"``. observers:
+        callables that take an event and may answer ``Stop``; by default the console, ``()`` for silence.
+    Where
+        device (``"auto"``), precision (``fp32 bf16 fp16``), compile, strategy. seed: seeds python, numpy and
+        torch at the start. run: a folder for everything; resume: continue it; save: ``epochal.Saving(...)``.
+
+    Raises an EpochalError with all mistakes of the plan, before anything is trained.
+
+    >>> import torch
+    >>> X = torch.linspace(-1, 1, 64)[:, None]
+    >>> result = fit(torch.nn.Linear(1, 1), (X, 3 * X), loss="mse", lr=0.1, epochs=50, seed=0, observers=())
+    >>> result.reason.message, result.history.train_loss[-1] < 0.01
+    ('all epochs are done', True)
+    """
+    # Not Plan(...).fit(): between the user's call and the user's loss stand as few frames as can be.
     with Plan(*arguments, **options).prepare() as run:
         for _ in run:
             pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Setting:
     device: torch.device
     objective: Objective | None = None
     metrics: Sequence[Any] = ()
-    autocast: AbstractContextManager = nullcontext()
+    autocast: AbstractContextManager = field(default_factory=nullcontext)
     batch_size: int = 32
     target: Sequence[str] = ()
     inputs: int | None = None

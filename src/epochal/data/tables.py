@@ -107,7 +107,7 @@ def _read_file(path: Path, where: str) -> pl.DataFrame:
         raise TableError("the file is empty.", where=where, fix="give a file with a header and at least one row")
     if name.endswith(".parquet"):
         return _read_parquet(content, where)
-    return _read_text(_decoded(content, where), "\t" if ".tsv" in name else SEPARATORS, where)
+    return _read_text(content, "\t" if ".tsv" in name else SEPARATORS, where)
 
 
 def _nearest_file(path: Path) -> str:
@@ -131,9 +131,9 @@ def _read_parquet(content: bytes, where: str) -> pl.DataFrame:
         raise TableError(f"the file is not sound Parquet: {reason}.", where=where, fix=fix) from cause
 
 
-def _decoded(content: bytes, where: str) -> str:
+def _check_encoding(content: bytes, where: str) -> None:
     try:
-        return content.decode("utf-8").removeprefix("\ufeff")
+        content.decode("utf-8")
     except UnicodeDecodeError as cause:
         line = content.count(b"\n", 0, cause.start) + 1
         what = f"the file is not UTF-8: byte 0x{content[cause.start]:02x} in line {line}."
@@ -141,35 +141,42 @@ def _decoded(content: bytes, where: str) -> str:
         raise TableError(what, where=where, fix=fix) from None
 
 
-def _read_text(text: str, separators: str, where: str) -> pl.DataFrame:
+def _read_text(content: bytes, separators: str, where: str) -> pl.DataFrame:
     import polars as pl
 
-    text = text.strip("\r\n") + "\n"  # at the very end polars takes "1,2," for two fields
-    # csv.Sniffer takes a letter or a decimal comma for the separator; the header tells more surely.
-    separator = max(separators, key=lambda mark: len(next(_reader(text, mark))))
-    names = _names(next(_rows(text, separator, where)), where)
+    _check_encoding(content, where)
+    # Without a line end, polars reads a last row "1,2," as two fields.
+    content = content.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") + b"\n"
+    # csv.Sniffer can take a letter or a decimal comma for the separator; the header tells more surely.
+    separator = max(separators, key=lambda mark: len(next(filter(None, _reader(content, mark)))))
+    names = _names(next(_rows(content, separator, where)), where)
     try:
-        frame = pl.read_csv(text.encode(), separator=separator, infer_schema=False)
+        frame = pl.read_csv(content, separator=separator, infer_schema=False)
     except pl.exceptions.PolarsError:
         frame = None  # a ragged row, or a stray quote: Python's reader is slower and can say which
     # polars fills short rows with missing values, which always reaches the last column; a blank line too.
     if frame is None or frame.width != len(names) or not frame.height or frame[:, -1].null_count():
-        count = sum(1 for _ in _rows(text, separator, where)) - 1
+        count = sum(1 for _ in _rows(content, separator, where)) - 1
         if frame is None or frame.shape != (count, len(names)):
-            body = list(_rows(text, separator, where))[1:]
-            columns = list(zip(*body, strict=True)) if body else [()] * len(names)
-            frame = pl.DataFrame([pl.Series(str(i), values, pl.String) for i, values in enumerate(columns)])
+            frame = _read_slowly(content, separator, where)
     return pl.DataFrame([_typed(column.alias(name)) for name, column in zip(names, frame)])
 
 
-def _reader(text: str, separator: str, strict: bool = False) -> Any:
-    return csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=strict)
+def _read_slowly(content: bytes, separator: str, where: str) -> pl.DataFrame:
+    import polars as pl
+
+    columns = zip(*_rows(content, separator, where), strict=True)
+    return pl.DataFrame([pl.Series(str(index), values[1:], pl.String) for index, values in enumerate(columns)])
 
 
-def _rows(text: str, separator: str, where: str) -> Iterator[list[str]]:
+def _reader(content: bytes, separator: str, strict: bool = False) -> Any:
+    lines = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", newline="")
+    return csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=strict)
+
+
+def _rows(content: bytes, separator: str, where: str) -> Iterator[list[str]]:
     """The rows with the header first; refuses those of another length than the header's, and open quotes."""
-    reader = _reader(text, separator, strict=True)
-    width, line = None, 1
+    reader, width, line = _reader(content, separator, strict=True), 0, 1
     while True:
         try:
             row = next(reader, None)

@@ -119,11 +119,7 @@ def rate(kind: str, sums: Tensor) -> float:
     if has_outside:
         _check_outside(int(sums[-1]), columns)
     right, predicted, true = sums[: 3 * columns].double().view(3, columns)
-    over, under = {
-        "precision": (right, predicted),
-        "recall": (right, true),
-        "f1": (2 * right, predicted + true),
-    }[kind]
+    over, under = {"precision": (right, predicted), "recall": (right, true), "f1": (2 * right, predicted + true)}[kind]
     rates = over / under.clamp(min=1)
     return (rates[predicted + true > 0] if has_outside else rates).mean().item()
 

@@ -13,16 +13,7 @@ from torch import Tensor, nn
 
 from epochal.errors import DataError, PlanError, UnknownNameError
 from epochal.metrics import classes, regression
-from epochal.metrics.metric import (
-    Foreign,
-    Metric,
-    first_tensor,
-    is_foreign,
-    names_of,
-    ratio,
-    widest_float,
-    with_count,
-)
+from epochal.metrics.metric import Foreign, Metric, first_tensor, is_foreign, names_of, ratio, widest_float, with_count
 
 NAMES = ("accuracy", "top5", "precision", "recall", "f1", "confusion", "mae", "mse", "rmse", "r2")
 

@@ -92,7 +92,8 @@ class Console:
         self._epoch: int | None = None
         self._epoch_start = 0  # its first step
         self._steps_an_epoch: int | None = None  # as many as the one before had
-        self._samples = self._seconds = 0.0
+        self._seen = self._counted = 0  # samples in all, at the last step and at the last count
+        self._samples = self._seconds = 0.0  # of late
         self._loss = ""
 
     @property
@@ -121,21 +122,24 @@ class Console:
     # -- the live line --
 
     def _step_done(self, event: StepDone) -> None:
-        self._samples += event.samples
         self._steps_here += 1
         if event.epoch != self._epoch:
             self._steps_an_epoch = event.step - self._epoch_start if self._epoch is not None else None
             self._epoch, self._epoch_start = event.epoch, event.step
         self._stepped_at = now = self._clock()
+        self._seen = event.samples
+        if self._steps_here == 1:  # slower than the others: it warms up, or compiles
+            self._counted, self._counted_at = self._seen, now
         if now - self._refreshed_at >= SECONDS_A_REFRESH:
             self._refreshed_at = now
-            self._count_seconds()
+            self._count_samples()
             self._write("", live=self._progress(event, now))
 
-    def _count_seconds(self) -> None:
-        """Adds the time since the last count, up to the last step: evaluation does not slow the samples/s."""
-        self._seconds += self._stepped_at - self._counted_at
-        self._counted_at = self._stepped_at
+    def _count_samples(self) -> None:
+        """Adds what came since the last count, up to the last step: evaluation does not slow the samples/s."""
+        self._seconds += max(0.0, self._stepped_at - self._counted_at)
+        self._samples += self._seen - self._counted
+        self._counted_at, self._counted = self._stepped_at, self._seen
         if self._seconds > RECENT:
             self._seconds, self._samples = self._seconds / 2, self._samples / 2
 
@@ -165,7 +169,7 @@ class Console:
 
     def _evaluated(self, event: Evaluated) -> None:
         now = self._clock()
-        self._count_seconds()
+        self._count_samples()
         if self._rows and event.row.get("epoch") == self._rows[-1].get("epoch"):
             self._by_step = True
         self._rows.append(event.row)

@@ -176,9 +176,7 @@ def _line(row: Row) -> str:
 def _parsed(names: list[str], line: list[str], where: str) -> dict[str, int | float]:
     if len(line) != len(names):
         raise TableError(
-            f"the table has {len(names)} columns, and the line {len(line)}.",
-            where=where,
-            fix="mend or remove the line",
+            f"the table has {len(names)} columns, and the line {len(line)}.", where=where, fix="mend or remove the line"
         )
     return {name: _number(text, f"{where}, column {name!r}") for name, text in zip(names, line) if text}
 
