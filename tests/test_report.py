@@ -152,11 +152,7 @@ def test_repr():
 
 def test_to_polars():
     frame = History([{"epoch": 1, "val_loss": 1}, {"epoch": 2, "val_loss": 0.5, "c": [[1, 2], [3, 4]]}]).to_polars()
-    assert frame.to_dict(as_series=False) == {
-        "epoch": [1, 2],
-        "val_loss": [1.0, 0.5],
-        "c": [None, [[1, 2], [3, 4]]],
-    }
+    assert frame.to_dict(as_series=False) == {"epoch": [1, 2], "val_loss": [1.0, 0.5], "c": [None, [[1, 2], [3, 4]]]}
     assert History([]).to_polars().shape == (0, 0)
 
 

@@ -143,7 +143,7 @@ def numbers(column: pl.Series, where: str, *, boolean: bool = False) -> np.ndarr
         source = source.replace({"true": "1", "false": "0"}) if boolean else source
     elif kind not in ("booleans", "whole numbers", "numbers"):
         fix = "make them numbers, as they were in training"
-        raise TableError(f"the column {column.name!r} holds {kind}, and held numbers.", where=where, fix=fix)
+        raise TableError(f"the column {column.name!r} holds {kind}, and held numbers in training.", where=where, fix=fix)
     values = source.cast(pl.Float64, strict=False)
     wrong = column.is_not_null() & values.is_null()
     if boolean:
@@ -160,10 +160,11 @@ def texts(column: pl.Series, where: str) -> pl.Series:
     import polars as pl
 
     _check_kind(column, where)
+    text = column.cast(pl.String)
     if column.dtype.is_float():
         whole = column.cast(pl.Int64, strict=False)
-        column = whole if whole.null_count() == column.null_count() and (whole == column).all() else column
-    return column.cast(pl.String)
+        text = whole.cast(pl.String).zip_with((whole == column).fill_null(False), text)
+    return text
 
 
 def _check_kind(column: pl.Series, where: str) -> None:
@@ -232,5 +233,5 @@ def _names_rows(column: pl.Series) -> bool:
     """
     if column.null_count() or column.n_unique() < len(column):
         return False
-    name = column.name.lower()
-    return name in ROW_NAMES or name.endswith(("_id", " id")) or (column.min() >= 0 and column.max() <= 2 * len(column))
+    named = column.name.lower() in ROW_NAMES or column.name.endswith(("_id", " id", "Id", "ID"))
+    return named or (column.min() >= 0 and column.max() <= 2 * len(column))

@@ -72,12 +72,12 @@ def _read_object(source: Any, where: str) -> pl.DataFrame:
 
     if isinstance(source, pl.DataFrame):
         return source
-    if isinstance(source, pl.LazyFrame):
-        return source.collect()
     kind = f"{type(source).__module__.partition('.')[0]}.{type(source).__name__}"
     if not is_table(source):
         raise TableError(f"a {kind} is not a table.", where=where, fix="give a path or a polars, pandas or arrow table")
     try:
+        if isinstance(source, pl.LazyFrame):
+            return source.collect()
         if kind == "pandas.DataFrame":
             return pl.from_pandas(source)
         if hasattr(source, "__arrow_c_stream__"):
@@ -126,7 +126,7 @@ def _read_parquet(content: bytes, where: str) -> pl.DataFrame:
         raise TableError("the file is not Parquet, or only a part of it.", where=where, fix=fix)
     try:
         return pl.read_parquet(io.BytesIO(content))
-    except Exception as cause:
+    except (Exception, pl.exceptions.PanicException) as cause:  # a panic of polars is no Exception
         reason = str(cause).split("\n")[0].rstrip(".")
         raise TableError(f"the file is not sound Parquet: {reason}.", where=where, fix=fix) from cause
 

@@ -46,7 +46,7 @@ class Metric:
 class Foreign:
     """A torchmetrics ``Metric`` or ``MetricCollection``, and the name that the user gave it, if any."""
 
-    metric: nn.Module
+    metric: Any  # a module that passes `is_foreign`; torchmetrics, which could name its type, may be absent
     name: str | None = None
 
     @property
@@ -324,7 +324,7 @@ def _plain(value: Any) -> float | list:
     return float(value)
 
 
-def _foreign_state(metric: nn.Module) -> dict[str, Any]:
+def _foreign_state(metric: Any) -> dict[str, Any]:
     """The states of a torchmetrics metric and of those inside it, by their paths.
 
     ``metric_state`` is public. Some metrics keep more beside it: tensors (``MinMaxMetric.min_val``) and
@@ -339,11 +339,11 @@ def _foreign_state(metric: nn.Module) -> dict[str, Any]:
     }
 
 
-def _parts(metric: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+def _parts(metric: Any) -> list[tuple[str, Any]]:
     return [pair for pair in metric.named_modules() if is_foreign(pair[1]) and not isinstance(pair[1], nn.ModuleDict)]
 
 
-def _tensors(part: nn.Module) -> dict[str, Any]:
+def _tensors(part: Any) -> dict[str, Any]:
     beside = {name: value for name, value in vars(part).items() if isinstance(value, Tensor) and name[0] != "_"}
     return beside | part.metric_state
 
@@ -353,7 +353,7 @@ def _snapshot(value: Tensor | list) -> Any:
     return value.clone() if isinstance(value, Tensor) else {str(i): part for i, part in enumerate(value)}
 
 
-def _load_foreign(metric: nn.Module, state: dict[str, Any]) -> None:
+def _load_foreign(metric: Any, state: dict[str, Any]) -> None:
     for path, part in _parts(metric):
         saved, device = state[path], part.device
         for name, value in saved["tensors"].items():

@@ -110,12 +110,11 @@ def mode_of(metric: Metric | Foreign | nn.Module, key: str | None = None) -> str
     >>> mode_of(resolve("mae", loss="mse")[0])
     'min'
     """
-    if not isinstance(metric, Metric):
-        foreign = metric if isinstance(metric, Foreign) else Foreign(metric)
-        metric = foreign.metric
-        if isinstance(metric, nn.ModuleDict):
-            metric = dict(zip(names_of([foreign]), metric.values())).get(key)
-    return {True: "max", False: "min"}.get(getattr(metric, "higher_is_better", None))
+    one: Any = metric.metric if isinstance(metric, Foreign) else metric
+    if isinstance(one, nn.ModuleDict):  # what a MetricCollection is
+        one = dict(zip(names_of([metric]), one.values())).get(key or "")
+    higher_is_better = getattr(one, "higher_is_better", None)
+    return None if higher_is_better is None else "max" if higher_is_better else "min"
 
 
 def _named(loss: str | None, ignore_index: int) -> dict[str, Metric]:
