@@ -138,8 +138,8 @@ class Mistakes:
     [PlanError('lr must be above 0.')]
     """
 
-    def __init__(self) -> None:
-        self.found: list[EpochalError] = []
+    def __init__(self, found: Iterable[EpochalError] = ()) -> None:
+        self.found = list(found)
 
     def __enter__(self) -> Mistakes:
         return self

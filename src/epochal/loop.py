@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from epochal.data.batch import split
-from epochal.errors import DataError, EpochalError, ModelError
+from epochal.errors import DataError, ModelError
 from epochal.metrics.metric import Mean, Stream
-from epochal.objective import Objective, explain
+from epochal.objective import Objective, relocate
 from epochal.protocols import Step, StepResult
 from epochal.runtime import device as devices
 
@@ -79,11 +79,8 @@ def evaluate(
                 with autocast:
                     loss = objective(forward, batch)
                 stream.update(loss.outputs, loss.targets)
-            except EpochalError as error:
-                error.where = f"batch {number} of {where}; {(error.where or '').removeprefix('; ')}".removesuffix("; ")
-                raise
             except Exception as error:
-                raise explain(error, modules[0], batch, f"batch {number} of {where}") from error
+                relocate(error, modules[0], batch, f"batch {number} of {where}")
             mean.update(loss.value, loss.weight)
     if number < 0:
         raise DataError("there is no batch to evaluate.", where=where, fix="give at least one sample")
@@ -109,7 +106,7 @@ def predict(
                 with autocast:
                     outputs.append(devices.move(forward(*args, **kwargs), torch.device("cpu")))
             except Exception as error:
-                raise explain(error, modules[0], batch, f"batch {number} of the data to predict") from error
+                relocate(error, modules[0], batch, f"batch {number} of the data to predict")
     if not outputs:
         raise DataError("there is nothing to predict.", where="the data gave no batch", fix="give at least one sample")
     return _joined(outputs)

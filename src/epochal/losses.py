@@ -137,12 +137,11 @@ def check_classes(loss: Any, outputs: Any, targets: Any, where: str) -> None:
     classes = outputs.shape[1] if outputs.dim() > 1 else outputs.shape[0]
     wrong = ((targets < 0) | (targets >= classes)) & (targets != loss.ignore_index)
     if wrong.any():
-        seen = targets[wrong]
         first = wrong.flatten().nonzero()[0].item()
-        counts_from_one = seen.min() == classes and seen.max() == classes
+        counts_from_one = targets.min() == 1 and targets.max() == classes
         raise LossError(
             f"a target is outside the {classes} classes that the model gives scores for.",
-            where=f"{where}; target {seen[0].item()} at position {first}, outputs {_shape(outputs)}",
+            where=f"{where}; target {targets[wrong][0].item()} at position {first}, outputs {_shape(outputs)}",
             fix=f"number the classes from 0 to {classes - 1}"
             + (": they seem to start at 1, give y - 1" if counts_from_one else ", or give the model more outputs"),
         )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from epochal import losses
 from epochal.data.batch import size, split
-from epochal.errors import LossError, ModelError
+from epochal.errors import EpochalError, LossError, ModelError
 from epochal.protocols import Loss
 
 Objective = Callable[[Callable, Any], Loss]  # (forward, batch) -> Loss
@@ -50,8 +50,8 @@ class Supervised:
                 where=f"the model returned {type(outputs).__name__}, the targets are {type(targets).__name__}",
                 fix="give a loss function f(outputs, targets) that picks what it needs",
             )
-        losses.check_dtype(self.loss, targets, "batch 0")
-        losses.check_classes(self.loss, outputs, targets, "batch 0")
+        losses.check_dtype(self.loss, targets, "")
+        losses.check_classes(self.loss, outputs, targets, "")
         if self._all_targets is not None:
             losses.check_classes(self.loss, outputs, self._all_targets, "all targets")
         self._examined = True
@@ -88,15 +88,25 @@ def describe_batch(batch: Any) -> str:
     return type(batch).__name__
 
 
-def explain(error: Exception, model: nn.Module, batch: Any, where: str) -> Exception:
-    """What to raise instead of an error out of the user's model or loss.
+def relocate(error: Exception, model: nn.Module, batch: Any, where: str) -> NoReturn:
+    """Raises an error out of the user's model or loss again, with the place where it happened.
 
-    Mistakes that torch reports in riddles become a ModelError; any other error stays itself and gets a
-    note that says in which step it happened.
+    Mistakes that torch reports in riddles become a ModelError; any other foreign error stays itself and
+    gets a note.
     """
-    text = str(error).strip()
+    if isinstance(error, EpochalError):
+        error.where = f"{where}; {error.where.removeprefix('; ')}" if error.where else where
+        raise error
     place = f"{where}; {_failing_module(error, model)}; the batch is {describe_batch(batch)}"
-    first = next((line for line in text.splitlines() if line), type(error).__name__)
+    if (known := _explain(error, model, batch, place)) is not None:
+        raise known from error
+    error.add_note(f"epochal: {place}")
+    raise error
+
+
+def _explain(error: Exception, model: nn.Module, batch: Any, place: str) -> ModelError | None:
+    text = str(error).strip()
+    first = next((line for line in text.splitlines() if line), "").rstrip(".")
     from_torch = isinstance(error, RuntimeError)
     if from_torch and any(words in text for words in ("same dtype", "expected scalar type", "Input type")):
         return _type_mismatch(batch, model, place, first)
@@ -112,8 +122,7 @@ def explain(error: Exception, model: nn.Module, batch: Any, where: str) -> Excep
             where=place,
             fix="(a, b, y) calls model(a, b), a dict calls model(**inputs); any other way: objective=f(model, batch)",
         )
-    error.add_note(f"epochal: {place}")
-    return error
+    return None
 
 
 def _type_mismatch(batch: Any, model: nn.Module, place: str, first: str) -> ModelError:

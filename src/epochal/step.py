@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from epochal.errors import EpochalError, LossError, NonFiniteError
-from epochal.objective import Objective, explain
+from epochal.errors import LossError, NonFiniteError
+from epochal.objective import Objective, relocate
 from epochal.protocols import StepResult
 from epochal.runtime import device as devices
 from epochal.runtime import precision as precisions
@@ -41,9 +42,10 @@ class Update:
         self.autocast = precisions.autocast(precision, device)
         self.clip, self.skip_nonfinite = clip, skip_nonfinite
         self._moves = devices.moves(device)
+        self._one, self._found = torch.ones((), device=device), torch.zeros((), device=device)
 
     def __call__(self, state: TrainState, window: Window) -> StepResult:
-        state.optimizer.zero_grad()
+        _clear_gradients(state.optimizer)
         alone = len(window.batches) == 1
         seen, total, weights = [], 0.0, 0.0
         for batch in window.batches:
@@ -53,7 +55,8 @@ class Update:
                 with self.autocast:
                     loss = self.objective(self.forward, batch)
             except Exception as error:
-                raise _located(error, state, batch) from error
+                where = f"step {state.progress.step}, batch {state.progress.windows} of train"
+                relocate(error, state.model, batch, where)
             if not loss.value.requires_grad:
                 raise _without_graph(state)
             weights = loss.weight if alone else weights + loss.weight
@@ -66,33 +69,30 @@ class Update:
         if not alone:
             total = total / weights
             _rescale(state, window.samples / weights)
-        norm = self._norm(state)
-        if not self._is_finite(state, total, norm):
-            return self._not_finite(state, window, total, norm)
-        return StepResult(total, weights, seen, grad_norm=norm, applied=self._move_weights(state, norm))
+        if not self._is_finite(state, total):
+            return self._not_finite(state, total)
+        norm = None if self.clip is None else _clip(state, self.clip)
+        return StepResult(total, weights, seen, grad_norm=norm, applied=self._move_weights(state))
 
-    def _norm(self, state: TrainState) -> Tensor:
-        """The L2 norm of all gradients, unscaled, as ``torch.nn.utils.clip_grad_norm_`` takes it."""
+    def _is_finite(self, state: TrainState, loss: Tensor) -> bool:
+        """Whether the loss and all gradients are finite; one pass over the gradients, and one read on the host."""
         if state.scaler is not None:
+            # An fp16 gradient may overflow: its scaler sees that, skips the update and scales down.
             state.scaler.unscale_(state.optimizer)
-        return torch.nn.utils.get_total_norm([_values(p.grad) for p in _with_gradient(state)])
+        else:
+            # The kernel of torch's own GradScaler, with a scale of 1: it changes no bit of a finite gradient.
+            torch._amp_foreach_non_finite_check_and_unscale_(_gradients(state), self._found, self._one)
+        return math.isfinite(loss.item()) and self._found.item() == 0.0
 
-    def _is_finite(self, state: TrainState, loss: Tensor, norm: Tensor) -> bool:
-        # An fp16 gradient may overflow: its scaler sees that, skips the update and scales down.
-        checked = loss if state.scaler is not None else loss + norm
-        return math.isfinite(checked.item())
-
-    def _not_finite(self, state: TrainState, window: Window, loss: Tensor, norm: Tensor) -> StepResult:
+    def _not_finite(self, state: TrainState, loss: Tensor) -> StepResult:
+        self._found.zero_()
         if not self.skip_nonfinite:
-            raise _non_finite(state, window, loss, norm)
-        state.optimizer.zero_grad()
+            raise _non_finite(state, loss)
         if state.scaler is not None:
             state.scaler.update()
         return StepResult(loss, weight=0.0, applied=False)
 
-    def _move_weights(self, state: TrainState, norm: Tensor) -> bool:
-        if self.clip is not None:
-            _clip(state, self.clip, norm)
+    def _move_weights(self, state: TrainState) -> bool:
         if state.scaler is None:
             state.optimizer.step()
             return True
@@ -113,9 +113,20 @@ def _with_gradient(state: TrainState) -> list[Tensor]:
     return [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def _values(gradient: Tensor) -> Tensor:
-    """The entries of a gradient; of a sparse one those that are there, duplicates added up."""
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
+def _gradients(state: TrainState) -> list[Tensor]:
+    """The gradients as dense real tensors: of a sparse one its entries, of a complex one both parts."""
+    values = [g.coalesce().values() if g.is_sparse else g for g in (p.grad for p in _with_gradient(state))]
+    return [torch.view_as_real(g) if g.is_complex() else g for g in values]
+
+
+def _clear_gradients(optimizer: Optimizer) -> None:
+    """As ``optimizer.zero_grad()``, without its bookkeeping; an optimizer with a way of its own is asked."""
+    if type(optimizer).zero_grad is not Optimizer.zero_grad:
+        return optimizer.zero_grad()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+    return None
 
 
 def _rescale(state: TrainState, factor: float | Tensor) -> None:
@@ -125,13 +136,16 @@ def _rescale(state: TrainState, factor: float | Tensor) -> None:
         p.grad.mul_(factor)
 
 
-def _clip(state: TrainState, clip: float, norm: Tensor) -> None:
+def _clip(state: TrainState, clip: float) -> Tensor:
+    """Clips as ``torch.nn.utils.clip_grad_norm_`` does, sparse gradients too; gives the norm before."""
     parameters = _with_gradient(state)
+    norm = torch.nn.utils.get_total_norm(_gradients(state))
     torch.nn.utils.clip_grads_with_norm_([p for p in parameters if not p.grad.is_sparse], clip, norm)
     coefficient = torch.clamp(clip / (norm + 1e-6), max=1.0)  # the same formula, for what torch leaves out
     for p in parameters:
         if p.grad.is_sparse:
             p.grad.mul_(coefficient)
+    return norm
 
 
 def _detached(value: Any) -> Any:
@@ -144,14 +158,6 @@ def _detached(value: Any) -> Any:
     return value
 
 
-def _located(error: Exception, state: TrainState, batch: Any) -> Exception:
-    where = f"step {state.progress.step}, batch {state.progress.windows} of train"
-    if isinstance(error, EpochalError):
-        error.where = f"{where}; {error.where.removeprefix('; ')}" if error.where else where
-        return error
-    return explain(error, state.model, batch, where)
-
-
 def _without_graph(state: TrainState) -> LossError:
     return LossError(
         "the loss does not depend on any parameter that can be trained.",
@@ -160,7 +166,8 @@ def _without_graph(state: TrainState) -> LossError:
     )
 
 
-def _non_finite(state: TrainState, window: Window, loss: Tensor, norm: Tensor) -> NonFiniteError:
+def _non_finite(state: TrainState, loss: Tensor) -> NonFiniteError:
+    norm = torch.nn.utils.get_total_norm(_gradients(state))
     what = "the loss" if not math.isfinite(loss.item()) else "a gradient"
     rate = state.optimizer.param_groups[0]["lr"]
     return NonFiniteError(

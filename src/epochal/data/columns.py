@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 MISSING, OTHER = "missing", "other"  # the categories of missing values and of grouped ones
+LEARNABLE = ("text", "booleans", "whole numbers", "numbers")  # what a column can hold, in words
 MOST_CATEGORIES = 50  # of one column; the less frequent ones are grouped
 ISO_TIME = r"^(\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?)?|\d\d:\d\d(:\d\d(\.\d+)?)?)$"
 ROW_NAMES = ("id", "index", "idx", "row", "row_number", "rownum", "uuid", "key")
@@ -112,7 +113,7 @@ def plain(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.with_columns(
         selectors.by_dtype(pl.Categorical, pl.Enum).cast(pl.String),
         selectors.decimal().cast(pl.Float64),
-        selectors.float().fill_nan(None),
+        selectors.float().cast(pl.Float64).fill_nan(None),
     )
 
 
@@ -136,20 +137,18 @@ def numbers(column: pl.Series, where: str, *, boolean: bool = False) -> np.ndarr
     """The column as float64, NaN where it is missing. Text that spells numbers (or booleans) is taken as such."""
     import polars as pl
 
-    kind = kind_of(column)
+    held = "booleans" if boolean else "numbers"
+    _check_kind(column, held, where)
     source = column
-    if kind == "text":
+    if kind_of(column) == "text":
         source = column.str.strip_chars().str.to_lowercase()
         source = source.replace({"true": "1", "false": "0"}) if boolean else source
-    elif kind not in ("booleans", "whole numbers", "numbers"):
-        fix = "make them numbers, as they were in training"
-        raise TableError(f"the column {column.name!r} holds {kind}, and held numbers in training.", where=where, fix=fix)
     values = source.cast(pl.Float64, strict=False)
     wrong = column.is_not_null() & values.is_null()
     if boolean:
         wrong |= ~values.is_in([0.0, 1.0]).fill_null(True)
     if wrong.any():
-        row, held = int(wrong.to_numpy().argmax()), "booleans" if boolean else "numbers"
+        row = int(wrong.to_numpy().argmax())
         what = f"the column {column.name!r} holds {column[row]!r} in row {row + 1}, and held {held} in training."
         raise TableError(what, where=where, fix="mend the value, or remove the row")
     return values.fill_null(math.nan).to_numpy()
@@ -159,7 +158,7 @@ def texts(column: pl.Series, where: str) -> pl.Series:
     """The column as text; 2.0 is "2", so that whole numbers match however a file wrote them."""
     import polars as pl
 
-    _check_kind(column, where)
+    _check_kind(column, "categories", where)
     text = column.cast(pl.String)
     if column.dtype.is_float():
         whole = column.cast(pl.Int64, strict=False)
@@ -167,11 +166,12 @@ def texts(column: pl.Series, where: str) -> pl.Series:
     return text
 
 
-def _check_kind(column: pl.Series, where: str) -> None:
+def _check_kind(column: pl.Series, held: str, where: str) -> None:
+    """Refuses dates, lists and the like where ``held`` is what there was in training."""
     kind = kind_of(column)
-    if kind.startswith("values of type"):
-        fix = "make it text or numbers, one value a row, or drop the column"
-        raise TableError(f"the column {column.name!r} holds {kind}.", where=where, fix=fix)
+    if kind not in LEARNABLE:
+        what = f"the column {column.name!r} holds {kind}, and held {held} in training."
+        raise TableError(what, where=where, fix="give it as it was in training")
 
 
 def positions(values: pl.Series, codes: Mapping[str, int], *, otherwise: int) -> np.ndarray:
@@ -207,8 +207,11 @@ def _refuse_value(values: np.ndarray, row: int, name: str, where: str) -> None:
 
 def reason_to_drop(column: pl.Series, where: str) -> str | None:
     """Why a column cannot teach anything, or None. Raises TableError for lists and the like."""
-    _check_kind(column, where)
-    kind, known = kind_of(column), column.drop_nulls()
+    kind = kind_of(column)
+    if kind not in (*LEARNABLE, "dates or times"):
+        fix = "make it text or numbers, one value a row, or drop the column"
+        raise TableError(f"the column {column.name!r} holds {kind}.", where=where, fix=fix)
+    known = column.drop_nulls()
     if column.n_unique() == 1:
         return CONSTANT
     if kind == "dates or times" or (kind == "text" and known.str.contains(ISO_TIME).all()):

@@ -35,6 +35,14 @@ class Encoding:
     values in the order of their indices, for classification. target_mean, target_scale: mean and standard
     deviation of each target in its own unit, for regression. dropped: the columns left out. notes: the lines
     that say what was decided.
+
+    >>> import polars
+    >>> table = polars.DataFrame({"size": [1.0, 2.0, None], "sold": [True, False, True]})
+    >>> encoding = Encoding.learn(table, "sold")
+    >>> encoding.feature_names, encoding.classes
+    (('size', 'size is missing'), (False, True))
+    >>> encoding.features(table).tolist(), encoding.targets(table).tolist()
+    ([[-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], [1, 0, 1])
     """
 
     task: str
@@ -121,7 +129,8 @@ class Encoding:
         text = kinds.texts(column, where)
         if isinstance(self.classes[0], bool):
             text = text.str.to_lowercase().replace({"0": "false", "1": "true"})
-        known = kinds.texts(pl.Series(self.classes), where).to_list()
+        whole = type(self.classes[0]) is int  # perhaps too large for a column of the usual type
+        known = list(map(str, self.classes)) if whole else kinds.texts(pl.Series(self.classes), where).to_list()
         indices = kinds.positions(text, {value: index for index, value in enumerate(known)}, otherwise=-1)
         if (indices < 0).any():
             row = int(np.argmax(indices < 0))
@@ -198,16 +207,16 @@ def _is_text(value: Any) -> bool:
     return type(value) is str
 
 
+def _is_flag(value: Any) -> bool:
+    return type(value) is bool
+
+
 def _is_class(value: Any) -> bool:
-    return _is_number(value) or type(value) in (str, bool) or (type(value) is int and abs(value) < 2**63)
+    return _is_number(value) or type(value) in (str, bool) or (type(value) is int and abs(value) < 2**127)
 
 
 def _list_of(rule: Callable[[Any], bool], least: int = 0) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and len(value) >= least and all(map(rule, value))
-
-
-def _is_flag(value: Any) -> bool:
-    return type(value) is bool
 
 
 _NUMBER = {
@@ -298,7 +307,8 @@ def _check_known(frame: pl.DataFrame, targets: Sequence[str], where: str) -> Non
         if len(absent):
             rows = ", ".join(str(row + 1) for row in absent[:5]) + (", ..." if len(absent) > 5 else "")
             what = f"the target {name!r} is missing in {len(absent)} of {frame.height} rows."
-            raise TableError(what, where=f"{where}, row {rows}", fix="remove these rows, or fill in the target")
+            place = f"{where}, row{'s' * (len(absent) > 1)} {rows}"
+            raise TableError(what, where=place, fix="remove these rows, or fill in the target")
         infinite = np.flatnonzero(frame[name].is_infinite().to_numpy()) if frame[name].dtype.is_float() else ()
         if len(infinite):
             what = f"the target {name!r} holds {frame[name][int(infinite[0])]} in row {infinite[0] + 1}."
@@ -311,12 +321,12 @@ def _choose_task(targets: pl.DataFrame, task: str, where: str) -> tuple[str, str
         raise UnknownNameError.of_name("task", task, TASKS, where=where)
     for column in targets:
         kind = kinds.kind_of(column)
+        if kind not in kinds.LEARNABLE:
+            what = f"the target {column.name!r} holds {kind}, which cannot be learned."
+            raise TableError(what, where=where, fix="make it a number or a class first, in a column of its own")
         if column.n_unique() < 2:
             what = f"the target {column.name!r} is {column[0]!r} in every row, so there is nothing to learn."
             raise TableError(what, where=where, fix="give rows with other values, or name another target")
-        if kind not in ("text", "booleans", "whole numbers", "numbers"):
-            what = f"the target {column.name!r} holds {kind}, which cannot be learned."
-            raise TableError(what, where=where, fix="make it a number or a class first, in a column of its own")
         if kind == "text" and (task == "regression" or targets.width > 1):
             what = f"the target {column.name!r} holds text ({column[0]!r} in row 1), and regression needs numbers."
             raise TableError(what, where=where, fix="make it numbers, or leave out --task regression")
@@ -343,7 +353,8 @@ def _guess_task(target: pl.Series, where: str) -> tuple[str, str]:
         if different == 2 or (different <= MOST_CLASSES and 5 * different <= len(target) and rarest > 1):
             why = f"the target {name!r} has only {different} different whole numbers"
             return "classification", f"{why} (--task regression takes it as a quantity)"
-    return "regression", f"the target {name!r} holds {different} different numbers (--task classification is the other)"
+    why = f"the target {name!r} holds {different} different numbers"
+    return "regression", f"{why} (--task classification takes them as classes)"
 
 
 def _learn_columns(

@@ -103,6 +103,7 @@ def _read_file(path: Path, where: str) -> pl.DataFrame:
     except (OSError, EOFError, zlib.error) as cause:
         what = f"the file cannot be read: {cause}."
         raise TableError(what, where=where, fix="check that it is a file, whole, and readable by you") from cause
+    content = content.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that Excel writes
     if not content.strip():
         raise TableError("the file is empty.", where=where, fix="give a file with a header and at least one row")
     if name.endswith(".parquet"):
@@ -146,7 +147,7 @@ def _read_text(content: bytes, separators: str, where: str) -> pl.DataFrame:
 
     _check_encoding(content, where)
     # Without a line end, polars reads a last row "1,2," as two fields.
-    content = content.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") + b"\n"
+    content = content.rstrip(b"\r\n") + b"\n"
     # csv.Sniffer can take a letter or a decimal comma for the separator; the header tells more surely.
     separator = max(separators, key=lambda mark: len(next(filter(None, _reader(content, mark)))))
     names = _names(next(_rows(content, separator, where)), where)
