@@ -229,7 +229,7 @@ def _from_table(data: Any, *, where: str, target: Sequence[str], dtype: torch.dt
 def encoded(encoding: Any, table: Any, *, where: str, dtype: torch.dtype | None = None) -> Arrays:
     """A table as arrays (features, targets), by a transformation that was learned on the training table."""
     frame = tables.read_table(table, where=where)
-    parts = (encoding.features(frame, where=where), encoding.targets(frame))
+    parts = (encoding.features(frame, where=where), encoding.targets(frame, where=where))
     return Arrays(tuple(as_tensor(part, where=where, dtype=dtype) for part in parts), encoding)
 
 

@@ -1,0 +1,38 @@
+# The first two are for newcomers: `make demo` trains a model, `make test` passes the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/epochal
+	$(BIN)/epochal demo
+
+test: $(VENV)/test
+	$(TEST)
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+bench: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/seed_example.py --epochs 100
+
+clean:
+	rm -rf $(VENV)
+
+# Each of these files is the mark of a finished installation; a second call finds it and goes on.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/epochal: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/test: pyproject.toml constraints.txt examples/requirements.txt | $(VENV)/bin/python
+	$(PIP) --editable ".[test]"
+	$(PIP) --no-deps --requirement examples/requirements.txt
+	touch $@ $(VENV)/epochal
