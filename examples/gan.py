@@ -65,8 +65,7 @@ class TakeTurns:
 
     def __call__(self, state: epochal.TrainState, window: epochal.Window) -> epochal.StepResult:
         model, judge = state.model, state.model.discriminator
-        (batch,) = window.batches
-        real = batch.to(next(model.parameters()).device)
+        real = torch.cat(window.batches).to(next(model.parameters()).device)
         written = model(real)
         d_loss = verdict(judge(real), 0.9) + verdict(judge(written.detach()), 0.0)
         self.move("discriminator", d_loss)

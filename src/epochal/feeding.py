@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,14 +107,15 @@ def _open(
     return _fitting(open_source(data, where=where, target=target, dtype=dtype), target, kind)
 
 
-def _learn(frame: Any, target: Sequence[str], kind: str | None, where: str) -> Any:
+def _learn(frame: Any, target: Sequence[str], kind: str | None, where: str, task: str = "auto") -> Any:
     from epochal.data.encoding import Encoding
 
     if not target:
         raise PlanError(
             "a table needs the name of its target column.", where=where, fix='say which, for example target="price"'
         )
-    task = "auto" if kind is None else "regression" if kind in _REGRESSION else "classification"
+    if kind is not None:
+        task = "regression" if kind in _REGRESSION else "classification"
     return Encoding.learn(frame, list(target) if len(target) > 1 else target[0], task=task, where=where)
 
 
@@ -126,15 +128,26 @@ def _divided(
     """Train and val out of one; a table is divided before anything is learned from it."""
     if tables.is_table(data):
         frame = tables.read_table(data, where="train")
-        encoding = _learn(frame, target, kind, "train")
-        classes = torch.as_tensor(encoding.targets(frame)) if encoding.task == "classification" else None
-        rows = split.split_indices(len(frame), fraction, seed=seed, classes=classes)
-        parts = [frame[index.tolist()] for index in rows]
-        encoding = _learn(parts[0], target, kind, "train")
+        learn = partial(_learn, target=target, kind=kind, where="train")
+        encoding, *parts = divide_table(frame, fraction, seed, learn)
         return tuple(_open(part, "train", target, dtype, kind, encoding) for part in parts)  # type: ignore[return-value]
     source = _open(data, "train", target, dtype, kind)
     classes = split.known_classes(source, _targets(source, target)) if kind in losses.CLASS_INDEX else None
     return split.hold_out(source, fraction, seed=seed, classes=classes)
+
+
+def divide_table(frame: Any, fraction: float, seed: int, learn: Callable[..., Any]) -> tuple[Any, Any, Any]:
+    """What is learned from the rows for train alone, those rows, and those for val.
+
+    learn: (rows, task=...) -> Encoding. The task is that of the whole table, as a few rows less could look like
+    another one; if it is a classification, both parts have the same shares of classes.
+    """
+    whole = learn(frame)
+    classes = torch.as_tensor(whole.targets(frame)) if whole.task == "classification" else None
+    rows = split.split_indices(len(frame), fraction, seed=seed, classes=classes)
+    train, val = (frame[index.tolist()] for index in rows)
+    encoding = learn(train, task=whole.task)
+    return replace(encoding, notes=(whole.notes[0], *encoding.notes[1:])), train, val
 
 
 def _fitting(source: Source, target: Sequence[str], kind: str | None) -> Source:

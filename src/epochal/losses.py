@@ -88,7 +88,7 @@ def weight_of(loss: Any, targets: Any, samples: int) -> float | Tensor:
     return (loss.weight[torch.where(counted, targets, 0)] * counted).sum()
 
 
-def check_shapes(loss: Any, outputs: Tensor, targets: Tensor, where: str) -> None:
+def check_shapes(loss: Any, outputs: Tensor, targets: Tensor) -> None:
     """Refuses outputs and targets that torch would broadcast into something else than was meant."""
     if outputs.shape == targets.shape:
         return
@@ -101,7 +101,7 @@ def check_shapes(loss: Any, outputs: Tensor, targets: Tensor, where: str) -> Non
             fix = f"give targets the shape {_shape(outputs)}, for example y.reshape({shape})"
     else:
         fix = "let the model give one output for each target"
-    raise LossShapeError("the loss is computed over tensors of different shapes.", where=f"{where}; {given}", fix=fix)
+    raise LossShapeError("the loss is computed over tensors of different shapes.", where=given, fix=fix)
 
 
 def check_scalar(value: Any, where: str) -> None:
@@ -122,16 +122,19 @@ def check_scalar(value: Any, where: str) -> None:
         raise LossError("the loss is complex.", where=where, fix="return a real scalar, for example loss.abs()")
 
 
-def check_classes(loss: Any, outputs: Any, targets: Any, where: str) -> None:
-    """Refuses class indices that are not among the classes; reads the targets once (a host sync)."""
+def check_classes(loss: Any, outputs: Any, targets: Any, *, of: str) -> None:
+    """Refuses class indices that are not among the classes; ``of``: what the targets are all of, batch or data.
+
+    Waits for the device: it is for the first batch.
+    """
     if kind(loss) not in CLASS_INDEX or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return None
     if targets.is_floating_point():
-        return _check_probabilities(loss, outputs, targets, where)
+        return _check_probabilities(loss, outputs, targets)
     if outputs.dim() > 1 and targets.shape == (*outputs.shape[:1], 1, *outputs.shape[2:]):
         raise LossShapeError(
             "the class indices have one dimension too many.",
-            where=f"{where}; outputs {_shape(outputs)}, targets {_shape(targets)}; loss {describe(loss)}",
+            where=f"outputs {_shape(outputs)}, targets {_shape(targets)}; loss {describe(loss)}",
             fix="drop the dimension of size 1, for example y.squeeze(1)",
         )
     classes = outputs.shape[1] if outputs.dim() > 1 else outputs.shape[0]
@@ -141,29 +144,29 @@ def check_classes(loss: Any, outputs: Any, targets: Any, where: str) -> None:
         counts_from_one = targets.min() == 1 and targets.max() == classes
         raise LossError(
             f"a target is outside the {classes} classes that the model gives scores for.",
-            where=f"{where}; target {targets[wrong][0].item()} at position {first}, outputs {_shape(outputs)}",
+            where=f"target {targets[wrong][0].item()} at position {first} of the {of}, outputs {_shape(outputs)}",
             fix=f"number the classes from 0 to {classes - 1}"
             + (": they seem to start at 1, give y - 1" if counts_from_one else ", or give the model more outputs"),
         )
     return None
 
 
-def _check_probabilities(loss: Any, outputs: Tensor, targets: Tensor, where: str) -> None:
+def _check_probabilities(loss: Any, outputs: Tensor, targets: Tensor) -> None:
     if outputs.shape == targets.shape and kind(loss) == "cross_entropy":
         return
     raise LossError(
         "class indices must be integers.",
-        where=f"{where}; targets {str(targets.dtype).removeprefix('torch.')} {_shape(targets)}; loss {describe(loss)}",
+        where=f"targets {str(targets.dtype).removeprefix('torch.')} {_shape(targets)}; loss {describe(loss)}",
         fix="give the class of each sample as an integer, for example y.long()",
     )
 
 
-def check_dtype(loss: Any, targets: Any, where: str) -> None:
+def check_dtype(loss: Any, targets: Any) -> None:
     """Refuses integer targets where torch needs floating point ones."""
     if kind(loss) in ("bce", "bce_with_logits") and isinstance(targets, Tensor) and not targets.is_floating_point():
         raise LossError(
             f"{describe(loss)} needs floating point targets.",
-            where=f"{where}; targets {str(targets.dtype).removeprefix('torch.')}",
+            where=f"targets {str(targets.dtype).removeprefix('torch.')}",
             fix="give y.float()",
         )
 

@@ -37,7 +37,7 @@ class Supervised:
         if not self._examined:
             self._examine(outputs, targets)
         if self._compares_shapes and outputs.shape != targets.shape:
-            losses.check_shapes(self.loss, outputs, targets, "")
+            losses.check_shapes(self.loss, outputs, targets)
         value = self.loss(outputs, targets)
         if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
             losses.check_scalar(value, f"loss {losses.describe(self.loss)}")
@@ -50,10 +50,10 @@ class Supervised:
                 where=f"the model returned {type(outputs).__name__}, the targets are {type(targets).__name__}",
                 fix="give a loss function f(outputs, targets) that picks what it needs",
             )
-        losses.check_dtype(self.loss, targets, "")
-        losses.check_classes(self.loss, outputs, targets, "")
-        if self._all_targets is not None:
-            losses.check_classes(self.loss, outputs, self._all_targets, "all targets")
+        losses.check_dtype(self.loss, targets)
+        if self._all_targets is not None and not self._all_targets.is_floating_point():
+            losses.check_classes(self.loss, outputs, self._all_targets, of="data")
+        losses.check_classes(self.loss, outputs, targets, of="batch")
         self._examined = True
 
     def _refuse_missing_targets(self, batch: Any) -> None:

@@ -1,0 +1,50 @@
+"""Run folders, from their files alone: the next free one, what one holds, and how facts are printed."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import textwrap
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+
+from epochal.errors import RunFolderError
+from epochal.observe.console import aligned, is_terminal, painter
+
+RUNS = Path("runs")
+
+
+def new_folder(name: str) -> Path:
+    """The next free one of ``runs/name-1``, ``runs/name-2``, ...; it is made at once, so that no other run takes it."""
+    for number in count(1):
+        folder = RUNS / f"{name}-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:
+            pass  # the recorder will say what is wrong with it
+        break
+    return folder
+
+
+def existing(folder: Path) -> Path:
+    """The folder itself. Raises RunFolderError, with the nearest name, where there is none."""
+    if folder.is_dir():
+        return folder
+    beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, beside, n=1)
+    fix = f"did you mean {folder.with_name(near[0])}?" if near else "epochal runs ls FOLDER lists those in a folder"
+    raise RunFolderError("there is no such run folder.", where=str(folder), fix=fix)
+
+
+def held(folder: Path) -> list[str]:
+    """The names of what a folder holds; those of folders end in a slash."""
+    return sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Prints a line a fact, label and text, to stdout; long texts are wrapped."""
+    wrapped = {label: textwrap.fill(text, 70, break_on_hyphens=False) for label, text in facts.items()}
+    print(aligned(wrapped, painter(sys.stdout, is_terminal(sys.stdout))), end="")

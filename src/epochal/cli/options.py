@@ -1,0 +1,36 @@
+"""The flags that several commands share, and the file that they can be read from."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from epochal.errors import PlanError
+
+Run = Annotated[Path | None, Parameter(help="The run folder, new or empty; by default the next free one in runs/.")]
+Device = Annotated[str, Parameter(help="auto takes the accelerator, if there is one; or cpu, cuda, cuda:1, mps.")]
+Seed = Annotated[int, Parameter(help="For the weights at the start, the order of the data and their division.")]
+Epochs = Annotated[int, Parameter(help="How many times the data are gone through, at most.")]
+Precision = Annotated[Literal["fp32", "bf16", "fp16"], Parameter(help="What the model computes in.")]
+Config = Annotated[Path | None, Parameter(help="A TOML file of these flags.")]
+Json = Annotated[bool, Parameter(help="Print JSON.")]
+
+
+def read_file(app: Any, commands: tuple[str, ...], arguments: Any) -> None:
+    """A source of arguments for cyclopts: the file that ``--config`` names."""
+    from cyclopts.config import Dict
+
+    named = arguments.get("--config", None)
+    if named is None or not named.tokens:
+        return
+    path = Path(named.tokens[0].value)
+    try:
+        flags = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        fix = "name a TOML file with lines like: epochs = 20"
+        raise PlanError(f"the configuration cannot be read: {reason}.", where=str(path), fix=fix) from error
+    Dict(flags, source=str(path), use_commands_as_keys=False)(app, commands, arguments)

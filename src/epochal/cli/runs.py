@@ -1,0 +1,102 @@
+"""``epochal runs ls`` and ``show``: what run folders tell, read from their files alone."""
+
+from __future__ import annotations
+
+import json as text
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from epochal.cli.folders import RUNS, existing, held, print_facts
+from epochal.cli.options import Json
+from epochal.errors import EpochalError, RunFolderError
+from epochal.observe.console import number
+from epochal.report.history import History
+
+FACTS = ("status", "reason", "message", "started", "best", "monitor", "epochs", "steps", "seconds", "seed", "header")
+COLUMNS = ("run", "status", "reason", "best", "started")
+BARS = "▁▂▃▄▅▆▇█"
+WIDEST = 60  # of a line of bars
+
+
+def ls(folder: Annotated[Path, Parameter(help="Where the run folders are.")] = RUNS, /, *, json: Json = False) -> None:
+    """List the run folders in a folder."""
+    if not folder.is_dir():
+        fix = "name a folder of runs, or make a first one with epochal demo"
+        raise RunFolderError("there is no such folder.", where=str(folder), fix=fix)
+    found = [_read(path) for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    found.sort(key=lambda facts: facts["started"] or "")
+    if json:
+        print(text.dumps(found, indent=1))
+    elif not found:
+        print(f"no runs in {folder}")
+    else:
+        lines = [COLUMNS, *([_told(facts).get(column, "") for column in COLUMNS] for facts in found)]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        for line in lines:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def show(run: Annotated[Path, Parameter(help="A run folder.")], /, *, json: Json = False) -> None:
+    """Show what a run did and what it left."""
+    facts, rows = _read(existing(run)), []
+    with suppress(EpochalError):  # no results yet, or damaged ones
+        rows = History.from_csv(run / "results.csv").rows
+    if json:
+        finite = [{name: value if math.isfinite(value) else str(value) for name, value in row.items()} for row in rows]
+        print(text.dumps({**facts, "rows": finite, "files": held(run)}, indent=1))
+        return
+    told = {**_told(facts), **(facts["header"] or {}), "run": str(run)}
+    for column in ("train_loss", "val_loss"):
+        if bars := _bars([row[column] for row in rows if column in row]):
+            told[column] = bars
+    if rows:
+        told["last"] = ", ".join(f"{name} {number(value)}" for name, value in rows[-1].items() if name != "time")
+    told["files"] = ", ".join(held(run)) or "none"
+    if (run / "table.json").exists():
+        told["next"] = f"epochal predict {run} NEW.csv -o OUT.csv"
+    print_facts(told)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The FACTS of run.json; where it is missing or damaged, ``status`` and ``message`` say so."""
+    try:
+        read = text.loads((folder / "run.json").read_text(encoding="utf-8"))
+        facts = {"run": str(folder), **{name: read.get(name) for name in FACTS}}
+        _told(facts)
+        return facts
+    except FileNotFoundError:
+        problem = {"status": "incomplete", "message": "there is no run.json"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = {"status": "damaged", "message": f"run.json cannot be read: {error}"}
+    return {"run": str(folder), **dict.fromkeys(FACTS), **problem}
+
+
+def _told(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The facts as people read them; those that are not known are left out."""
+    best = facts["best"] and "epoch {epoch}, {metric} {value}".format_map(
+        {**facts["best"], "value": number(float(facts["best"]["value"]))}
+    )
+    started = facts["started"] and facts["started"][:16].replace("T", " ")
+    told = {"run": facts["run"], "status": facts["status"], "reason": facts["reason"], "message": facts["message"]}
+    told |= {"started": started, "best": best}
+    {}.update(facts["header"] or {})  # must be a mapping too
+    return {label: str(value) for label, value in told.items() if value}
+
+
+def _bars(values: Sequence[float]) -> str:
+    """The values as bars, at most WIDEST of them, from the least to the greatest; a gap where one is not finite.
+
+    >>> _bars([1.0, 0.5, 0.0, float("nan")])
+    '█▄▁ '
+    """
+    shown = [values[place * len(values) // WIDEST] for place in range(WIDEST)] if len(values) > WIDEST else values
+    finite = [value for value in shown if math.isfinite(value)]
+    if len(finite) < 2:
+        return ""
+    low, span = min(finite), (max(finite) - min(finite)) or 1.0
+    return "".join(BARS[int((value - low) / span * 7.999)] if math.isfinite(value) else " " for value in shown)

@@ -1,0 +1,150 @@
+"""``epochal train RECIPE.py``: what the plan(...) of a Python file plans; its parameters become flags."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import sys
+import tomllib
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+
+from epochal.cli.options import Config, Run
+from epochal.errors import EpochalError, PlanError, RecipeError
+
+Set = Annotated[list[str], Parameter(name="--set", help="option=value: any option of the plan; several times.")]
+AS_PLANNED = "By default as the recipe has it."
+
+
+def train(
+    recipe: Annotated[Path, Parameter(help="A Python file with plan(...) -> epochal.Plan.")],
+    /,
+    *,
+    run: Run = None,
+    device: Annotated[str | None, Parameter(help=f"auto, cpu, cuda, ... {AS_PLANNED}")] = None,
+    seed: Annotated[int | None, Parameter(help=f"Also for the weights that plan() makes. {AS_PLANNED}")] = None,
+    epochs: Annotated[int | None, Parameter(help=AS_PLANNED)] = None,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, Parameter(help=AS_PLANNED)] = None,
+    changes: Set = [],  # noqa: B006  (it is only read)
+    config: Config = None,
+) -> None:
+    """Train what a recipe plans: plan(...) in a Python file.
+
+    The parameters of plan() are flags too: epochal train RECIPE.py --help shows them. Where one has the name of a
+    flag of epochal, it is the recipe's, and --set still changes the plan.
+    """
+    options = {"run": run, "device": device, "seed": seed, "epochs": epochs, "precision": precision}
+    _carry_out(recipe, _load(recipe), {}, options, changes)
+
+
+def command(recipe: Path) -> Callable[..., None]:
+    """``train`` with the flags of this recipe."""
+    plan = _load(recipe)
+    try:
+        theirs = inspect.signature(plan, eval_str=True).parameters
+    except Exception as error:
+        raise _raised(error, recipe) from error
+    own = inspect.signature(train, eval_str=True).parameters
+    if taken := sorted({"recipe", "changes", "set", "config"} & set(theirs)):
+        what = f"the parameter {taken[0]!r} of plan() has a name that epochal needs."
+        raise RecipeError(what, where=str(recipe), fix="give it another name")
+
+    def run(recipe: Path, **given: Any) -> None:
+        changes = given.pop("changes")
+        given.pop("config")
+        chosen = {name: given.pop(name) for name in theirs if name in given}
+        _carry_out(recipe, plan, chosen, given, changes)
+
+    group = Group(f"Parameters of {recipe.name}", sort_key=0)
+    flags = [_flag(one, group) for one in theirs.values() if one.kind is not one.VAR_KEYWORD]
+    parameters = [own["recipe"], *flags, *(one for name, one in own.items() if name not in {"recipe", *theirs})]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    run.__doc__ = inspect.getdoc(plan) or f"Train what {recipe.name} plans."
+    return run
+
+
+def _flag(parameter: inspect.Parameter, group: Group) -> inspect.Parameter:
+    hint = parameter.annotation
+    if hint is parameter.empty:
+        hint = str if parameter.default in (parameter.empty, None) else type(parameter.default)
+    settings = Parameter(group=group, negative_bool="--no-", negative_iterable=())
+    return parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=Annotated[hint, settings])
+
+
+def _load(path: Path) -> Callable[..., Any]:
+    """The function ``plan`` of a file, which is run as a module of its name, with its folder in sys.path."""
+    if path.suffix != ".py" or not path.is_file():
+        what = "there is no such recipe." if path.suffix == ".py" else "a recipe is a Python file, and ends in .py."
+        raise RecipeError(what, where=str(path), fix="give a file with a function plan(...) -> epochal.Plan")
+    if (folder := str(path.parent.absolute())) not in sys.path:
+        sys.path.insert(0, folder)  # as Python does for a script; it stays, for worker processes need it too
+    spec = importlib.util.spec_from_file_location(path.stem, path.absolute())
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise _raised(error, path) from error
+    if not callable(getattr(module, "plan", None)):
+        fix = "define plan(...) -> epochal.Plan in it"
+        raise RecipeError("the recipe has no function plan.", where=str(path), fix=fix)
+    return module.plan
+
+
+def _carry_out(
+    path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], options: Mapping[str, Any], changes: Sequence[str]
+) -> None:
+    import epochal
+    from epochal.cli import training
+    from epochal.runtime.seeding import seed_everything
+
+    changed = {name: value for name, value in options.items() if value is not None}
+    changed |= dict(_change(change) for change in changes)
+    seed = changed.get("seed", chosen.get("seed"))
+    try:
+        if isinstance(seed, int):
+            seed_everything(seed)  # before plan() makes the weights
+        plan = make(**chosen)
+        if not isinstance(plan, epochal.Plan):
+            what = f"plan() gave a {type(plan).__name__}, not an epochal.Plan."
+            raise RecipeError(what, where=str(path), fix="end it with: return epochal.Plan(...)")
+        files = {"recipe.py": path.read_text(encoding="utf-8")}
+        training.train(plan.replace(**changed), path.stem, files, "epochal runs show {run}")
+    except EpochalError:
+        raise
+    except Exception as error:
+        raise _raised(error, path) from error
+
+
+def _change(text: str) -> tuple[str, Any]:
+    """The option and the value of ``option=value``: a TOML value, ``none``, or else the text itself."""
+    option, equals, value = text.partition("=")
+    if not equals:
+        raise PlanError("--set takes option=value.", where=f"--set {text}", fix="try --set batch_size=64")
+    try:
+        return option.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return option.strip(), None if value.strip().lower() == "none" else value.strip()
+
+
+def _raised(error: Exception, path: Path) -> Exception:
+    """An error out of a recipe, or a file beside it, as a RecipeError that names the line; any other as it is."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [
+        f"{os.path.relpath(frame.filename)}:{frame.lineno}, in {frame.name}"
+        for frame in frames
+        if Path(frame.filename).parent == path.parent.absolute()
+    ]
+    if isinstance(error, SyntaxError) and error.filename:
+        places = [f"{os.path.relpath(error.filename)}:{error.lineno}"]
+    places = places[-1:] + [note.removeprefix("epochal: ") for note in getattr(error, "__notes__", ())]
+    if not places:
+        return error
+    what = next(iter(str(error).splitlines()), "no message").rstrip(".")
+    fix = "mend the recipe; --traceback shows the whole way there"
+    return RecipeError(f"the recipe raised {type(error).__name__}: {what}.", where="; ".join(places), fix=fix)
