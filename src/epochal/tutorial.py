@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -91,10 +92,10 @@ class MetricsTracker:
 
     def update(self, train_loss: Any, val_loss: Any, train_acc: Any, val_acc: Any) -> None:
         """Adds an epoch: numbers, or scalar tensors, of which only the number is kept."""
-        self.train_losses.append(float(train_loss))
-        self.val_losses.append(float(val_loss))
-        self.train_accs.append(float(train_acc))
-        self.val_accs.append(float(val_acc))
+        self.train_losses.append(_number(train_loss))
+        self.val_losses.append(_number(val_loss))
+        self.train_accs.append(_number(train_acc))
+        self.val_accs.append(_number(val_acc))
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """The curves as a figure, the best epoch marked; a file too if there is a ``path``. Needs no display."""
@@ -109,7 +110,7 @@ def save_checkpoint(path: str | Path, epoch: int, model: nn.Module, optimizer: O
 
     Raises CheckpointError where it cannot be written, or holds what could not be read so.
     """
-    checkpoint = dict(zip(ENTRIES, (epoch, model.state_dict(), optimizer.state_dict(), float(loss))))
+    checkpoint = dict(zip(ENTRIES, (epoch, model.state_dict(), optimizer.state_dict(), _number(loss))))
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
@@ -157,9 +158,14 @@ def _load_optimizer(optimizer: Optimizer, state: Any, path: str | Path) -> None:
 
 def _unusable(verb: str, path: str | Path, error: Exception) -> CheckpointError:
     cause = error.__cause__ if isinstance(error, RunFolderError) else error
-    why = getattr(cause, "strerror", None) or "it is damaged, or holds more than tensors and plain values"
+    is_path = isinstance(cause, OSError) and cause.errno != errno.EINVAL  # which torch meets in a file cut short
+    why = cause.strerror if is_path else "it is damaged, or holds more than tensors and plain values"
     fix = "give a path that can be used, and keep all but tensors and plain values out of the states"
     return CheckpointError(f"the checkpoint cannot be {verb}: {why}.", where=str(path), fix=fix)
+
+
+def _number(value: Any) -> float:
+    return float(value.item() if hasattr(value, "item") else value)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -24,7 +24,10 @@ def show(*command: Command, json: Json = False) -> None:
         print(text.dumps(shown, indent=1, default=str))
         return
     for name, flags in shown.items():
-        lines = [(f"epochal {name}", "", ""), *((f"  --{flag}", *map(str, one.values())) for flag, one in flags.items())]
+        lines = [
+            (f"epochal {name}", "", ""),
+            *((f"  --{flag}", *map(str, one.values())) for flag, one in flags.items()),
+        ]
         for line in lines:
             print(f"{line[0]:<14}  {line[1]:<20}  {line[2]}".rstrip())
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from epochal.cli.options import Config, Device, Epochs, Json, Precision, Run, Seed
-from epochal.errors import EpochalError, PlanError, TableError
+from epochal.errors import PlanError
 
 if TYPE_CHECKING:
     import polars as pl
