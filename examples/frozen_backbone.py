@@ -24,7 +24,7 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 
-def plan(channels: int = 32, epochs: int = 40, lr: float = 1e-2, first_epochs: int = 10) -> epochal.Plan:
+def plan(channels: int = 32, epochs: int = 20, lr: float = 1e-2, first_epochs: int = 10) -> epochal.Plan:
     """channels: of the first convolution. first_epochs: how long the backbone is trained on the digits 0 to 4."""
     digits = load_digits()
     images, labels = digits.images[:, None] / 16, digits.target

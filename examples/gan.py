@@ -27,7 +27,7 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 
-def plan(hidden: int = 256, noise: int = 16, epochs: int = 200, lr: float = 1e-3) -> epochal.Plan:
+def plan(hidden: int = 256, noise: int = 16, epochs: int = 300, lr: float = 5e-4) -> epochal.Plan:
     """hidden: units in each hidden layer. noise: numbers that the generator starts from."""
     images = torch.from_numpy(load_digits().data).float() / 8 - 1  # (1797, 64), from -1 to 1
     model = Adversaries(hidden, noise)
@@ -43,11 +43,15 @@ class Adversaries(nn.Module):
         super().__init__()
         self.noise = noise
         self.generator = nn.Sequential(
-            nn.Linear(noise, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 64), nn.Tanh()
-        )
+            nn.Linear(noise, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+            nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+            nn.Linear(hidden, 64), nn.Tanh(),
+        )  # fmt: skip
         self.discriminator = nn.Sequential(
-            nn.Linear(64, hidden), nn.LeakyReLU(0.2), nn.Dropout(0.3), nn.Linear(hidden, 1)
-        )
+            nn.Linear(64, hidden), nn.LeakyReLU(0.2), nn.Dropout(0.3),
+            nn.Linear(hidden, hidden), nn.LeakyReLU(0.2), nn.Dropout(0.3),
+            nn.Linear(hidden, 1),
+        )  # fmt: skip
 
     def forward(self, like: Tensor) -> Tensor:
         """As many new images as ``like`` has."""

@@ -488,6 +488,13 @@ def test_train_epoch_says_what_is_wrong():
         "  where: step 0, batch 0 of train; outputs (2, 1), targets (2,); loss nn.MSELoss\n"
         "  fix:   give targets the shape (2, 1), for example y.unsqueeze(1)"
     )
+    with pytest.raises(epochal.EpochalError) as other:
+        tutorial.train_epoch(nn.Linear(1, 1), [(torch.ones(2, 1), torch.ones(2, 1))], nn.MSELoss(), optimizer)
+    assert str(other.value) == (
+        "the optimizer holds the parameters of another model.\n"
+        "  where: none of its 2 parameters is one of Linear's\n"
+        "  fix:   build it over this model's parameters() (a copy of a model has new ones)"
+    )
     with pytest.raises(epochal.EpochalError, match=r"^the training data gave no batch\."):
         tutorial.train_epoch(model, [], nn.MSELoss(), optimizer)
     with pytest.raises(epochal.EpochalError, match=r"^there is no batch to evaluate\."):
@@ -630,6 +637,8 @@ def test_checkpoint_of_something_else():
         "  where: model.pt; a dict with epoch, model_state_dict, optimizer_state_dict, loss is expected\n"
         "  fix:   load a plain state dict with model.load_state_dict(torch.load(path, weights_only=True))"
     )
+    torch.save({"epoch": 1, "model_state_dict": 2, "optimizer_state_dict": 3, "loss": 4}, "numbers.pt")
+    assert refused("numbers.pt").startswith("the file is not a checkpoint of a model and its optimizer.\n")
     tutorial.save_checkpoint("checkpoint.pt", 1, model, adam, loss)
     other = nn.Linear(10, 1)
     assert refused("checkpoint.pt", other, optim.Adam(other.parameters())) == (

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from epochal.data.loader import Loader as Loader
     from epochal.data.window import Window as Window
     from epochal.errors import EpochalError as EpochalError
+    from epochal.events import Ended as Ended
+    from epochal.events import Evaluated as Evaluated
+    from epochal.events import Saved as Saved
+    from epochal.events import Started as Started
+    from epochal.events import StepDone as StepDone
     from epochal.events import Stop as Stop
     from epochal.events import StopReason as StopReason
     from epochal.metrics.metric import Metric as Metric
@@ -29,24 +34,27 @@ if TYPE_CHECKING:
     from epochal.result import predict as predict
     from epochal.run import Run as Run
     from epochal.state import TrainState as TrainState
-    from epochal.tutorial import MetricsTracker as MetricsTracker
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Console": "observe.console",
     "EarlyStopping": "observe.early_stopping",
+    "Ended": "events",
     "EpochalError": "errors",
+    "Evaluated": "events",
     "History": "report.history",
     "Loader": "data.loader",
     "Loss": "protocols",
     "Metric": "metrics.metric",
-    "MetricsTracker": "tutorial",
     "Plan": "plan",
     "Result": "result",
     "Run": "run",
+    "Saved": "events",
     "Saving": "checkpoint.store",
     "Schedule": "optim.schedules",
+    "Started": "events",
+    "StepDone": "events",
     "StepResult": "protocols",
     "Stop": "events",
     "StopReason": "events",

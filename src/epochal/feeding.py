@@ -15,7 +15,7 @@ from epochal import losses
 from epochal.data import split, tables
 from epochal.data.batch import TARGET_KEYS
 from epochal.data.loader import GivenLoader, Loader
-from epochal.data.sources import Arrays, Source, encoded, open_source
+from epochal.data.sources import Arrays, Source, as_tensor, encoded, open_source
 from epochal.errors import LossError, PlanError
 from epochal.runtime import seeding
 
@@ -143,7 +143,7 @@ def divide_table(frame: Any, fraction: float, seed: int, learn: Callable[..., An
     another one; if it is a classification, both parts have the same shares of classes.
     """
     whole = learn(frame)
-    classes = torch.as_tensor(whole.targets(frame)) if whole.task == "classification" else None
+    classes = as_tensor(whole.targets(frame), where="train") if whole.task == "classification" else None
     rows = split.split_indices(len(frame), fraction, seed=seed, classes=classes)
     train, val = (frame[index.tolist()] for index in rows)
     encoding = learn(train, task=whole.task)

@@ -22,6 +22,7 @@ from epochal.events import Ended, Evaluated, Event, StopReason
 from epochal.metrics.metric import Mean, Stream
 from epochal.objective import Supervised
 from epochal.observe import early_stopping
+from epochal.optim import optimizers
 from epochal.plan import fit
 from epochal.report.history import History
 from epochal.state import TrainState
@@ -36,11 +37,13 @@ ENTRIES = ("epoch", "model_state_dict", "optimizer_state_dict", "loss")  # of a 
 def train_epoch(model: nn.Module, dataloader: Iterable[Any], criterion: Any, optimizer: Optimizer) -> float:
     """One epoch, on the model's device; gives the mean loss over the samples. The model is left in train mode.
 
-    criterion: what ``fit`` takes as ``loss``. Raises NonFiniteError before a NaN reaches the weights.
+    criterion: what ``fit`` takes as ``loss``. Raises NonFiniteError before a NaN reaches the weights, and PlanError
+    for the optimizer of another model.
     """
     model.train()
-    state, mean = TrainState(model, optimizer), Mean()
-    step = Update(Supervised(losses.resolve(criterion)), model, _device(model))
+    loss, mean = losses.resolve(criterion), Mean()
+    state = TrainState(model, optimizers.build(optimizer, [model, loss] if isinstance(loss, nn.Module) else [model]))
+    step = Update(Supervised(loss), model, _device(model))
     for result in loop.steps(state, step, lambda _: windows(dataloader), lambda: state.progress.epoch == 1):
         if result is not None:
             mean.update(result.loss, result.weight)
@@ -133,7 +136,8 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # by what is wrong with the file, torch raises any of a dozen classes
         raise _unusable("read", path, error) from error
-    if not isinstance(saved, dict) or not saved.keys() >= set(ENTRIES):
+    entries = saved if isinstance(saved, dict) else {}
+    if not entries.keys() >= set(ENTRIES) or not isinstance(entries["model_state_dict"], dict):
         what, expected = "the file is not a checkpoint of a model and its optimizer.", ", ".join(ENTRIES)
         fix = "load a plain state dict with model.load_state_dict(torch.load(path, weights_only=True))"
         raise CheckpointError(what, where=f"{path}; a dict with {expected} is expected", fix=fix)

@@ -16,6 +16,17 @@ EPILOGUE = """\
 A flag --some-flag can also be given as EPOCHAL_SOME_FLAG in the environment, or as a line in the file of --config:
 some-flag = "value". The command line counts first, then the environment, then the file. With --traceback, an error
 shows how it came about."""
+COMMANDS = {
+    "demo": ("demo:demo", "Train a small network on handwritten digits, in seconds."),
+    "fit": ("table:fit", "Train a network on a table, from a file to a run folder."),
+    "predict": ("table:predict", "Predict the target of a run of fit for new rows."),
+    "eval": ("table:evaluate", "Measure a run of fit on a table with the target."),
+    "train": ("train:train", "Train what a recipe plans: plan(...) in a Python file."),
+    "runs ls": ("runs:ls", "List the run folders in a folder."),
+    "runs show": ("runs:show", "Show what a run did and what it left."),
+    "config show": ("config:show", "Show the value of every flag, and where it is from."),
+}
+GROUPS = {"runs": "List run folders, or show one.", "config": "Show what a command would run with."}
 
 
 def application(tokens: Sequence[str], *watchers: Callable) -> App:
@@ -34,27 +45,26 @@ def application(tokens: Sequence[str], *watchers: Callable) -> App:
         help_epilogue=EPILOGUE,
         version=epochal.__version__,
         config=(Env("EPOCHAL_", command=False, show=False), read_file, *watchers),
-        default_parameter=Parameter(negative=()),
+        default_parameter=Parameter(negative_bool=(), negative_iterable=()),
         suppress_keyboard_interrupt=False,
     )
-    app.command("epochal.cli.demo:demo", name="demo", help="Train a small network on handwritten digits, in seconds.")
-    app.command("epochal.cli.table:fit", name="fit", help="Train a network on a table, from a file to a run folder.")
-    app.command("epochal.cli.table:predict", name="predict", help="Predict the target of a run of fit for new rows.")
-    app.command("epochal.cli.table:evaluate", name="eval", help="Measure a run of fit on a table with the target.")
-    app.command(_train(tokens), name="train", help="Train what a recipe plans: plan(...) in a Python file.")
-    runs = App(name="runs", help="List run folders, and show one.")
-    runs.command("epochal.cli.runs:ls", name="ls", help="List the run folders in a folder.")
-    runs.command("epochal.cli.runs:show", name="show", help="Show what a run did and what it left.")
-    app.command(runs)
-    config = App(name="config", help="Show what a command would run with.")
-    config.command("epochal.cli.config:show", name="show", help="Show the value of every flag, and where it is from.")
-    app.command(config)
+    groups = {"": app}
+    for place, (words, (function, text)) in enumerate(COMMANDS.items()):
+        group, _, name = words.rpartition(" ")
+        if group not in groups:
+            groups[group] = App(name=group, help=GROUPS[group], sort_key=place)
+            app.command(groups[group])
+        if recipe := _recipe(tokens, name):
+            app.command(recipe, name=name)
+        else:
+            groups[group].command(f"epochal.cli.{function}", name=name, help=text, sort_key=place)
     return app
 
 
-def _train(tokens: Sequence[str]) -> str | Callable:
-    if len(tokens) < 2 or tokens[0] != "train" or tokens[1].startswith("-"):
-        return "epochal.cli.train:train"
+def _recipe(tokens: Sequence[str], name: str) -> Callable | None:
+    """The command ``train`` of the recipe, if the tokens are ``train RECIPE.py ...``; its own help is shown then."""
+    if name != "train" or tokens[:1] != ["train"] or len(tokens) < 2 or tokens[1].startswith("-"):
+        return None
     from epochal.cli.train import command
 
     return command(Path(tokens[1]))

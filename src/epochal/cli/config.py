@@ -48,7 +48,7 @@ def _flags(tokens: list[str]) -> dict[str, dict[str, Any]]:
 
 def _value(argument: Any) -> Any:
     if argument.has_tokens:
-        return argument.value
+        return argument.convert()
     default = argument.field_info.default
     return None if default is argument.field_info.empty else default
 

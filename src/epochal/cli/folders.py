@@ -10,9 +10,10 @@ from itertools import count
 from pathlib import Path
 
 from epochal.errors import RunFolderError
-from epochal.observe.console import aligned, is_terminal, painter
+from epochal.observe.console import aligned, is_terminal, painter, terminal_width
 
 RUNS = Path("runs")
+NO_BREAK = "\N{NO-BREAK SPACE}"  # between words of a fact that belong on one line
 
 
 def new_folder(name: str) -> Path:
@@ -45,6 +46,8 @@ def held(folder: Path) -> list[str]:
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
-    """Prints a line a fact, label and text, to stdout; long texts are wrapped."""
-    wrapped = {label: textwrap.fill(text, 70, break_on_hyphens=False) for label, text in facts.items()}
-    print(aligned(wrapped, painter(sys.stdout, is_terminal(sys.stdout))), end="")
+    """Prints a line a fact, label and text, to stdout; on a terminal, long texts are wrapped."""
+    terminal = is_terminal(sys.stdout)
+    width = max(20, terminal_width(sys.stdout) - max(map(len, facts)) - 3) if terminal else sys.maxsize
+    wrapped = {label: textwrap.fill(text, width, break_on_hyphens=False) for label, text in facts.items()}
+    print(aligned(wrapped, painter(sys.stdout, terminal)).replace(NO_BREAK, " "), end="")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from epochal.checkpoint.weights import load_into, load_weights
 from epochal.cli.folders import existing
@@ -23,10 +21,10 @@ WIDEST = 65_536  # of a layer: a file that says more is not sound
 
 
 class MLP(nn.Sequential):
-    """Linear layers with ReLU between them: (rows, features) to (rows, classes) or (rows, targets)."""
+    """Linear layers with ReLU between them, from (rows, features) to (rows, classes), or (rows, 1) for a quantity."""
 
     def __init__(self, encoding: Encoding, hidden: Sequence[int]):
-        sizes = [encoding.width, *hidden, len(encoding.classes or encoding.target_names)]
+        sizes = [encoding.width, *hidden, len(encoding.classes) or 1]
         layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
         super().__init__(*layers[:-1])
 
@@ -36,24 +34,13 @@ def loss_of(encoding: Encoding) -> str:
 
 
 def metrics_of(encoding: Encoding) -> list[str | Metric]:
-    """Of classes accuracy and f1; of quantities r2, and the errors in the unit of each target."""
+    """Of classes accuracy and f1; of a quantity the errors in its own unit, and r2."""
     if encoding.task == "classification":
         return ["accuracy", "f1"]
-    errors: list[str | Metric] = ["r2"]
-    for place, (target, scale) in enumerate(zip(encoding.target_names, encoding.target_scale)):
-        suffix = f"_{target}" if len(encoding.target_names) > 1 else ""
-        for name, sums, value in (("mae", absolute_sums, ratio), ("rmse", square_sums, root_ratio)):
-            of_column, in_unit = partial(_sums_of_column, sums, place), partial(_scaled, value, scale)
-            errors.append(Metric(name + suffix, of_column, in_unit, higher_is_better=False))
-    return errors
-
-
-def _sums_of_column(sums: Any, place: int, outputs: Tensor, targets: Tensor) -> Tensor:
-    return sums(outputs[:, place], targets[:, place])
-
-
-def _scaled(value: Any, scale: float, sums: Tensor) -> float:
-    return scale * value(sums)
+    (unit,) = encoding.target_scale
+    mae = Metric("mae", absolute_sums, lambda sums: unit * ratio(sums), higher_is_better=False)
+    rmse = Metric("rmse", square_sums, lambda sums: unit * root_ratio(sums), higher_is_better=False)
+    return [mae, rmse, "r2"]
 
 
 def saved(encoding: Encoding, hidden: Sequence[int]) -> str:
@@ -72,8 +59,8 @@ def load(run: Path) -> tuple[Encoding, MLP]:
         raise RunFolderError(what, where=str(run), fix="name the run folder of an epochal fit")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        known, encoding, hidden = data["format"] == FORMAT, data["encoding"], data["network"]["hidden"]
-        if not known or not all(type(size) is int and 0 < size <= WIDEST for size in hidden):
+        encoding, hidden = data["encoding"], data["network"]["hidden"]
+        if data["format"] != FORMAT or not all(type(size) is int and 0 < size <= WIDEST for size in hidden):
             raise ValueError("it has another format, or sizes that no network has")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as text
 import sys
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 
     from epochal.data.encoding import Encoding
 
-Target = Annotated[list[str], Parameter(help="The column to predict; several times for several numbers.")]
-Drop = Annotated[list[str], Parameter(help="A column to leave out; may be given several times.")]
+Target = Annotated[str, Parameter(help="The column to predict.")]
+Drop = Annotated[list[str], Parameter(show_default=False, help="A column to leave out; several times.")]
 Val = Annotated[float | Path, Parameter(help="The fraction of the rows to hold back for validation, or a file.")]
 Hidden = Annotated[str, Parameter(help="The sizes of the hidden layers.")]
 Output = Annotated[str, Parameter(name=("--output", "-o"), help="A .csv or .parquet file; - is stdout, as CSV.")]
@@ -66,8 +65,9 @@ def fit(
 
     torch.manual_seed(seed)
     metrics = network.metrics_of(encoding)
-    if encoding.task == "classification" and not _is_uneven(train[target[0]]):
-        metrics = ["accuracy"]
+    counts = train[target].value_counts(name="rows of it")["rows of it"]
+    if encoding.task == "classification" and counts.min() * 2 > counts.mean():
+        metrics = ["accuracy"]  # f1 only where classes are so uneven that the accuracy alone could flatter
     plan = epochal.Plan(
         network.MLP(encoding, sizes), encoded(encoding, train, where="train"), encoded(encoding, held, where="val"),
         loss=network.loss_of(encoding), optimizer="adamw", lr=lr, epochs=epochs, patience=patience, metrics=metrics,
@@ -90,7 +90,7 @@ def _sizes(hidden: str) -> list[int]:
 
 
 def _read(
-    data: Path, val: float | Path, seed: int, target: list[str], task: str, drop: list[str]
+    data: Path, val: float | Path, seed: int, target: str, task: str, drop: list[str]
 ) -> tuple[Encoding, pl.DataFrame, pl.DataFrame]:
     """The transformation, learned from the rows for training alone; those rows; and those for validation."""
     from epochal.data.encoding import Encoding
@@ -105,12 +105,6 @@ def _read(
         fix = "try --val 0.2, or name a file"
         raise PlanError("a fraction for val lies between 0 and 1.", where=f"--val {val:g}", fix=fix)
     return divide_table(read_table(data), val, seed, learn)
-
-
-def _is_uneven(target: pl.Series) -> bool:
-    """Whether some class has less than half of an even share, so that the accuracy alone can flatter."""
-    counts = Counter(target.to_list())
-    return min(counts.values()) < len(target) / len(counts) / 2
 
 
 def predict(

@@ -17,7 +17,7 @@ from cyclopts import Group, Parameter
 from epochal.cli.options import Config, Run
 from epochal.errors import EpochalError, PlanError, RecipeError
 
-Set = Annotated[list[str], Parameter(name="--set", help="option=value: any option of the plan; several times.")]
+Set = Annotated[list[str], Parameter(name="--set", show_default=False, help="option=value of the plan; several times.")]
 AS_PLANNED = "By default as the recipe has it."
 
 
@@ -39,7 +39,7 @@ def train(
     flag of epochal, it is the recipe's, and --set still changes the plan.
     """
     options = {"run": run, "device": device, "seed": seed, "epochs": epochs, "precision": precision}
-    _carry_out(recipe, _load(recipe), {}, options, changes)
+    _carry_out(recipe, _load(recipe), {}, changes, options)
 
 
 def command(recipe: Path) -> Callable[..., None]:
@@ -55,12 +55,11 @@ def command(recipe: Path) -> Callable[..., None]:
         raise RecipeError(what, where=str(recipe), fix="give it another name")
 
     def run(recipe: Path, **given: Any) -> None:
-        changes = given.pop("changes")
-        given.pop("config")
         chosen = {name: given.pop(name) for name in theirs if name in given}
-        _carry_out(recipe, plan, chosen, given, changes)
+        given.pop("config", None)
+        _carry_out(recipe, plan, chosen, given.pop("changes", ()), given)
 
-    group = Group(f"Parameters of {recipe.name}", sort_key=0)
+    group = Group(f"Parameters of {recipe.name}", sort_key=-1)
     flags = [_flag(one, group) for one in theirs.values() if one.kind is not one.VAR_KEYWORD]
     parameters = [own["recipe"], *flags, *(one for name, one in own.items() if name not in {"recipe", *theirs})]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -73,7 +72,7 @@ def _flag(parameter: inspect.Parameter, group: Group) -> inspect.Parameter:
     hint = parameter.annotation
     if hint is parameter.empty:
         hint = str if parameter.default in (parameter.empty, None) else type(parameter.default)
-    settings = Parameter(group=group, negative_bool="--no-", negative_iterable=())
+    settings = Parameter(group=group, negative_bool="no-")
     return parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=Annotated[hint, settings])
 
 
@@ -97,7 +96,7 @@ def _load(path: Path) -> Callable[..., Any]:
 
 
 def _carry_out(
-    path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], options: Mapping[str, Any], changes: Sequence[str]
+    path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], changes: Sequence[str], options: Mapping[str, Any]
 ) -> None:
     import epochal
     from epochal.cli import training

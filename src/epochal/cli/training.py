@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from epochal.checkpoint.files import replace_text
-from epochal.cli.folders import RUNS, held, new_folder, print_facts
+from epochal.cli.folders import NO_BREAK, RUNS, held, new_folder, print_facts
 from epochal.errors import EpochalError
 from epochal.observe.console import number
 
@@ -58,5 +58,6 @@ def _measured(result: Result) -> str:
     rows, best = result.history.rows, result.best
     row = next((row for row in rows if result.restored and row["step"] == best.step), rows[-1])
     side = "val_" if "val_loss" in row else "train_"
-    told = {name: value for name, value in row.items() if name.startswith(side) and not isinstance(value, list)}
-    return f"epoch {row['epoch']}: {', '.join(f'{name} {number(value)}' for name, value in told.items())}"
+    measured = {name: value for name, value in row.items() if name.startswith(side) and not isinstance(value, list)}
+    told = (f"{name}{NO_BREAK}{number(value)}" for name, value in measured.items())
+    return f"epoch {row['epoch']}: {', '.join(told)}"
