@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from epochal.data.loader import GivenLoader, Loader
 from epochal.events import Started
 from epochal.feeding import Data, steps_of
 from epochal.runtime import device as devices
 
 if TYPE_CHECKING:
-    from epochal.data.loader import GivenLoader, Loader
     from epochal.plan import Plan
     from epochal.state import TrainState
 
@@ -48,9 +48,13 @@ def _parameters(model: nn.Module) -> str:
 
 
 def _samples(loader: Loader | GivenLoader, batch_size: int) -> str:
-    size = loader.loader.batch_size if hasattr(loader, "loader") else batch_size
-    counted = "a stream" if loader.samples is None else f"{loader.samples:,} samples"
-    return f"{counted} in batches of {size}" if size else counted
+    size = loader.loader.batch_size if isinstance(loader, GivenLoader) else batch_size
+    if loader.samples is not None:
+        return f"{loader.samples:,} samples in batches of {size}"
+    try:
+        return f"{len(loader):,} batches" + (f" of {size}" if size else "")
+    except TypeError:
+        return f"a stream in batches of {size}" if size else "a stream of batches"
 
 
 def _optimizer(optimizer: Optimizer | None) -> str:

@@ -70,7 +70,10 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """After one optimizer update. ``step`` counts from 1, ``epoch`` is the number of the epoch in hand, from 1."""
+    """After one optimizer update.
+
+    step: which one, from 1. epoch: the epoch in hand, from 1. samples: how many were seen in all.
+    """
 
     step: int
     epoch: int

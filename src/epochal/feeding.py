@@ -73,9 +73,10 @@ def read(plan: Plan, kind: str | None, device: torch.device, dtype: torch.dtype)
         seed = seeding.draw()  # so that torch.manual_seed before fit decides, as it does for a DataLoader
     size = plan.batch_size or DEFAULT_BATCH
     shuffle = True if plan.shuffle is None else plan.shuffle
+    options = {"batch_size": size, "seed": seed, "workers": plan.workers or 0}
     return Data(
-        train=_loader(train, size, shuffle, seed, plan.workers or 0, "train", device),
-        val=None if val is None else _loader(val, size, False, seed, plan.workers or 0, "val", device),
+        train=_loader(train, device, shuffle=shuffle, where="train", **options),
+        val=None if val is None else _loader(val, device, shuffle=False, where="val", **options),
         seed=seed,
         batch_size=size,
         target=target,
@@ -187,19 +188,14 @@ def _refuse_negative(targets: Tensor | None, loss: Any) -> None:
         )
 
 
-def _loader(
-    source: Source | DataLoader,
-    batch_size: int,
-    shuffle: bool,
-    seed: int,
-    workers: int,
-    where: str,
-    device: torch.device,
-) -> Loader | GivenLoader:
+def _loader(source: Source | DataLoader, device: torch.device, **options: Any) -> Loader | GivenLoader:
     if isinstance(source, DataLoader):
         return GivenLoader(source)
-    if isinstance(source, Arrays) and device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        source = source.to(device) if source.nbytes < SHARE_OF_MEMORY * free else source
-    pin = device.type == "cuda"
-    return Loader(source, batch_size, shuffle=shuffle, seed=seed, workers=workers, where=where, pin_memory=pin)
+    if isinstance(source, Arrays) and _fits(source, device):
+        return Loader(source.to(device), **options)
+    return Loader(source, pin_memory=device.type == "cuda", **options)
+
+
+def _fits(arrays: Arrays, device: torch.device) -> bool:
+    """Whether in-memory data may live on the device, so that batches are made there."""
+    return device.type != "cuda" or arrays.nbytes < SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0]

@@ -63,6 +63,7 @@ def prepare(plan: Plan) -> Run:
     step = plan.step or Update(
         _objective(plan, loss, data, data.train_targets), forward, device,
         precision=plan.precision, clip=plan.clip, skip_nonfinite=plan.nonfinite == "skip",
+        keeps_outputs=bool(metrics),
     )  # fmt: skip
     state = TrainState(
         plan.model, optimizer, loss=loss if len(modules) > 1 else None, seed=data.seed,

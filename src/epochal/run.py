@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from torch import nn
+
 from epochal import loop
 from epochal.cadence import Every
 from epochal.checkpoint.store import Checkpoints
@@ -76,6 +78,10 @@ class Run:
     checkpoints: Checkpoints | None = None
     saving: Every | None = None
     ended: Ended | None = field(default=None, init=False)
+    _began: float = field(default_factory=time.perf_counter, init=False)
+    _last_evaluation: float = field(default_factory=time.perf_counter, init=False)
+    _last_saving: float = field(default_factory=time.perf_counter, init=False)
+    _modes: list[tuple[nn.Module, bool]] = field(default_factory=list, init=False)
 
     def __iter__(self) -> Iterator[Event]:
         """The whole run, in the order in which things happen."""
@@ -201,9 +207,9 @@ class Run:
         """Puts the best weights and the modules' modes back, and tells."""
         progress = self.state.progress
         restored = self.best.restore(progress.step)
-        for part, training in getattr(self, "_modes", ()):
+        for part, training in self._modes:
             part.training = training
-        seconds = self._seconds() if hasattr(self, "_began") else 0.0
+        seconds = self._seconds()
         self.ended = Ended(
             reason, message or reason.message, self.best.best, restored, progress.epoch, progress.step, seconds
         )

@@ -26,6 +26,7 @@ class Update:
 
     forward: the model, or a compiled form of it. clip: the largest gradient norm (L2 over all parameters),
     None for no clipping. skip_nonfinite: leave out an update that is not finite, instead of raising.
+    keeps_outputs: hand the outputs and targets on, for metrics.
     """
 
     def __init__(
@@ -37,10 +38,11 @@ class Update:
         precision: str = "fp32",
         clip: float | None = None,
         skip_nonfinite: bool = False,
+        keeps_outputs: bool = True,
     ):
         self.objective, self.forward, self.device = objective, forward, device
         self.autocast = precisions.autocast(precision, device)
-        self.clip, self.skip_nonfinite = clip, skip_nonfinite
+        self.clip, self.skip_nonfinite, self.keeps_outputs = clip, skip_nonfinite, keeps_outputs
         self._moves = devices.moves(device)
         self._one, self._found = torch.ones((), device=device), torch.zeros((), device=device)
 
@@ -65,7 +67,8 @@ class Update:
             # weight; samples are known before, what the weights add up to only afterwards.
             value = loss.value if alone else _weighted(loss.value, loss.weight) / window.samples
             (value if state.scaler is None else state.scaler.scale(value)).backward()
-            seen.append((_detached(loss.outputs), _detached(loss.targets)))
+            if self.keeps_outputs:
+                seen.append((_detached(loss.outputs), _detached(loss.targets)))
         if not alone:
             total = total / weights
             _rescale(state, window.samples / weights)

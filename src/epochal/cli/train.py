@@ -48,7 +48,8 @@ def command(recipe: Path) -> Callable[..., None]:
     try:
         theirs = inspect.signature(plan, eval_str=True).parameters
     except Exception as error:
-        raise _raised(error, recipe) from error
+        fix = "give them types that exist: int, float, str, bool, Literal, ..."
+        raise RecipeError(f"the parameters of plan() cannot be read: {error}.", where=str(recipe), fix=fix) from error
     own = inspect.signature(train, eval_str=True).parameters
     if taken := sorted({"recipe", "changes", "set", "config"} & set(theirs)):
         what = f"the parameter {taken[0]!r} of plan() has a name that epochal needs."

@@ -20,7 +20,8 @@ class Loader:
 
     data: whatever ``fit`` accepts but a DataLoader. seed: for the order and for the random numbers that
     a data set draws while a sample is made; these are seeded for each batch, so 0, 1 or 4 workers give
-    the same samples, and the training's own generators are never touched.
+    the same samples, and the training's own generators are never touched. pin_memory: put batches where an
+    accelerator can fetch them without waiting.
 
     >>> loader = Loader((torch.arange(5.0), torch.arange(5)), batch_size=2)
     >>> [len(y) for x, y in loader.batches(epoch=0)]
@@ -48,7 +49,8 @@ class Loader:
                 where=where,
                 fix="use workers=1, or give a DataLoader over a data set that splits itself among its workers",
             )
-        if not isinstance(self.source, Arrays):
+        self._is_indexed = isinstance(self.source, Arrays) and not pin_memory
+        if not self._is_indexed:
             self._epoch = _Epoch(self.source, batch_size, shuffle, seed)
             self._torch_loader = _torch_loader(self._epoch, workers, pin_memory)
 
@@ -64,7 +66,7 @@ class Loader:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The batches of ``epoch``, from batch ``start`` on (a stream is read forward to there)."""
-        if isinstance(self.source, Arrays):
+        if self._is_indexed:
             device = self.source.tensors[0].device
             order = epoch_order(len(self.source), seed=self.seed, epoch=epoch, shuffle=self.shuffle).to(device)
             return map(self.source.take, batch_indices(order, self.batch_size, start))
@@ -99,7 +101,7 @@ class GivenLoader:
 class _Epoch:
     """What is read in the epoch in hand: iterating it gives, for each batch, its seed and its indices."""
 
-    def __init__(self, source: Samples | Stream, batch_size: int, shuffle: bool, seed: int):
+    def __init__(self, source: Source, batch_size: int, shuffle: bool, seed: int):
         self.source, self.batch_size, self.shuffle, self.seed = source, batch_size, shuffle, seed
         self.number, self.start = 0, 0
 
@@ -115,13 +117,13 @@ class _Epoch:
 class _Batches(Dataset):
     """Makes a batch for each request, in whichever process it runs."""
 
-    def __init__(self, source: Samples):
+    def __init__(self, source: Samples | Arrays):
         self.source = source
 
     def __getitem__(self, request: tuple[int, list[int]]) -> Any:
         seed, indices = request
         with seeded(seed):
-            return self.source.take(indices)
+            return self.source.take(torch.as_tensor(indices) if isinstance(self.source, Arrays) else indices)
 
 
 class _StreamedBatches(IterableDataset):
