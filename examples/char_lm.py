@@ -20,7 +20,14 @@ import epochal
 
 
 def plan(width: int = 96, layers: int = 2, context: int = 64, epochs: int = 8, lr: float = 3e-3) -> epochal.Plan:
-    """width: of the model. context: how many characters it sees before the one that it foretells, at most."""
+    """A causal transformer on the prose of Python's documentation.
+
+    Args:
+        width: how many numbers stand for a character; 32 of them for each attention head.
+        layers: transformer blocks.
+        context: characters in a sequence.
+        lr: the learning rate after the warm-up.
+    """
     text = "\n\n".join(topics.values())
     alphabet = sorted(set(text))
     tokens = torch.tensor([alphabet.index(letter) for letter in text])

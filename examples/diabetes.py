@@ -26,7 +26,12 @@ except ModuleNotFoundError as missing:
 
 
 def plan(hidden: int = 32, dropout: float = 0.2, epochs: int = 200, lr: float = 1e-3) -> epochal.Plan:
-    """hidden: units in the hidden layer."""
+    """A multilayer perceptron on the table of 442 patients.
+
+    Args:
+        hidden: units in the hidden layer.
+        dropout: the share of them that is silent at each update.
+    """
     data = load_diabetes(scaled=False)
     patients = pl.DataFrame(data.data, schema=data.feature_names).with_columns(target=data.target)
     width = len(data.feature_names)  # a column of numbers without gaps is one feature

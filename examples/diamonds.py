@@ -4,7 +4,7 @@ Shows a large table: the price goes into the table as its logarithm, because pri
 each category of cut, color and clarity becomes a feature, so the model asks how wide a row is.
 
     epochal train examples/diamonds.py
-    epochal train examples/diamonds.py --hidden 16 --epochs 1 --rows 5000
+    epochal train examples/diamonds.py --hidden 64 --epochs 5 --rows 5000
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from epochal.errors import MissingPackageError
 
 
 def plan(hidden: int = 128, epochs: int = 15, lr: float = 2e-3, rows: int | None = None) -> epochal.Plan:
-    """hidden: units in each of two hidden layers. rows: so many diamonds, drawn at random; all by default."""
+    """A multilayer perceptron on the table of 53,940 diamonds.
+
+    Args:
+        hidden: units in each of the two hidden layers.
+        rows: so many diamonds, drawn at random; all by default.
+    """
     diamonds = table() if rows is None else table().sample(rows, seed=0)
     width = Encoding.learn(diamonds, "log_price").width
     model = nn.Sequential(

@@ -27,7 +27,12 @@ except ModuleNotFoundError as missing:
 
 
 def plan(channels: int = 32, epochs: int = 25, lr: float = 0.05) -> epochal.Plan:
-    """channels: of the first convolution; the second has twice as many."""
+    """A convolutional network on handwritten digits.
+
+    Args:
+        channels: of the first convolution; the second has twice as many.
+        lr: the learning rate of the first epochs.
+    """
     digits = load_digits()
     images = digits.images[:, None] / 16  # (1797, 1, 8, 8), from 0 to 1
     return epochal.Plan(

@@ -24,7 +24,12 @@ except ModuleNotFoundError as missing:
 
 
 def plan(hidden: int = 128, dropout: float = 0.2, epochs: int = 60, lr: float = 2e-3) -> epochal.Plan:
-    """hidden: units in the hidden layer."""
+    """A multilayer perceptron on handwritten digits.
+
+    Args:
+        hidden: units in the hidden layer.
+        dropout: the share of them that is silent at each update.
+    """
     digits = load_digits()
     pixels = digits.data / 16  # (1797, 64), from 0 to 1
     model = nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 10))

@@ -25,7 +25,12 @@ except ModuleNotFoundError as missing:
 
 
 def plan(channels: int = 32, epochs: int = 20, lr: float = 1e-2, first_epochs: int = 10) -> epochal.Plan:
-    """channels: of the first convolution. first_epochs: how long the backbone is trained on the digits 0 to 4."""
+    """A new head for the digits 5 to 9 on convolutions that know 0 to 4.
+
+    Args:
+        channels: of the first convolution; the second has twice as many.
+        first_epochs: how long the convolutions are trained on the digits 0 to 4.
+    """
     digits = load_digits()
     images, labels = digits.images[:, None] / 16, digits.target
     low, high = labels < 5, labels >= 5

@@ -28,7 +28,12 @@ except ModuleNotFoundError as missing:
 
 
 def plan(hidden: int = 256, noise: int = 16, epochs: int = 300, lr: float = 5e-4) -> epochal.Plan:
-    """hidden: units in each hidden layer. noise: numbers that the generator starts from."""
+    """A generative adversarial network on handwritten digits.
+
+    Args:
+        hidden: units in each hidden layer.
+        noise: how many random numbers the generator makes an image of.
+    """
     images = torch.from_numpy(load_digits().data).float() / 8 - 1  # (1797, 64), from -1 to 1
     model = Adversaries(hidden, noise)
     return epochal.Plan(

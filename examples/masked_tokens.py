@@ -21,7 +21,14 @@ HIDDEN = 0  # the token that stands for a hidden character; the alphabet begins 
 
 
 def plan(width: int = 128, layers: int = 1, length: int = 64, epochs: int = 8, lr: float = 5e-3) -> epochal.Plan:
-    """width: of the model. length: characters in a sequence."""
+    """A two-way LSTM that guesses hidden characters.
+
+    Args:
+        width: how many numbers stand for a character, and the units in each direction.
+        layers: of the LSTM.
+        length: characters in a sequence.
+        lr: the learning rate after the warm-up.
+    """
     text = "\n\n".join(topics.values())
     alphabet = ["hidden", *sorted(set(text))]
     tokens = torch.tensor([alphabet.index(letter) for letter in text])

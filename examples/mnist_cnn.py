@@ -24,7 +24,12 @@ except ModuleNotFoundError as missing:
 
 
 def plan(channels: int = 16, epochs: int = 12, lr: float = 5e-3) -> epochal.Plan:
-    """channels: of the first convolution; the second has twice as many. lr: the highest of the cycle."""
+    """A convolutional network on 5,000 digits of MNIST.
+
+    Args:
+        channels: of the first convolution; the second has twice as many.
+        lr: the highest learning rate of the cycle.
+    """
     pixels, labels = mnist_data()
     images = pixels.reshape(-1, 1, 28, 28) / 255
     return epochal.Plan(

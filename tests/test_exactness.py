@@ -234,9 +234,10 @@ def trained(**options):
 
 def look_closely(event):
     """An observer that reads everything there is to read."""
-    if isinstance(event, epochal.events.StepDone):
+    if isinstance(event, epochal.StepDone):
         event.result.loss.item()
-        event.result.seen[0][0].sum().item()
+        for outputs, targets in event.result.seen:
+            (outputs.sum() + targets.sum()).item()
 
 
 def watchers(folder):
@@ -246,6 +247,7 @@ def watchers(folder):
         "recorder, saving every step": {"run": folder / "steps", "save": epochal.Saving("1 steps", keep=2)},
         "default observers": {"observers": None},
         "observer": {"observers": [look_closely]},
+        "observer of outputs": {"observers": [look_closely], "metrics": ["accuracy"]},
         "metrics": {"metrics": ["accuracy", "f1", "confusion", "top5"]},
         "early stopping": {"patience": 50},
         "all": {"observers": None, "run": folder / "all", "metrics": "accuracy", "patience": 50},

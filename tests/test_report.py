@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epochal.errors import PlanError, RunFolderError, TableError, UnknownNameError
+from epochal.errors import PlanError, FileError, TableError, UnknownNameError
 from epochal.events import Best
 from epochal.report import history as history_module
 from epochal.report import rows as rows_module
@@ -216,11 +216,11 @@ def test_a_csv_that_is_none_is_told(tmp_path, text, message):
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
     (tmp_path / "results.csv").mkdir()
-    with pytest.raises(RunFolderError) as error:
+    with pytest.raises(FileError) as error:
         History(rows_of(1)).to_csv(tmp_path / "results.csv")
     assert str(error.value) == (
-        f"the file cannot be written: Is a directory.\n  where: {tmp_path / 'results.csv'}\n"
-        "  fix:   name a folder that exists and can be written to"
+        f"results.csv cannot be written: Is a directory.\n  where: {tmp_path / 'results.csv'}\n"
+        "  fix:   free some space, or choose another place"
     )
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -403,11 +403,11 @@ def test_an_unknown_suffix_is_told_with_the_known_ones(tmp_path):
 
 def test_a_folder_that_is_not_there_is_told(tmp_path):
     path = tmp_path / "nowhere" / "results.png"
-    with pytest.raises(RunFolderError) as error:
+    with pytest.raises(FileError) as error:
         save(draw(rows_of(1)), path)
     assert str(error.value) == (
-        f"the file cannot be written: No such file or directory.\n  where: {path}\n"
-        "  fix:   name a folder that exists and can be written to"
+        f"results.png cannot be written: its folder does not exist.\n  where: {path}\n"
+        "  fix:   make the folder first"
     )
 
 

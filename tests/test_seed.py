@@ -706,7 +706,7 @@ def test_metrics_tracker(monkeypatch):
         return epochal.evaluate(model, data, loss=criterion, metrics="accuracy")["accuracy"]
 
     # Usage
-    tracker = epochal.MetricsTracker()
+    tracker = tutorial.MetricsTracker()
     for _ in range(3):
         train_loss = tutorial.train_epoch(model, loader, criterion, optimizer)
         val_loss = tutorial.validate(model, loader, criterion)
@@ -731,7 +731,7 @@ def test_metrics_tracker(monkeypatch):
 
 
 def test_metrics_tracker_before_the_first_epoch():
-    assert len(epochal.MetricsTracker().plot().axes) == 1  # a figure that says so, and no error
+    assert len(tutorial.MetricsTracker().plot().axes) == 1  # a figure that says so, and no error
 
 
 def test_tracking_is_built_in():
@@ -791,6 +791,9 @@ def test_early_stopping_never_takes_a_nan_for_the_best():
         mine(value)
     assert math.isnan(page.best_loss) and page.counter == 0 and not page.early_stop
     assert mine.best_loss == 0.5 and mine.counter == 2 and mine.early_stop
+    first = tutorial.EarlyStopping(patience=2)
+    first(math.nan)
+    assert first.best_loss is None and first.counter == 1
 
 
 def overfitting():

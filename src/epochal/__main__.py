@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt as error:
-        print("\n".join(["interrupted", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        print("; ".join(["interrupted", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return 130
     except EpochalError as error:
         if told:

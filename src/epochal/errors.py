@@ -10,6 +10,7 @@
     │   └── LossShapeError       outputs and targets of different shapes
     ├── NonFiniteError           a NaN or an infinity reached the loss or the gradients
     ├── CheckpointError          a file of weights or a checkpoint cannot be read or written
+    ├── FileError                a file cannot be written
     ├── RunFolderError           the run folder cannot be used
     ├── RecipeError              a recipe raised, or does not define ``plan``
     └── MissingPackageError      an optional package is needed and not installed
@@ -113,6 +114,10 @@ class NonFiniteError(EpochalError):
 
 
 class CheckpointError(EpochalError):
+    pass
+
+
+class FileError(EpochalError):
     pass
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from epochal.errors import LossError, NonFiniteError
-from epochal.objective import Objective, relocate
+from epochal.objective import Custom, Objective, relocate
 from epochal.protocols import StepResult
 from epochal.runtime import device as devices
 from epochal.runtime import precision as precisions
@@ -44,6 +44,8 @@ class Update:
         self.autocast = precisions.autocast(precision, device)
         self.clip, self.skip_nonfinite, self.keeps_outputs = clip, skip_nonfinite, keeps_outputs
         self._moves = devices.moves(device)
+        # torch's own losses give a gradient of 0 where nothing is counted; what a user divides by is not known.
+        self._divides_by_itself = isinstance(objective, Custom)
         self._one, self._found = torch.ones((), device=device), torch.zeros((), device=device)
 
     def __call__(self, state: TrainState, window: Window) -> StepResult:
@@ -61,6 +63,8 @@ class Update:
                 relocate(error, state.model, batch, where)
             if not loss.value.requires_grad:
                 raise _without_graph(state)
+            if not alone and self._divides_by_itself and not loss.weight:
+                continue  # nothing is counted in this micro-batch: its own mean, and its gradient, are 0 / 0
             weights = loss.weight if alone else weights + loss.weight
             total = loss.value.detach() if alone else total + _weighted(loss.value.detach(), loss.weight)
             # One batch is its own mean, and gives the bits of the plain loop. Of several, each counts by its
@@ -70,8 +74,8 @@ class Update:
             if self.keeps_outputs:
                 seen.append((_detached(loss.outputs), _detached(loss.targets)))
         if not alone:
-            total = total / weights
-            _rescale(state, window.samples / weights)
+            total = total / weights if isinstance(total, Tensor) else torch.full((), math.nan)
+            _rescale(state, window.samples, weights)
         if not self._is_finite(state, total):
             return self._not_finite(state, total)
         norm = None if self.clip is None else _clip(state, self.clip)
@@ -132,9 +136,11 @@ def _clear_gradients(optimizer: Optimizer) -> None:
     return None
 
 
-def _rescale(state: TrainState, factor: float | Tensor) -> None:
-    if isinstance(factor, float) and factor == 1.0:
+def _rescale(state: TrainState, samples: int, weights: float | Tensor) -> None:
+    """Turns gradients of values divided by the samples into those of values divided by the weights."""
+    if not isinstance(weights, Tensor) and weights in (0, samples):
         return
+    factor = samples / (weights.double() if isinstance(weights, Tensor) else weights)
     for p in _with_gradient(state):
         p.grad.mul_(factor)
 

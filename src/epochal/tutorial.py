@@ -17,7 +17,7 @@ from epochal import loop, losses
 from epochal.checkpoint.files import replace
 from epochal.checkpoint.weights import load_into
 from epochal.data.window import windows
-from epochal.errors import CheckpointError, RunFolderError
+from epochal.errors import CheckpointError, FileError
 from epochal.events import Ended, Evaluated, Event, StopReason
 from epochal.metrics.metric import Mean, Stream
 from epochal.objective import Supervised
@@ -161,7 +161,7 @@ def _load_optimizer(optimizer: Optimizer, state: Any, path: str | Path) -> None:
 
 
 def _unusable(verb: str, path: str | Path, error: Exception) -> CheckpointError:
-    cause = error.__cause__ if isinstance(error, RunFolderError) else error
+    cause = error.__cause__ if isinstance(error, FileError) else error
     is_path = isinstance(cause, OSError) and cause.errno != errno.EINVAL  # which torch meets in a file cut short
     why = cause.strerror if is_path else "it is damaged, or holds more than tensors and plain values"
     fix = "give a path that can be used, and keep all but tensors and plain values out of the states"

@@ -1,16 +1,20 @@
-"""Writing a file so that a crash leaves either the old one or the new one, whole."""
+"""Writing a file so that a crash or a full disk leaves either the old one or the new one, whole."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from epochal.errors import RunFolderError
+from epochal.errors import FileError
 
 
-def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls ``write`` with a temporary path beside ``path``, syncs it to the disk and renames it into place."""
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls ``write`` with a temporary path beside ``path``, syncs it to the disk and renames it into place.
+
+    Raises FileError where that cannot be done.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -18,18 +22,25 @@ def replace(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        raise RunFolderError(
-            f"{path.name} cannot be written: {error.strerror or error}.",
-            where=str(path),
-            fix="free some space or choose another folder with run=",
-        ) from error
+        raise unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """As :func:`replace`, with the text itself (UTF-8)."""
-    replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def replace_bytes(path: str | Path, data: bytes) -> None:
+    """As :func:`replace`, with what the file shall hold."""
+    replace(Path(path), lambda temporary: temporary.write_bytes(data))
+
+
+def unwritable(path: Path, error: OSError) -> FileError:
+    """What to raise when a file cannot be written."""
+    missing = not path.parent.is_dir()
+    return FileError(
+        f"{path.name} cannot be written: {'its folder does not exist' if missing else error.strerror or error}.",
+        where=str(path),
+        fix="make the folder first" if missing else "free some space, or choose another place",
+    )
 
 
 def sync(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from epochal.cadence import Every
 from epochal.checkpoint import codec
-from epochal.checkpoint.files import replace_text, sync
+from epochal.checkpoint.files import replace_bytes, sync
 from epochal.checkpoint.weights import load_weights, save_weights
 from epochal.errors import CheckpointError, PlanError
 
@@ -63,10 +63,10 @@ class Checkpoints:
         try:
             aside.mkdir(parents=True)
             tree, tensors = codec.encode(state)
-            replace_text(aside / "state.json", json.dumps(tree))
+            replace_bytes(aside / "state.json", json.dumps(tree).encode())
             save_weights(tensors, aside / "tensors.safetensors")
             manifest = {"format": FORMAT, "step": step, "files": {p.name: _facts(p) for p in sorted(aside.iterdir())}}
-            replace_text(aside / "manifest.json", json.dumps(manifest, indent=1))
+            replace_bytes(aside / "manifest.json", json.dumps(manifest, indent=1).encode())
             sync(aside)
             os.rename(aside, final)
             sync(self.folder)

@@ -41,7 +41,14 @@ def save_weights(weights: Mapping[str, Any], path: str | Path) -> None:
             tensors[name] = value.detach().contiguous().cpu()
     tensors = _apart(tensors)
     metadata = {"format": "pt", SHARED: json.dumps(shared)}
-    replace(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata)
+        except safetensors.SafetensorError as error:  # the only word it has for a full disk
+            raise OSError(str(error)) from error
+
+    replace(Path(path), write)
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -65,9 +72,9 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> N
     own = module.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [
-        f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}"
+        f"{name} {_shape(weights[name])} for {_shape(own[name])}"
         for name in own.keys() & weights.keys()
-        if isinstance(own[name], Tensor) and own[name].shape != weights[name].shape
+        if _shape(weights[name]) != _shape(own[name])
     ]
     problems = [
         f"{what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
@@ -81,6 +88,10 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> N
             fix="build the model as it was when they were saved",
         )
     module.load_state_dict(dict(weights))
+
+
+def _shape(entry: Any) -> str:
+    return str(tuple(entry.shape)) if isinstance(entry, Tensor) else type(entry).__name__
 
 
 def _place(tensor: Tensor) -> tuple:
@@ -108,4 +119,9 @@ def is_safetensors(path: str | Path) -> bool:
 
 def save_state_dict(weights: Mapping[str, Any], path: str | Path) -> None:
     """A plain state dict in torch's own format: ``torch.load(path, weights_only=True)`` reads it."""
-    replace(Path(path), lambda temporary: torch.save(dict(weights), temporary))
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # torch itself answers a full disk with a RuntimeError
+            torch.save(dict(weights), file)
+
+    replace(Path(path), write)

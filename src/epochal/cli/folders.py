@@ -8,9 +8,10 @@ import textwrap
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from epochal.errors import RunFolderError
-from epochal.observe.console import aligned, is_terminal, painter, terminal_width
+from epochal.observe.console import aligned, is_terminal, number, painter, terminal_width
 
 RUNS = Path("runs")
 NO_BREAK = "\N{NO-BREAK SPACE}"  # between words of a fact that belong on one line
@@ -18,8 +19,8 @@ NO_BREAK = "\N{NO-BREAK SPACE}"  # between words of a fact that belong on one li
 
 def new_folder(name: str) -> Path:
     """The next free one of ``runs/name-1``, ``runs/name-2``, ...; it is made at once, so that no other run takes it."""
-    for number in count(1):
-        folder = RUNS / f"{name}-{number}"
+    for place in count(1):
+        folder = RUNS / f"{name}-{place}"
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
@@ -43,6 +44,12 @@ def existing(folder: Path) -> Path:
 def held(folder: Path) -> list[str]:
     """The names of what a folder holds; those of folders end in a slash."""
     return sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def numbers(row: Mapping[str, Any], prefix: str = "") -> str:
+    """The numbers of a row of the history whose names begin with ``prefix``."""
+    named = {name: value for name, value in row.items() if name.startswith(prefix) and isinstance(value, int | float)}
+    return ", ".join(f"{name}{NO_BREAK}{number(value)}" for name, value in named.items())
 
 
 def print_facts(facts: Mapping[str, str]) -> None:

@@ -6,13 +6,19 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from epochal.errors import PlanError
 
 Run = Annotated[Path | None, Parameter(help="The run folder, new or empty; by default the next free one in runs/.")]
 Device = Annotated[str, Parameter(help="auto takes the accelerator, if there is one; or cpu, cuda, cuda:1, mps.")]
-Seed = Annotated[int, Parameter(help="For the weights at the start, the order of the data and their division.")]
+Seed = Annotated[
+    int,
+    Parameter(
+        help="For the weights at the start, the order of the data and their division.",
+        validator=validators.Number(gte=0, lt=2**63),
+    ),
+]
 Epochs = Annotated[int, Parameter(help="How many times the data are gone through, at most.")]
 Precision = Annotated[Literal["fp32", "bf16", "fp16"], Parameter(help="What the model computes in.")]
 Config = Annotated[Path | None, Parameter(help="A TOML file of these flags.")]

@@ -11,14 +11,14 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from epochal.cli.folders import RUNS, existing, held, print_facts
+from epochal.cli.folders import RUNS, existing, held, numbers, print_facts
 from epochal.cli.options import Json
 from epochal.errors import EpochalError, RunFolderError
 from epochal.observe.console import number
 from epochal.report.history import History
 
 FACTS = ("status", "reason", "message", "started", "best", "monitor", "epochs", "steps", "seconds", "seed", "header")
-COLUMNS = ("run", "status", "reason", "best", "started")
+COLUMNS = ("run", "status", "best", "started")
 BARS = "▁▂▃▄▅▆▇█"
 WIDEST = 60  # of a line of bars
 
@@ -50,12 +50,12 @@ def show(run: Annotated[Path, Parameter(help="A run folder.")], /, *, json: Json
         finite = [{name: value if math.isfinite(value) else str(value) for name, value in row.items()} for row in rows]
         print(text.dumps({**facts, "rows": finite, "files": held(run)}, indent=1))
         return
-    told = {**_told(facts), **(facts["header"] or {}), "run": str(run)}
+    told = _told(facts)
     for column in ("train_loss", "val_loss"):
         if bars := _bars([row[column] for row in rows if column in row]):
             told[column] = bars
     if rows:
-        told["last"] = ", ".join(f"{name} {number(value)}" for name, value in rows[-1].items() if name != "time")
+        told["last"] = numbers(rows[-1])
     told["files"] = ", ".join(held(run)) or "none"
     if (run / "table.json").exists():
         told["next"] = f"epochal predict {run} NEW.csv -o OUT.csv"
@@ -72,7 +72,7 @@ def _read(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         problem = {"status": "incomplete", "message": "there is no run.json"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = {"status": "damaged", "message": f"run.json cannot be read: {error}"}
+        problem = {"status": "damaged", "message": f"run.json cannot be read: {error!r}"}
     return {"run": str(folder), **dict.fromkeys(FACTS), **problem}
 
 
@@ -82,9 +82,9 @@ def _told(facts: Mapping[str, Any]) -> dict[str, str]:
         {**facts["best"], "value": number(float(facts["best"]["value"]))}
     )
     started = facts["started"] and facts["started"][:16].replace("T", " ")
-    told = {"run": facts["run"], "status": facts["status"], "reason": facts["reason"], "message": facts["message"]}
-    told |= {"started": started, "best": best}
-    {}.update(facts["header"] or {})  # must be a mapping too
+    status = (facts["reason"] or facts["status"]).replace("_", " ")
+    told = {"run": None, "status": status, "message": facts["message"], "started": started, "best": best}
+    told |= {**(facts["header"] or {}), "run": facts["run"]}
     return {label: str(value) for label, value in told.items() if value}
 
 

@@ -51,18 +51,14 @@ def fit(
     Numbers are standardised, missing ones filled in, categories made one feature each; columns that cannot teach
     anything are left out, and named. A target of text, booleans or few whole numbers is taken for classes.
     """
-    sizes = _sizes(hidden)
-    encoding, train, held = _read(data, val, seed, target, task, drop)
-    for note in encoding.notes:
-        print(note, file=sys.stderr)
-    print(file=sys.stderr)
-
     import torch
 
     import epochal
     from epochal.cli import network, training
     from epochal.data.sources import encoded
 
+    sizes = _sizes(hidden)
+    encoding, train, held = _read(data, val, seed, target, task, drop)
     torch.manual_seed(seed)
     metrics = network.metrics_of(encoding)
     counts = train[target].value_counts(name="rows of it")["rows of it"]
@@ -74,6 +70,7 @@ def fit(
         batch_size=batch_size or min(1024, max(32, 2 ** (len(train) // 400).bit_length())),
         device=device, precision=precision, seed=seed, run=run,
     )  # fmt: skip
+    print(*encoding.notes, "", sep="\n", file=sys.stderr)
     files = {"table.json": network.saved(encoding, sizes)}
     training.train(plan, data.name.partition(".")[0], files, "epochal predict {run} NEW.csv -o OUT.csv")
 
@@ -119,23 +116,26 @@ def predict(
 
     One row for each of the table, in its order: the target in its own unit, or the class and its probability.
     """
-    if output != "-" and not output.lower().endswith((".csv", ".parquet")):
-        raise PlanError("predictions are written as .csv or .parquet.", where=f"-o {output}", fix="try -o out.csv")
-    if Path(output).exists() and not force:
-        raise PlanError("the file exists.", where=f"-o {output}", fix="choose another name, or give --force")
+    path = None if output == "-" else Path(output)
+    if path and path.suffix.lower() not in (".csv", ".parquet"):
+        raise PlanError("predictions are written as .csv or .parquet.", where=f"-o {path}", fix="try -o out.csv")
+    if path and path.exists() and not force:
+        raise PlanError("the file exists.", where=f"-o {path}", fix="choose another name, or give --force")
 
+    from epochal.checkpoint.files import replace
     from epochal.cli import network
     from epochal.data.tables import read_table
     from epochal.result import predict
 
     encoding, model = network.load(run)
     frame = read_table(data, where="data")
-    _tell_differences(encoding, frame)
-    import torch
-
     features = encoding.features(frame, where=str(data))
-    outputs = predict(model, torch.from_numpy(features), batch_size=4096)
-    _write(_named(encoding, outputs), output)
+    _tell_differences(encoding, frame)
+    predictions = _named(encoding, predict(model, features, batch_size=4096))
+    if path is None:
+        print(predictions.write_csv(), end="")
+    else:
+        replace(path, predictions.write_csv if path.suffix.lower() == ".csv" else predictions.write_parquet)
 
 
 def _tell_differences(encoding: Encoding, frame: pl.DataFrame) -> None:
@@ -156,15 +156,6 @@ def _named(encoding: Encoding, outputs: Any) -> pl.DataFrame:
     return pl.DataFrame([pl.Series(encoding.target_names[0], classes), pl.Series("probability", best.values.numpy())])
 
 
-def _write(frame: pl.DataFrame, output: str) -> None:
-    from epochal.checkpoint.files import replace
-
-    if output == "-":
-        print(frame.write_csv(), end="")
-        return
-    replace(Path(output), frame.write_parquet if output.lower().endswith(".parquet") else frame.write_csv)
-
-
 def evaluate(
     run: Annotated[Path, Parameter(help="The run folder of a fit.")],
     data: Annotated[Path, Parameter(help="A table with the columns of the training table, the target too.")],
@@ -182,8 +173,8 @@ def evaluate(
 
     encoding, model = network.load(run)
     frame = read_table(data, where="data")
-    _tell_differences(encoding, frame)
     arrays = encoded(encoding, frame, where=str(data))
+    _tell_differences(encoding, frame)
     metrics = network.metrics_of(encoding)
     measured = evaluate(model, arrays, loss=network.loss_of(encoding), metrics=metrics, batch_size=4096)
     if json:

@@ -8,13 +8,14 @@ import os
 import sys
 import tomllib
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from epochal.cli.options import Config, Run
+from epochal.cli.options import Config, Run, Seed
 from epochal.errors import EpochalError, PlanError, RecipeError
 
 Set = Annotated[list[str], Parameter(name="--set", show_default=False, help="option=value of the plan; several times.")]
@@ -27,7 +28,7 @@ def train(
     *,
     run: Run = None,
     device: Annotated[str | None, Parameter(help=f"auto, cpu, cuda, ... {AS_PLANNED}")] = None,
-    seed: Annotated[int | None, Parameter(help=f"Also for the weights that plan() makes. {AS_PLANNED}")] = None,
+    seed: Annotated[Seed | None, Parameter(help=f"Also for the weights that plan() makes. {AS_PLANNED}")] = None,
     epochs: Annotated[int | None, Parameter(help=AS_PLANNED)] = None,
     precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, Parameter(help=AS_PLANNED)] = None,
     changes: Set = [],  # noqa: B006  (it is only read)
@@ -61,7 +62,7 @@ def command(recipe: Path) -> Callable[..., None]:
         _carry_out(recipe, plan, chosen, given.pop("changes", ()), given)
 
     group = Group(f"Parameters of {recipe.name}", sort_key=-1)
-    flags = [_flag(one, group) for one in theirs.values() if one.kind is not one.VAR_KEYWORD]
+    flags = [_flag(one, group) for one in theirs.values() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
     parameters = [own["recipe"], *flags, *(one for name, one in own.items() if name not in {"recipe", *theirs})]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for one in parameters}
@@ -86,10 +87,8 @@ def _load(path: Path) -> Callable[..., Any]:
         sys.path.insert(0, folder)  # as Python does for a script; it stays, for worker processes need it too
     spec = importlib.util.spec_from_file_location(path.stem, path.absolute())
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    try:
+    with _blaming(path):
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise _raised(error, path) from error
     if not callable(getattr(module, "plan", None)):
         fix = "define plan(...) -> epochal.Plan in it"
         raise RecipeError("the recipe has no function plan.", where=str(path), fix=fix)
@@ -106,7 +105,7 @@ def _carry_out(
     changed = {name: value for name, value in options.items() if value is not None}
     changed |= dict(_change(change) for change in changes)
     seed = changed.get("seed", chosen.get("seed"))
-    try:
+    with _blaming(path):
         if isinstance(seed, int):
             seed_everything(seed)  # before plan() makes the weights
         plan = make(**chosen)
@@ -115,10 +114,6 @@ def _carry_out(
             raise RecipeError(what, where=str(path), fix="end it with: return epochal.Plan(...)")
         files = {"recipe.py": path.read_text(encoding="utf-8")}
         training.train(plan.replace(**changed), path.stem, files, "epochal runs show {run}")
-    except EpochalError:
-        raise
-    except Exception as error:
-        raise _raised(error, path) from error
 
 
 def _change(text: str) -> tuple[str, Any]:
@@ -132,19 +127,25 @@ def _change(text: str) -> tuple[str, Any]:
         return option.strip(), None if value.strip().lower() == "none" else value.strip()
 
 
-def _raised(error: Exception, path: Path) -> Exception:
-    """An error out of a recipe, or a file beside it, as a RecipeError that names the line; any other as it is."""
-    frames = traceback.extract_tb(error.__traceback__)
-    places = [
-        f"{os.path.relpath(frame.filename)}:{frame.lineno}, in {frame.name}"
-        for frame in frames
-        if Path(frame.filename).parent == path.parent.absolute()
-    ]
-    if isinstance(error, SyntaxError) and error.filename:
-        places = [f"{os.path.relpath(error.filename)}:{error.lineno}"]
-    places = places[-1:] + [note.removeprefix("epochal: ") for note in getattr(error, "__notes__", ())]
-    if not places:
-        return error
-    what = next(iter(str(error).splitlines()), "no message").rstrip(".")
-    fix = "mend the recipe; --traceback shows the whole way there"
-    return RecipeError(f"the recipe raised {type(error).__name__}: {what}.", where="; ".join(places), fix=fix)
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Makes an error out of a recipe, or a file beside it, a RecipeError that names the line."""
+    try:
+        yield
+    except EpochalError:
+        raise
+    except Exception as error:
+        places = [
+            f"{os.path.relpath(frame.filename)}:{frame.lineno}, in {frame.name}"
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).parent == path.parent.absolute()
+        ]
+        if isinstance(error, SyntaxError) and error.filename:
+            places = [f"{os.path.relpath(error.filename)}:{error.lineno}"]
+        places = places[-1:] + [note.removeprefix("epochal: ") for note in getattr(error, "__notes__", ())]
+        if not places:
+            raise
+        what = next(iter(str(error).splitlines()), "no message").rstrip(".")
+        fix = "mend the recipe; --traceback shows the whole way there"
+        where = "; ".join(places)
+        raise RecipeError(f"the recipe raised {type(error).__name__}: {what}.", where=where, fix=fix) from error

@@ -7,10 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from epochal.checkpoint.files import replace_text
-from epochal.cli.folders import NO_BREAK, RUNS, held, new_folder, print_facts
+from epochal.checkpoint.files import replace_bytes
+from epochal.cli.folders import RUNS, held, new_folder, numbers, print_facts
 from epochal.errors import EpochalError
-from epochal.observe.console import number
 
 if TYPE_CHECKING:
     from epochal.plan import Plan
@@ -39,7 +38,7 @@ def _trained(plan: Plan, files: Mapping[str, str]) -> Result:
     try:
         with plan.prepare() as run:
             for name, text in files.items():
-                replace_text(Path(plan.run, name), text)
+                replace_bytes(Path(plan.run, name), text.encode())
             for _ in run:
                 pass
     except BaseException as error:
@@ -58,6 +57,4 @@ def _measured(result: Result) -> str:
     rows, best = result.history.rows, result.best
     row = next((row for row in rows if result.restored and row["step"] == best.step), rows[-1])
     side = "val_" if "val_loss" in row else "train_"
-    measured = {name: value for name, value in row.items() if name.startswith(side) and not isinstance(value, list)}
-    told = (f"{name}{NO_BREAK}{number(value)}" for name, value in measured.items())
-    return f"epoch {row['epoch']}: {', '.join(told)}"
+    return f"epoch {row['epoch']}: {numbers(row, side)}"

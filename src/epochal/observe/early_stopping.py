@@ -44,11 +44,7 @@ class EarlyStopping:
         self.restore_best = restore_best
         self.counter = 0
         self.best_loss: float | None = None
-
-    @property
-    def early_stop(self) -> bool:
-        """Whether patience has run out."""
-        return self.counter >= self.patience
+        self.early_stop = False  # stays True once patience has run out
 
     def __call__(self, seen: Any) -> Stop | None:
         """Takes an event, or a value to judge by itself; answers ``Stop`` to an event when patience runs out."""
@@ -56,7 +52,7 @@ class EarlyStopping:
             self._count(seen.is_best)
             return self._stop(seen) if self.early_stop else None
         if isinstance(seen, int | float) or hasattr(seen, "item"):
-            value = float(seen)
+            value = float(seen.item() if hasattr(seen, "item") else seen)
             better = improves(value, self.best_loss, mode=self.mode or "min", min_delta=self.min_delta)
             self.best_loss = value if better else self.best_loss
             self._count(better)
@@ -64,6 +60,7 @@ class EarlyStopping:
 
     def _count(self, better: bool) -> None:
         self.counter = 0 if better else self.counter + 1
+        self.early_stop = self.early_stop or self.counter >= self.patience
 
     def _stop(self, seen: Evaluated) -> Stop:
         name = seen.best.metric if seen.best else "the monitored value"
@@ -75,7 +72,7 @@ class EarlyStopping:
         return EarlyStopping(self.monitor, self.patience, self.min_delta, self.mode, self.restore_best)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"counter": self.counter, "best_loss": self.best_loss}
+        return {"counter": self.counter, "best_loss": self.best_loss, "early_stop": self.early_stop}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.counter, self.best_loss = state["counter"], state["best_loss"]
+        self.counter, self.best_loss, self.early_stop = state["counter"], state["best_loss"], state["early_stop"]

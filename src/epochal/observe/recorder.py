@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import tomlkit
 from torch import nn
 
-from epochal.checkpoint.files import replace, replace_text
+from epochal.checkpoint.files import replace_bytes, unwritable
 from epochal.checkpoint.weights import save_weights
 from epochal.errors import RunFolderError
 from epochal.events import Best, Ended, Evaluated, Event, Row, Saved, Started
@@ -46,7 +46,7 @@ class Recorder:
             self._end(event)
 
     def _start(self, event: Started) -> None:
-        replace_text(self.folder / "config.toml", tomlkit.dumps(dict(event.config)))
+        replace_bytes(self.folder / "config.toml", tomlkit.dumps(dict(event.config)).encode())
         self._append({"event": "started", "done": event.done})
         self._note(
             status="running", started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), reason=None, best=None,
@@ -61,7 +61,7 @@ class Recorder:
 
     def _note(self, **facts: Any) -> None:
         self._facts.update(facts)
-        replace_text(self.folder / "run.json", json.dumps(_strict(self._facts), indent=1) + "\n")
+        replace_bytes(self.folder / "run.json", json.dumps(_strict(self._facts), indent=1).encode() + b"\n")
 
     def _append(self, entry: dict[str, Any]) -> None:
         with self._open("metrics.jsonl", "a") as file:
@@ -78,17 +78,17 @@ class Recorder:
                 csv.DictWriter(file, columns, lineterminator="\n").writerow(row)
             return
         columns += [name for name in row if name not in columns]
-        replace(path, lambda temporary: _write_csv(temporary, columns, [*old, row]))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*old, row])
+        replace_bytes(path, text.getvalue().encode())
 
     def _open(self, name: str, mode: str) -> Any:
         try:
             return open(self.folder / name, mode, encoding="utf-8", newline="")
         except OSError as error:
-            raise RunFolderError(
-                f"{name} cannot be written: {error.strerror or error}.",
-                where=str(self.folder),
-                fix="free some space or choose another folder with run=",
-            ) from error
+            raise unwritable(self.folder / name, error) from error
 
 
 def _claim(folder: Path, resume: bool) -> None:
@@ -111,13 +111,6 @@ def _claim(folder: Path, resume: bool) -> None:
             where=f"{folder}: {', '.join(held[:4])}{' ...' if len(held) > 4 else ''}",
             fix="choose another name with run=, or continue this run with resume=True",
         )
-
-
-def _write_csv(path: Path, columns: list[str], rows: Iterable[Row]) -> None:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _plain_best(best: Best | None) -> dict[str, Any] | None:

@@ -9,9 +9,10 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, final, overload
 
+from epochal.checkpoint.files import replace_bytes
 from epochal.errors import TableError, UnknownNameError
 from epochal.events import Best, Row
-from epochal.report.rows import columns, scalar, scalar_columns, write_whole
+from epochal.report.rows import columns, scalar, scalar_columns
 
 if TYPE_CHECKING:
     import polars as pl
@@ -126,7 +127,7 @@ class History(Sequence[dict[str, Any]]):
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the numbers, one line a row, such that ``from_csv`` reads the same floats to the bit.
 
-        What is not a number (a confusion matrix) is left out. Raises ``RunFolderError``.
+        What is not a number (a confusion matrix) is left out. Raises ``FileError``.
         """
         names = scalar_columns(self.rows)
         text = io.StringIO()
@@ -136,7 +137,7 @@ class History(Sequence[dict[str, Any]]):
             for row in self.rows:
                 values = (scalar(row.get(name)) for name in names)
                 writer.writerow("" if value is None else repr(value) for value in values)
-        write_whole(path, text.getvalue().encode())
+        replace_bytes(path, text.getvalue().encode())
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str], monitor: str | None = None, mode: str = "min") -> History:

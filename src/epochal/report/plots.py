@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from epochal.checkpoint.files import replace_bytes
 from epochal.errors import UnknownNameError
 from epochal.events import Best, Row
-from epochal.report.rows import columns, scalar, scalar_columns, write_whole
+from epochal.report.rows import columns, scalar, scalar_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,13 +114,13 @@ def draw(rows: Sequence[Row], *, best: Best | None = None, title: str | None = N
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes the figure as its suffix says: ``.png``, ``.svg`` or ``.pdf``.
 
-    Raises ``UnknownNameError`` (a ``PlanError``) for another suffix, ``RunFolderError`` where the file
+    Raises ``UnknownNameError`` (a ``PlanError``) for another suffix, ``FileError`` where the file
     cannot be written.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise UnknownNameError.of_name("suffix of a picture", suffix, SUFFIXES, where=os.fspath(path))
-    write_whole(path, _picture(figure, suffix[1:]))
+    replace_bytes(path, _picture(figure, suffix[1:]))
 
 
 def _picture(figure: Figure, kind: str) -> bytes:
