@@ -1,10 +1,11 @@
 """The prices of 53,940 diamonds: regression on a table of numbers and categories.
 
 Shows a large table: the price goes into the table as its logarithm, because prices are judged by ratios;
-each category of cut, color and clarity becomes a feature, so the model asks how wide a row is.
+each category of cut, color and clarity becomes a feature, so the first layer is a lazy one, which learns
+how wide a row is when it sees one.
 
     epochal train examples/diamonds.py
-    epochal train examples/diamonds.py --hidden 64 --epochs 5 --rows 5000
+    epochal train examples/diamonds.py --hidden 64 --epochs 15 --rows 5000
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import polars as pl
 from torch import nn
 
 import epochal
-from epochal.data.encoding import Encoding
 from epochal.errors import MissingPackageError
 
 
@@ -28,10 +28,7 @@ def plan(hidden: int = 128, epochs: int = 15, lr: float = 2e-3, rows: int | None
         rows: so many diamonds, drawn at random; all by default.
     """
     diamonds = table() if rows is None else table().sample(rows, seed=0)
-    width = Encoding.learn(diamonds, "log_price").width
-    model = nn.Sequential(
-        nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
-    )
+    model = nn.Sequential(nn.LazyLinear(hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
     return epochal.Plan(
         model,
         diamonds,
@@ -42,7 +39,7 @@ def plan(hidden: int = 128, epochs: int = 15, lr: float = 2e-3, rows: int | None
         lr=lr,
         schedule="cosine",
         batch_size=256,
-        metrics=["r2", "mae"],
+        metrics=["r2"],
         epochs=epochs,
     )
 

@@ -89,6 +89,10 @@ LossError: a target is outside the 2 classes that the model gives scores for.
 LossError: a target is a negative class.
   where: train, target -1 at position 0
   fix:   number the classes from 0, or give the loss with ignore_index= set to this value"""),
+    case(net(3), DataLoader(TensorDataset(X, C.int()), batch_size=8), **CE, text="""
+LossError: class indices must be 64-bit integers.
+  where: step 0, batch 0 of train; targets int32; loss nn.CrossEntropyLoss
+  fix:   give y.long()"""),
     case(net(3), (X, C.float()), **CE, text="""
 LossError: class indices must be integers.
   where: step 0, batch 0 of train; targets float32 (32,); loss nn.CrossEntropyLoss
@@ -166,7 +170,7 @@ ModelError: the model has no parameter to train.
 ModelError: the model is the class Linear, not an instance of it.
   where: model=Linear
   fix:   give Linear()"""),
-    case(nn.LazyLinear(1), (X, Y), **MSE, text="""
+    case(nn.LazyLinear(1), DataLoader(TensorDataset(X, Y)), **MSE, text="""
 ModelError: the model has parameters without a shape.
   where: weight, bias of LazyLinear
   fix:   call the model once on a batch before fit, so that its lazy layers learn their sizes"""),

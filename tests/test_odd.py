@@ -387,3 +387,22 @@ def test_the_users_own_random_numbers_are_left_alone():
     epochal.fit(nn.Linear(64, 10), loader, loss="cross_entropy", epochs=1, observers=())
     epochal.fit(nn.Linear(64, 10), Wobbly(), loss="cross_entropy", epochs=1, observers=(), val=0.2)
     assert (random.random(), np.random.rand()) == expected
+
+
+def test_lazy_layers_learn_their_sizes_from_the_data():
+    X, y = digits(60)
+    model = nn.Sequential(nn.LazyLinear(16), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(10))
+    result = epochal.fit(model, (X, y), val=0.2, loss="cross_entropy", epochs=2, **QUIET)
+    assert model[0].weight.shape == (16, 64)
+    assert model[1].num_batches_tracked == 4  # the look at the sizes counted for nothing
+    assert falls(result) or result.history.train_loss[-1] < result.history.train_loss[0]
+
+
+def test_a_table_trains_a_model_in_the_unit_of_its_target():
+    frame = load_diabetes(as_frame=True).frame
+    result = epochal.fit(
+        nn.LazyLinear(1), frame, val=0.2, target="target", loss="l1", lr=1.0, epochs=60, metrics=["mae"], **QUIET
+    )
+    predicted = result.predict(frame)
+    assert 120 < predicted.mean() < 180
+    assert result.history.rows[-1]["val_mae"] == pytest.approx(result.history.val_loss[-1], rel=1e-5)

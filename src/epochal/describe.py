@@ -10,9 +10,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from epochal.cadence import Every
+from epochal.checkpoint.store import Saving
 from epochal.data.loader import GivenLoader, Loader
 from epochal.events import Started
 from epochal.feeding import Data, steps_of
+from epochal.optim.schedules import Schedule
 from epochal.runtime import device as devices
 
 if TYPE_CHECKING:
@@ -33,12 +36,16 @@ def started(plan: Plan, state: TrainState, data: Data, device: torch.device, mon
         "device": f"{devices.describe(device)}, {plan.precision}{', compiled' if plan.compile else ''}",
         "until": _until(plan, monitor),
     }
+    if data.encoding is not None:
+        facts["train"] += f", {data.encoding.width} features"
     if plan.seed is not None:
         facts["seed"] = str(plan.seed)
     if plan.run is not None:
         facts["run"] = str(plan.run)
     folder = Path(plan.run) if plan.run is not None else None
-    return Started(facts, config(plan), plan.epochs, steps, monitor, folder, state.progress.epoch)
+    size = data.train.loader.batch_size if isinstance(data.train, GivenLoader) else data.batch_size
+    resolved = {**config(plan), "device": str(device), "batch_size": size or 0}
+    return Started(facts, resolved, plan.epochs, steps, monitor, folder, state.progress.epoch)
 
 
 def _parameters(model: nn.Module) -> str:
@@ -87,11 +94,11 @@ def config(plan: Plan) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | dict):
         return [_plain(part) for part in value]
     if isinstance(value, Optimizer):
         settings = {name: default for name, default in value.defaults.items() if isinstance(default, int | float | str)}
         return f"{type(value).__name__}({', '.join(f'{name}={setting!r}' for name, setting in settings.items())})"
-    if dataclasses.is_dataclass(value) or isinstance(value, Path | torch.device):
+    if isinstance(value, Schedule | Saving | Every | Path | torch.device):
         return str(value)
-    return getattr(value, "__name__", type(value).__name__)
+    return getattr(value, "name", None) or getattr(value, "__name__", type(value).__name__)

@@ -48,18 +48,16 @@ def read(plan: Plan, kind: str | None, device: torch.device, dtype: torch.dtype)
     """Opens the data of a plan. kind: the short name of the loss."""
     target = [plan.target] if isinstance(plan.target, str) else list(plan.target or ())
     seed = plan.seed if plan.seed is not None else 0
-    if isinstance(plan.train, DataLoader):
-        if isinstance(plan.val, float):
+    if isinstance(plan.val, float):
+        if isinstance(plan.train, DataLoader):
             raise PlanError(
                 "a part of a DataLoader cannot be held back.", where=f"val={plan.val}", fix="give its data set as train"
             )
-        train: Any = plan.train
-        val = _open(plan.val, "val", target, dtype, kind)
-    elif isinstance(plan.val, float):
         train, val = _divided(plan.train, plan.val, seed, target, dtype, kind)
     else:
-        train = _open(plan.train, "train", target, dtype, kind)
-        val = _open(plan.val, "val", target, dtype, kind, encoding=getattr(train, "encoding", None))
+        train, val = _open(plan.train, "train", target, dtype, kind), None
+        if plan.val is not None:
+            val = _open(plan.val, "val", target, dtype, kind, encoding=getattr(train, "encoding", None))
     if val is not None and plan.loss is None and plan.objective is None:
         raise PlanError(
             "val has to be evaluated with something.",
@@ -98,8 +96,8 @@ def steps_of(train: Loader | GivenLoader, accumulate: int, epochs: int | None, m
 
 def _open(
     data: Any, where: str, target: Sequence[str], dtype: torch.dtype, kind: str | None, encoding: Any = None
-) -> Source | DataLoader | None:
-    if data is None or isinstance(data, DataLoader):
+) -> Source | DataLoader:
+    if isinstance(data, DataLoader):
         return data
     if tables.is_table(data):
         if encoding is None:
@@ -117,7 +115,10 @@ def _learn(frame: Any, target: Sequence[str], kind: str | None, where: str, task
         )
     if kind is not None:
         task = "regression" if kind in _REGRESSION else "classification"
-    return Encoding.learn(frame, list(target) if len(target) > 1 else target[0], task=task, where=where)
+    encoding = Encoding.learn(frame, list(target) if len(target) > 1 else target[0], task=task, where=where)
+    # A user's own model learns the target in its own unit: what it predicts is what the column holds.
+    unit = {"target_mean": tuple(0.0 for _ in target), "target_scale": tuple(1.0 for _ in target)}
+    return replace(encoding, **unit) if encoding.task == "regression" else encoding
 
 
 _REGRESSION = losses.ELEMENTWISE - {"bce", "bce_with_logits"}
@@ -125,14 +126,14 @@ _REGRESSION = losses.ELEMENTWISE - {"bce", "bce_with_logits"}
 
 def _divided(
     data: Any, fraction: float, seed: int, target: Sequence[str], dtype: torch.dtype, kind: str | None
-) -> tuple[Source, Source]:
+) -> Sequence[Source]:
     """Train and val out of one; a table is divided before anything is learned from it."""
     if tables.is_table(data):
         frame = tables.read_table(data, where="train")
         learn = partial(_learn, target=target, kind=kind, where="train")
         encoding, *parts = divide_table(frame, fraction, seed, learn)
-        return tuple(_open(part, "train", target, dtype, kind, encoding) for part in parts)  # type: ignore[return-value]
-    source = _open(data, "train", target, dtype, kind)
+        return [_fitting(encoded(encoding, part, where="train", dtype=dtype), target, kind) for part in parts]
+    source = _fitting(open_source(data, where="train", target=target, dtype=dtype), target, kind)
     classes = split.known_classes(source, _targets(source, target)) if kind in losses.CLASS_INDEX else None
     return split.hold_out(source, fraction, seed=seed, classes=classes)
 
@@ -156,7 +157,7 @@ def _fitting(source: Source, target: Sequence[str], kind: str | None) -> Source:
     targets = _targets(source, target)
     if targets is None or targets.is_floating_point() or not isinstance(source, Arrays):
         return source
-    if kind in losses.CLASS_INDEX and targets.dtype in (torch.int8, torch.int16, torch.int32):
+    if kind in losses.CLASS_INDEX and targets.dtype != torch.int64:
         return source.map(lambda part: part.long() if part is targets else part)
     if kind in ("bce", "bce_with_logits") and source.encoding is not None:
         return source.map(lambda part: part.to(torch.get_default_dtype())[:, None] if part is targets else part)

@@ -22,6 +22,7 @@ NAMES: dict[str, type[nn.Module]] = {
 }
 ELEMENTWISE = frozenset({"mse", "l1", "smooth_l1", "huber", "bce", "bce_with_logits"})
 CLASS_INDEX = frozenset({"cross_entropy", "nll"})
+_OTHER_INTEGERS = frozenset({torch.bool, torch.int8, torch.int16, torch.int32})
 _KINDS = {cls: name for name, cls in NAMES.items()}
 
 
@@ -49,10 +50,11 @@ def resolve(loss: str | Callable) -> Callable[[Any, Any], Tensor]:
             where=f"loss={loss!r}",
             fix="give a name, an nn.Module or a function f(outputs, targets)",
         )
-    if getattr(loss, "reduction", "mean") != "mean":
+    reduction = getattr(loss, "reduction", "mean")
+    if reduction != "mean":
         raise LossError(
-            f"the loss gives {'a sum' if loss.reduction == 'sum' else 'one value an element'} and not the mean.",
-            where=f"loss={describe(loss)} with reduction={loss.reduction!r}",
+            f"the loss gives {'a sum' if reduction == 'sum' else 'one value an element'} and not the mean.",
+            where=f"loss={describe(loss)} with reduction={reduction!r}",
             fix='leave reduction at "mean"; with objective= you can return any scalar',
         )
     return loss
@@ -162,7 +164,13 @@ def _check_probabilities(loss: Any, outputs: Tensor, targets: Tensor) -> None:
 
 
 def check_dtype(loss: Any, targets: Any) -> None:
-    """Refuses integer targets where torch needs floating point ones."""
+    """Refuses targets of a type that torch cannot compare with."""
+    if kind(loss) in CLASS_INDEX and isinstance(targets, Tensor) and targets.dtype in _OTHER_INTEGERS:
+        raise LossError(
+            "class indices must be 64-bit integers.",
+            where=f"targets {str(targets.dtype).removeprefix('torch.')}; loss {describe(loss)}",
+            fix="give y.long()",
+        )
     if kind(loss) in ("bce", "bce_with_logits") and isinstance(targets, Tensor) and not targets.is_floating_point():
         raise LossError(
             f"{describe(loss)} needs floating point targets.",

@@ -38,13 +38,6 @@ def _model(plan: Plan) -> None:
             where=f"model={plan.model!r:.60}",
             fix="give an nn.Module",
         )
-    lazy = [name for name, p in plan.model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
-    if lazy:
-        raise ModelError(
-            "the model has parameters without a shape.",
-            where=f"{', '.join(lazy[:3])} of {type(plan.model).__name__}",
-            fix="call the model once on a batch before fit, so that its lazy layers learn their sizes",
-        )
 
 
 def _loss(plan: Plan) -> None:

@@ -12,19 +12,23 @@ from torch import nn
 from epochal import losses
 from epochal.cadence import Every
 from epochal.checkpoint.store import Checkpoints, Saving
+from epochal.data.batch import split
+from epochal.data.loader import GivenLoader
+from epochal.data.window import Window
 from epochal.describe import started
-from epochal.errors import Mistakes, PlanError, UnknownNameError
+from epochal.errors import Mistakes, ModelError, PlanError, UnknownNameError
 from epochal.feeding import Data, read, steps_of
+from epochal.loop import evaluation_mode
 from epochal.metrics import named
 from epochal.metrics.metric import Stream
-from epochal.objective import Custom, Objective, Supervised
+from epochal.objective import Custom, Supervised
 from epochal.observe.averages import TrainAverages
 from epochal.observe.best import BestSoFar
 from epochal.observe.console import Console
 from epochal.observe.early_stopping import EarlyStopping
 from epochal.observe.recorder import Recorder
 from epochal.optim import optimizers, schedules
-from epochal.protocols import Observer, Stateful
+from epochal.protocols import Observer, Stateful, Step
 from epochal.result import Setting, float_type
 from epochal.run import Limits, Run, Validation
 from epochal.runtime import device as devices
@@ -50,6 +54,7 @@ def prepare(plan: Plan) -> Run:
     mistakes = Mistakes()
     with mistakes:
         data = read(plan, losses.kind(loss), device, float_type(plan.model))
+        _materialise(plan.model, data, device)
     with mistakes:
         optimizer = _optimizer(plan, modules)
     with mistakes:
@@ -59,32 +64,54 @@ def prepare(plan: Plan) -> Run:
 
     limits = Limits(plan.epochs, plan.max_steps, _seconds(plan.max_time))
     forward = torch.compile(plan.model) if plan.compile else plan.model
-    evaluated_by = _objective(plan, loss, data, data.val_targets)
-    step = plan.step or Update(
+    step = _on_device(plan.step, device) if plan.step else Update(
         _objective(plan, loss, data, data.train_targets), forward, device,
         precision=plan.precision, clip=plan.clip, skip_nonfinite=plan.nonfinite == "skip",
         keeps_outputs=bool(metrics),
     )  # fmt: skip
     state = TrainState(
-        plan.model, optimizer, loss=loss if len(modules) > 1 else None, seed=data.seed,
+        plan.model, optimizer, loss=loss if isinstance(loss, nn.Module) else None, seed=data.seed,
         schedule=_schedule(plan, optimizer, steps_of(data.train, plan.accumulate, limits.epochs, limits.steps), best),
         scaler=precisions.scaler(plan.precision, device),
     )  # fmt: skip
-    autocast = precisions.autocast(plan.precision, device)
     run = Run(
         state=state, step=step, train=data.train, accumulate=plan.accumulate, limits=limits, best=best,
-        validation=Validation(
-            data.val, evaluated_by, Stream(metrics), autocast, Every.parse(plan.evaluate_every, where="evaluate_every")
-        ),
+        validation=Validation(data.val, Stream(metrics), Every.parse(plan.evaluate_every, where="evaluate_every")),
         averages=TrainAverages(Stream(metrics)),
         setting=Setting(
-            forward, modules, device, evaluated_by, metrics, autocast, data.batch_size, data.target, data.inputs,
-            data.encoding, float_type(plan.model),
+            forward, modules, device, _objective(plan, loss, data, data.val_targets), metrics,
+            precisions.autocast(plan.precision, device), data.batch_size, data.target, data.inputs, data.encoding,
+            float_type(plan.model),
         ),
         started=started(plan, state, data, device, best.monitor, losses.describe(loss or plan.objective or plan.step)),
     )  # fmt: skip
     _watch(plan, run)
     return run
+
+
+def _materialise(model: nn.Module, data: Data, device: torch.device) -> None:
+    """Lazy layers learn their sizes from a first batch, before an optimizer is built over them."""
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if not lazy:
+        return
+    if isinstance(data.train, GivenLoader):  # looking into it would draw from the generators
+        raise ModelError(
+            "the model has parameters without a shape.",
+            where=f"{', '.join(lazy[:3])} of {type(model).__name__}",
+            fix="call the model once on a batch before fit, so that its lazy layers learn their sizes",
+        )
+    args, kwargs, _ = split(devices.move(next(iter(data.train.batches(epoch=0))), device), data.target)
+    with evaluation_mode([model]):
+        model(*args, **kwargs)
+
+
+def _on_device(step: Step, device: torch.device) -> Step:
+    """A user's step gets its batches on the run's device."""
+    if not devices.moves(device):
+        return step
+    return lambda state, window: step(
+        state, Window([devices.move(batch, device) for batch in window.batches], window.sizes)
+    )
 
 
 def _optimizer(plan: Plan, modules: Sequence[nn.Module]) -> Any:
@@ -105,7 +132,8 @@ def _schedule(plan: Plan, optimizer: Any, steps: int | None, best: BestSoFar) ->
     return schedules.build(plan.schedule, optimizer, epochs=plan.epochs, steps=steps, mode=best.mode)
 
 
-def _objective(plan: Plan, loss: Any, data: Data, all_targets: Any) -> Objective | None:
+def _objective(plan: Plan, loss: Any, data: Data, all_targets: Any) -> Any:
+    """The Objective; None where there is only a step of the user's own."""
     if loss is not None:
         return Supervised(loss, target=data.target, all_targets=all_targets)
     return Custom(plan.objective) if plan.objective is not None else None
@@ -116,17 +144,16 @@ def _seconds(max_time: float | str | None) -> float | None:
 
 
 def _best(plan: Plan, metrics: list, modules: list[nn.Module]) -> BestSoFar:
-    stopping = plan.early_stopping
-    monitor, mode = _monitor(plan, metrics)
-    restores = plan.restore_best if stopping is None or stopping.restore_best is None else stopping.restore_best
+    stopping = plan.early_stopping or EarlyStopping()
+    monitor, mode = _monitor(plan, stopping, metrics)
+    restores = plan.restore_best if stopping.restore_best is None else stopping.restore_best
     keeps = modules if restores and plan.val is not None else ()
-    return BestSoFar(monitor, mode, stopping.min_delta if stopping else 0.0, keeps)
+    return BestSoFar(monitor, mode, stopping.min_delta, keeps)
 
 
-def _monitor(plan: Plan, metrics: list) -> tuple[str, str]:
+def _monitor(plan: Plan, stopping: EarlyStopping, metrics: list) -> tuple[str, str]:
     """The column that decides what is best, and which way it improves."""
-    stopping = plan.early_stopping
-    asked = {name for name in (plan.monitor, stopping.monitor if stopping else None) if name is not None}
+    asked = {name for name in (plan.monitor, stopping.monitor) if name is not None}
     if len(asked) > 1:
         raise PlanError(
             "two columns cannot both decide what is best.",
@@ -140,7 +167,7 @@ def _monitor(plan: Plan, metrics: list) -> tuple[str, str]:
     monitor = re.sub(r"^(eval|valid|validation|val)[_/]", "val_", re.sub(r"^(train|training)[_/]", "train_", given))
     if monitor not in known and not (plan.step is not None and monitor.startswith("train_")):
         raise UnknownNameError.of_name("column to monitor", given, known, where=f"monitor={given!r}")
-    mode = (stopping.mode if stopping else None) or known.get(monitor, "min")
+    mode = stopping.mode or known.get(monitor, "min")
     if mode is None:
         raise PlanError(
             f"nothing says whether a low or a high {monitor} is better.",
@@ -166,5 +193,5 @@ def _watch(plan: Plan, run: Run) -> None:
     if isinstance(plan.step, Stateful):
         extras["step"] = plan.step
     run.state.extras.update({"best": run.best, "averages": run.averages, **extras})
-    if plan.resume and run.checkpoints.all():
+    if plan.resume and run.checkpoints is not None and run.checkpoints.all():
         run.state.load_state_dict(run.checkpoints.load(run.checkpoints.newest()))

@@ -19,7 +19,7 @@ class Loss(NamedTuple):
     """
 
     value: Tensor
-    weight: float | Tensor | None = None
+    weight: Any = None
     outputs: Any = None
     targets: Any = None
 

@@ -20,7 +20,7 @@ from epochal.data.sources import Arrays, as_tensor, encoded
 from epochal.events import Best, StopReason
 from epochal.metrics import named
 from epochal.metrics.metric import Stream
-from epochal.objective import Objective, Supervised
+from epochal.objective import Supervised
 from epochal.report.history import History
 from epochal.runtime import device as devices
 
@@ -67,13 +67,14 @@ class Result:
 class Setting:
     """How a model is called outside of training: what predict and evaluate need to know.
 
-    inputs: how many inputs a batch has, None where that is not known. encoding: of a table.
+    objective: None where nothing can be evaluated. inputs: how many inputs a batch has, None where that is not
+    known. encoding: of a table.
     """
 
     forward: Callable
     modules: Sequence[nn.Module]
     device: torch.device
-    objective: Objective | None = None
+    objective: Any = None
     metrics: Sequence[Any] = ()
     autocast: AbstractContextManager = field(default_factory=nullcontext)
     batch_size: int = 32

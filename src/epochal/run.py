@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +18,6 @@ from epochal.data.window import Window, windows
 from epochal.errors import NonFiniteError
 from epochal.events import Ended, Evaluated, Event, Saved, Started, StepDone, Stop, StopReason
 from epochal.metrics.metric import Stream
-from epochal.objective import Objective
 from epochal.observe.averages import TrainAverages
 from epochal.observe.best import BestSoFar
 from epochal.protocols import Observer, Step, StepResult
@@ -47,12 +46,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Validation:
-    """What is evaluated, with what, and how often; ``loader`` is None where there is no ``val``."""
+    """What is evaluated, with which metrics, and how often; ``loader`` is None where there is no ``val``."""
 
     loader: Loader | GivenLoader | None
-    objective: Objective | None
     stream: Stream
-    autocast: AbstractContextManager
     every: Every
 
 
@@ -60,8 +57,8 @@ class Validation:
 class Run:
     """A prepared run: ``for event in run`` trains. As a context manager it ends properly however it is left.
 
-    state: complete at every event. started: what observers are told first. saving: how often checkpoints
-    are saved, with ``checkpoints``; None where there is no run folder.
+    state: complete at every event. started: what observers are told first. checkpoints: None where there is no
+    run folder. saving: how often they are saved.
     """
 
     state: TrainState
@@ -76,7 +73,7 @@ class Run:
     started: Started
     observers: Sequence[Observer] = ()
     checkpoints: Checkpoints | None = None
-    saving: Every | None = None
+    saving: Every = field(default=Every(1, "epoch"))
     ended: Ended | None = field(default=None, init=False)
     _began: float = field(default_factory=time.perf_counter, init=False)
     _last_evaluation: float = field(default_factory=time.perf_counter, init=False)
@@ -98,12 +95,12 @@ class Run:
                 state.schedule.after_epoch()
             if evaluated is not None:
                 yield self._tell(evaluated)
-            if self._saving_is_due(at_epoch_end):
-                yield self._tell(self._save())
+            if self.checkpoints is not None and self._saving_is_due(at_epoch_end):
+                yield self._tell(self._save(self.checkpoints))
         if progress.evaluated != progress.step:
             yield self._tell(self._evaluate())
         if self.checkpoints is not None:
-            yield self._tell(self._save())
+            yield self._tell(self._save(self.checkpoints))
         yield self._end(*self._reason())
 
     def __enter__(self) -> Run:
@@ -169,13 +166,13 @@ class Run:
 
     def _evaluate(self) -> Evaluated:
         """Closes a row: the training's means since the last one, and the validation."""
-        progress, validation = self.state.progress, self.validation
-        row = {"epoch": max(1, progress.epoch_in_hand), "step": progress.step, "lr": self._lr(), "time": 0.0}
-        row.update(self.averages.take())
+        progress, validation, setting = self.state.progress, self.validation, self.setting
+        row: dict[str, Any] = {"epoch": max(1, progress.epoch_in_hand), "step": progress.step}
+        row.update({"lr": self._lr(), "time": 0.0, **self.averages.take()})
         if validation.loader is not None:
             values = loop.evaluate(
-                validation.objective, self.setting.forward, validation.loader.batches(epoch=0), validation.stream,
-                modules=self.state.modules, device=self.setting.device, autocast=validation.autocast,
+                setting.objective, setting.forward, validation.loader.batches(epoch=0), validation.stream,
+                modules=setting.modules, device=setting.device, autocast=setting.autocast,
             )  # fmt: skip
             row.update({f"val_{name}": value for name, value in values.items()})
         row["time"] = progress.seconds = self._seconds()
@@ -191,15 +188,13 @@ class Run:
         return float(self.state.optimizer.param_groups[0]["lr"]) if self.state.optimizer is not None else None
 
     def _saving_is_due(self, at_epoch_end: bool) -> bool:
-        if self.saving is None:
-            return False
         progress, since = self.state.progress, time.perf_counter() - self._last_saving
         return self.saving.due(step=progress.step, epoch=progress.epoch, at_epoch_end=at_epoch_end, seconds=since)
 
-    def _save(self) -> Saved:
+    def _save(self, checkpoints: Checkpoints) -> Saved:
         progress = self.state.progress
         progress.seconds = self._seconds()
-        path = self.checkpoints.save(progress.step, self.state.state_dict())
+        path = checkpoints.save(progress.step, self.state.state_dict())
         self._last_saving = time.perf_counter()
         return Saved(path, progress.step)
 

@@ -15,7 +15,6 @@ from epochal.runtime import seeding
 
 if TYPE_CHECKING:
     import torch
-    from torch.optim import Optimizer
 
     from epochal.data.window import Window
     from epochal.optim.schedules import Scheduled
@@ -63,13 +62,13 @@ class Progress:
 class TrainState:
     """model: the user's module, never wrapped, never compiled. loss: the loss module, where it is one.
 
-    seed: of the order of the samples. rows: the history. stop: what an observer decided, if it did.
-    extras: what else has a state, by name (the best weights so far, early stopping, running means,
-    stateful observers and steps).
+    optimizer: None where the step brings its own. seed: of the order of the samples. rows: the history. stop: what
+    an observer decided, if it did. extras: what else has a state, by name (the best weights so far, early stopping,
+    running means, stateful observers and steps).
     """
 
     model: nn.Module
-    optimizer: Optimizer | None
+    optimizer: Any
     progress: Progress = field(default_factory=Progress)
     loss: nn.Module | None = None
     schedule: Scheduled | None = None

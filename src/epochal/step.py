@@ -51,7 +51,8 @@ class Update:
     def __call__(self, state: TrainState, window: Window) -> StepResult:
         _clear_gradients(state.optimizer)
         alone = len(window.batches) == 1
-        seen, total, weights = [], 0.0, 0.0
+        total: Any = 0.0
+        seen, weights = [], 0.0
         for batch in window.batches:
             try:
                 if self._moves:
@@ -88,7 +89,7 @@ class Update:
             state.scaler.unscale_(state.optimizer)
         else:
             # The kernel of torch's own GradScaler, with a scale of 1: it changes no bit of a finite gradient.
-            torch._amp_foreach_non_finite_check_and_unscale_(_gradients(state), self._found, self._one)
+            torch._amp_foreach_non_finite_check_and_unscale_(_dense_gradients(state), self._found, self._one)
         return math.isfinite(loss.item()) and self._found.item() == 0.0
 
     def _not_finite(self, state: TrainState, loss: Tensor) -> StepResult:
@@ -116,13 +117,13 @@ def _weighted(value: Tensor, weight: float | Tensor) -> Tensor:
     return value * weight if weight else value * 0.0
 
 
-def _with_gradient(state: TrainState) -> list[Tensor]:
-    return [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-
 def _gradients(state: TrainState) -> list[Tensor]:
+    return [g for group in state.optimizer.param_groups for p in group["params"] if (g := p.grad) is not None]
+
+
+def _dense_gradients(state: TrainState) -> list[Tensor]:
     """The gradients as dense real tensors: of a sparse one its entries, of a complex one both parts."""
-    values = [g.coalesce().values() if g.is_sparse else g for g in (p.grad for p in _with_gradient(state))]
+    values = [g.coalesce().values() if g.is_sparse else g for g in _gradients(state)]
     return [torch.view_as_real(g) if g.is_complex() else g for g in values]
 
 
@@ -141,14 +142,14 @@ def _rescale(state: TrainState, samples: int, weights: float | Tensor) -> None:
     if not isinstance(weights, Tensor) and weights in (0, samples):
         return
     factor = samples / (weights.double() if isinstance(weights, Tensor) else weights)
-    for p in _with_gradient(state):
-        p.grad.mul_(factor)
+    for gradient in _gradients(state):
+        gradient.mul_(factor)
 
 
 def _clip(state: TrainState, clip: float) -> Tensor:
     """Clips as ``torch.nn.utils.clip_grad_norm_`` does, sparse gradients too; gives the norm before."""
-    parameters = _with_gradient(state)
-    norm = torch.nn.utils.get_total_norm(_gradients(state))
+    norm = torch.nn.utils.get_total_norm(_dense_gradients(state))
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
     torch.nn.utils.clip_grads_with_norm_([p for p in parameters if not p.grad.is_sparse], clip, norm)
     coefficient = torch.clamp(clip / (norm + 1e-6), max=1.0)  # the same formula, for what torch leaves out
     for p in parameters:
@@ -176,7 +177,7 @@ def _without_graph(state: TrainState) -> LossError:
 
 
 def _non_finite(state: TrainState, loss: Tensor) -> NonFiniteError:
-    norm = torch.nn.utils.get_total_norm(_gradients(state))
+    norm = torch.nn.utils.get_total_norm(_dense_gradients(state))
     what = "the loss" if not math.isfinite(loss.item()) else "a gradient"
     rate = state.optimizer.param_groups[0]["lr"]
     return NonFiniteError(

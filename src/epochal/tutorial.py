@@ -162,8 +162,9 @@ def _load_optimizer(optimizer: Optimizer, state: Any, path: str | Path) -> None:
 
 def _unusable(verb: str, path: str | Path, error: Exception) -> CheckpointError:
     cause = error.__cause__ if isinstance(error, FileError) else error
-    is_path = isinstance(cause, OSError) and cause.errno != errno.EINVAL  # which torch meets in a file cut short
-    why = cause.strerror if is_path else "it is damaged, or holds more than tensors and plain values"
+    why = "it is damaged, or holds more than tensors and plain values"
+    if isinstance(cause, OSError) and cause.errno != errno.EINVAL:  # which torch meets in a file cut short
+        why = cause.strerror
     fix = "give a path that can be used, and keep all but tensors and plain values out of the states"
     return CheckpointError(f"the checkpoint cannot be {verb}: {why}.", where=str(path), fix=fix)
 

@@ -28,7 +28,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def replace_bytes(path: str | Path, data: bytes) -> None:
+def replace_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """As :func:`replace`, with what the file shall hold."""
     replace(Path(path), lambda temporary: temporary.write_bytes(data))
 

@@ -54,15 +54,14 @@ def application(tokens: Sequence[str], *watchers: Callable) -> App:
         if group not in groups:
             groups[group] = App(name=group, help=GROUPS[group], sort_key=place)
             app.command(groups[group])
-        if recipe := _recipe(tokens, name):
-            app.command(recipe, name=name)
-        else:
-            groups[group].command(f"epochal.cli.{function}", name=name, help=text, sort_key=place)
+        named = " ".join(tokens).startswith(words)  # whose help is its docstring; a list of commands needs a line
+        command = _recipe(tokens, name) or f"epochal.cli.{function}"
+        groups[group].command(command, name=name, help=None if named else text, sort_key=place)
     return app
 
 
 def _recipe(tokens: Sequence[str], name: str) -> Callable | None:
-    """The command ``train`` of the recipe, if the tokens are ``train RECIPE.py ...``; its own help is shown then."""
+    """The command ``train`` of the recipe, if the tokens are ``train RECIPE.py ...``; the help is its own then."""
     if name != "train" or tokens[:1] != ["train"] or len(tokens) < 2 or tokens[1].startswith("-"):
         return None
     from epochal.cli.train import command

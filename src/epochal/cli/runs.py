@@ -59,6 +59,8 @@ def show(run: Annotated[Path, Parameter(help="A run folder.")], /, *, json: Json
     told["files"] = ", ".join(held(run)) or "none"
     if (run / "table.json").exists():
         told["next"] = f"epochal predict {run} NEW.csv -o OUT.csv"
+    elif (run / "recipe.toml").exists():
+        told["again"] = f"epochal train {run / 'recipe.py'} --config {run / 'recipe.toml'}"
     print_facts(told)
 
 
@@ -82,7 +84,7 @@ def _told(facts: Mapping[str, Any]) -> dict[str, str]:
         {**facts["best"], "value": number(float(facts["best"]["value"]))}
     )
     started = facts["started"] and facts["started"][:16].replace("T", " ")
-    status = (facts["reason"] or facts["status"]).replace("_", " ")
+    status = facts["status"] if facts["reason"] in (None, "epochs") else facts["reason"].replace("_", " ")
     told = {"run": None, "status": status, "message": facts["message"], "started": started, "best": best}
     told |= {**(facts["header"] or {}), "run": facts["run"]}
     return {label: str(value) for label, value in told.items() if value}

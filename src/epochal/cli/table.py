@@ -61,7 +61,7 @@ def fit(
     encoding, train, held = _read(data, val, seed, target, task, drop)
     torch.manual_seed(seed)
     metrics = network.metrics_of(encoding)
-    counts = train[target].value_counts(name="rows of it")["rows of it"]
+    counts = train[target].value_counts(name="rows of it")["rows of it"].to_numpy()
     if encoding.task == "classification" and counts.min() * 2 > counts.mean():
         metrics = ["accuracy"]  # f1 only where classes are so uneven that the accuracy alone could flatter
     plan = epochal.Plan(

@@ -11,15 +11,15 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
+import tomlkit
 from cyclopts import Group, Parameter
 
-from epochal.cli.options import Config, Run, Seed
+from epochal.cli.options import Config, Device, Epochs, Precision, Run, Seed
 from epochal.errors import EpochalError, PlanError, RecipeError
 
 Set = Annotated[list[str], Parameter(name="--set", show_default=False, help="option=value of the plan; several times.")]
-AS_PLANNED = "By default as the recipe has it."
 
 
 def train(
@@ -27,17 +27,17 @@ def train(
     /,
     *,
     run: Run = None,
-    device: Annotated[str | None, Parameter(help=f"auto, cpu, cuda, ... {AS_PLANNED}")] = None,
-    seed: Annotated[Seed | None, Parameter(help=f"Also for the weights that plan() makes. {AS_PLANNED}")] = None,
-    epochs: Annotated[int | None, Parameter(help=AS_PLANNED)] = None,
-    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, Parameter(help=AS_PLANNED)] = None,
+    device: Device | None = None,
+    seed: Seed | None = None,
+    epochs: Epochs | None = None,
+    precision: Precision | None = None,
     changes: Set = [],  # noqa: B006  (it is only read)
     config: Config = None,
 ) -> None:
     """Train what a recipe plans: plan(...) in a Python file.
 
     The parameters of plan() are flags too: epochal train RECIPE.py --help shows them. Where one has the name of a
-    flag of epochal, it is the recipe's, and --set still changes the plan.
+    flag of epochal, it is the recipe's, and --set still changes the plan. What is not given stays as planned.
     """
     options = {"run": run, "device": device, "seed": seed, "epochs": epochs, "precision": precision}
     _carry_out(recipe, _load(recipe), {}, changes, options)
@@ -86,9 +86,9 @@ def _load(path: Path) -> Callable[..., Any]:
     if (folder := str(path.parent.absolute())) not in sys.path:
         sys.path.insert(0, folder)  # as Python does for a script; it stays, for worker processes need it too
     spec = importlib.util.spec_from_file_location(path.stem, path.absolute())
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     with _blaming(path):
-        spec.loader.exec_module(module)
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
     if not callable(getattr(module, "plan", None)):
         fix = "define plan(...) -> epochal.Plan in it"
         raise RecipeError("the recipe has no function plan.", where=str(path), fix=fix)
@@ -112,8 +112,16 @@ def _carry_out(
         if not isinstance(plan, epochal.Plan):
             what = f"plan() gave a {type(plan).__name__}, not an epochal.Plan."
             raise RecipeError(what, where=str(path), fix="end it with: return epochal.Plan(...)")
-        files = {"recipe.py": path.read_text(encoding="utf-8")}
+        files = {"recipe.py": path.read_text(encoding="utf-8"), "recipe.toml": _flags({**chosen, **options}, changes)}
         training.train(plan.replace(**changed), path.stem, files, "epochal runs show {run}")
+
+
+def _flags(given: Mapping[str, Any], changes: Sequence[str]) -> str:
+    """What was asked of the recipe, as a file for ``--config``; the run folder is not part of it."""
+    plain = (bool, int, float, str, list)
+    flags = {name: value if isinstance(value, plain) else str(value) for name, value in given.items()}
+    named = {name: value for name, value in flags.items() if given[name] is not None and name != "run"}
+    return tomlkit.dumps(named | ({"set": list(changes)} if changes else {}))
 
 
 def _change(text: str) -> tuple[str, Any]:

@@ -21,40 +21,41 @@ def train(plan: Plan, name: str, files: Mapping[str, str], then: str) -> None:
 
     files: texts that belong into the run folder, by their names. then: the next command, "{run}" in it the folder.
     """
-    made = new_folder(name) if plan.run is None else None
+    folder = Path(plan.run) if plan.run is not None else new_folder(name)
     try:
-        result = _trained(plan.replace(run=made) if made else plan, files)
+        result = _trained(plan.replace(run=folder), folder, files)
     finally:
-        if made is not None:
+        if plan.run is None:
             with suppress(OSError):  # it holds something, unless the run failed before its start
-                made.rmdir()
+                folder.rmdir()
                 RUNS.rmdir()
-    facts = {"results": _measured(result), "files": f"{result.run}: {', '.join(held(result.run))}"}
-    print_facts({**facts, "next": then.format(run=result.run)})
+    facts = {"results": _measured(result), "files": f"{folder}: {', '.join(held(folder))}"}
+    print_facts({**facts, "next": then.format(run=folder)})
 
 
-def _trained(plan: Plan, files: Mapping[str, str]) -> Result:
+def _trained(plan: Plan, folder: Path, files: Mapping[str, str]) -> Result:
     run = None
     try:
         with plan.prepare() as run:
             for name, text in files.items():
-                replace_bytes(Path(plan.run, name), text.encode())
+                replace_bytes(folder / name, text.encode())
             for _ in run:
                 pass
     except BaseException as error:
         if run is not None and run.state.rows:
             with suppress(EpochalError):  # what ended the run matters more than a picture that cannot be written
-                run.result.history.plot(Path(plan.run, "results.png"))
+                run.result.history.plot(folder / "results.png")
         if isinstance(error, KeyboardInterrupt) and run is not None:
-            error.add_note(f"{plan.run} holds what was trained so far")
+            error.add_note(f"{folder} holds what was trained so far")
         raise
-    run.result.history.plot(Path(plan.run, "results.png"))
+    run.result.history.plot(folder / "results.png")
     return run.result
 
 
 def _measured(result: Result) -> str:
     """What was measured of the weights that the model holds."""
-    rows, best = result.history.rows, result.best
-    row = next((row for row in rows if result.restored and row["step"] == best.step), rows[-1])
-    side = "val_" if "val_loss" in row else "train_"
-    return f"epoch {row['epoch']}: {numbers(row, side)}"
+    rows, best = result.history.rows, result.best if result.restored else None
+    if not rows:
+        return "none: nothing was evaluated"
+    row = next((row for row in rows if best and row["step"] == best.step), rows[-1])
+    return f"epoch {row['epoch']}: {numbers(row, 'val_' if 'val_loss' in row else 'train_')}"

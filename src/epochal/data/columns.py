@@ -221,7 +221,7 @@ def reason_to_drop(column: pl.Series, where: str) -> str | None:
     if kind != "text":
         return None
     different = known.n_unique()
-    long = known.str.len_chars().mean() > 40 or known.str.count_matches(r"\S+").mean() > 6
+    long = known.str.len_chars().to_numpy().mean() > 40 or known.str.count_matches(r"\S+").to_numpy().mean() > 6
     if long and (different > 20 or different == len(known)):  # a survey's few long answers are categories
         return FREE_TEXT
     if different == len(known) or different > max(MOST_CATEGORIES, len(known) / 2):
@@ -237,4 +237,4 @@ def _names_rows(column: pl.Series) -> bool:
     if column.null_count() or column.n_unique() < len(column):
         return False
     named = column.name.lower() in ROW_NAMES or column.name.endswith(("_id", " id", "Id", "ID"))
-    return named or (column.min() >= 0 and column.max() <= 2 * len(column))
+    return named or column.is_between(0, 2 * len(column)).all()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -179,13 +179,14 @@ class Encoding:
             what = f"the transformation has format {data['format']!r}, and this epochal reads format {FORMAT}."
             raise CheckpointError(what, where=where, fix="use the version of epochal that wrote it, or a newer one")
         values = _checked(data, _ENCODING, where)
-        columns = []
+        columns: list[Number | Category] = []
         for index, part in enumerate(values["columns"]):
             place = f"{where}, columns[{index}]"
             category = isinstance(part, dict) and part.get("kind") == "category"
             fields = _checked(part, _CATEGORY if category else _NUMBER, place)
             columns.append(Category(**fields) if category else Number(**fields))
-        encoding = cls(**{**values, "columns": tuple(columns)})
+        values["columns"] = tuple(columns)
+        encoding = cls(**values)
         _check_whole(encoding, where)
         return encoding
 
@@ -285,9 +286,8 @@ def _unsound(reason: str, where: str) -> CheckpointError:
     )
 
 
-def _some(names: Iterable[str], most: int = 20) -> str:
-    names = list(names)
-    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _some(names: Sequence[object]) -> str:
+    return ", ".join(map(repr, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def _check_names(targets: Sequence[str], drop: Sequence[str], present: Sequence[str], where: str) -> None:
@@ -302,16 +302,16 @@ def _check_names(targets: Sequence[str], drop: Sequence[str], present: Sequence[
 
 
 def _check_known(frame: pl.DataFrame, targets: Sequence[str], where: str) -> None:
-    for name in targets:
-        absent = np.flatnonzero(frame[name].is_null().to_numpy())
+    for column in frame.select(targets):
+        absent = np.flatnonzero(column.is_null().to_numpy())
         if len(absent):
             rows = ", ".join(str(row + 1) for row in absent[:5]) + (", ..." if len(absent) > 5 else "")
-            what = f"the target {name!r} is missing in {len(absent)} of {frame.height} rows."
+            what = f"the target {column.name!r} is missing in {len(absent)} of {len(column)} rows."
             place = f"{where}, row{'s' * (len(absent) > 1)} {rows}"
             raise TableError(what, where=place, fix="remove these rows, or fill in the target")
-        infinite = np.flatnonzero(frame[name].is_infinite().to_numpy()) if frame[name].dtype.is_float() else ()
-        if len(infinite):
-            what = f"the target {name!r} holds {frame[name][int(infinite[0])]} in row {infinite[0] + 1}."
+        if column.dtype.is_float() and column.is_infinite().any():
+            row = int(column.is_infinite().to_numpy().argmax())
+            what = f"the target {column.name!r} holds {column[row]} in row {row + 1}."
             raise TableError(what, where=where, fix="mend the value, or remove the row")
 
 
@@ -349,7 +349,7 @@ def _guess_task(target: pl.Series, where: str) -> tuple[str, str]:
     if kind == "booleans":
         return "classification", f"the target {name!r} holds booleans (--task regression takes them as 0 and 1)"
     if kind == "whole numbers":
-        rarest = target.value_counts(name="rows of it")["rows of it"].min()
+        rarest = target.value_counts(name="rows of it")["rows of it"].to_numpy().min()
         if different == 2 or (different <= MOST_CLASSES and 5 * different <= len(target) and rarest > 1):
             why = f"the target {name!r} has only {different} different whole numbers"
             return "classification", f"{why} (--task regression takes it as a quantity)"
@@ -365,9 +365,8 @@ def _learn_columns(
     for column in frame:
         reason = "as asked" if column.name in drop else kinds.reason_to_drop(column, where)
         if reason is None:
-            kind = Category if kinds.kind_of(column) == "text" else Number
-            learned = kind.learn(column, where)
-            if kind is Category and len(learned.values) < 2:
+            learned = (Category if kinds.kind_of(column) == "text" else Number).learn(column, where)
+            if isinstance(learned, Category) and len(learned.values) < 2:
                 reason = kinds.ALL_RARE
             else:
                 columns.append(learned)

@@ -49,10 +49,10 @@ class Loader:
                 where=where,
                 fix="use workers=1, or give a DataLoader over a data set that splits itself among its workers",
             )
-        self._is_indexed = isinstance(self.source, Arrays) and not pin_memory
-        if not self._is_indexed:
-            self._epoch = _Epoch(self.source, batch_size, shuffle, seed)
-            self._torch_loader = _torch_loader(self._epoch, workers, pin_memory)
+        self._arrays = self.source if isinstance(self.source, Arrays) and not pin_memory else None
+        if self._arrays is None:
+            self._epoch = _Epoch(self.samples or 0, batch_size, shuffle, seed)
+            self._torch_loader = _torch_loader(self.source, self._epoch, workers, pin_memory)
 
     @property
     def samples(self) -> int | None:
@@ -66,10 +66,10 @@ class Loader:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The batches of ``epoch``, from batch ``start`` on (a stream is read forward to there)."""
-        if self._is_indexed:
-            device = self.source.tensors[0].device
-            order = epoch_order(len(self.source), seed=self.seed, epoch=epoch, shuffle=self.shuffle).to(device)
-            return map(self.source.take, batch_indices(order, self.batch_size, start))
+        if self._arrays is not None:
+            device = self._arrays.tensors[0].device
+            order = epoch_order(len(self._arrays), seed=self.seed, epoch=epoch, shuffle=self.shuffle).to(device)
+            return map(self._arrays.take, batch_indices(order, self.batch_size, start))
         self._epoch.number, self._epoch.start = epoch, start
         return iter(self._torch_loader)
 
@@ -84,8 +84,8 @@ class GivenLoader:
     def samples(self) -> int | None:
         if isinstance(self.loader.dataset, IterableDataset) or self.loader.batch_size is None:
             return None
-        count = len(self.loader.sampler) if hasattr(self.loader.sampler, "__len__") else len(self.loader.dataset)
-        return count - count % self.loader.batch_size if self.loader.drop_last else count
+        sized: Any = self.loader.sampler if hasattr(self.loader.sampler, "__len__") else self.loader.dataset
+        return len(sized) - len(sized) % self.loader.batch_size if self.loader.drop_last else len(sized)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -99,17 +99,20 @@ class GivenLoader:
 
 
 class _Epoch:
-    """What is read in the epoch in hand: iterating it gives, for each batch, its seed and its indices."""
+    """What is read in the epoch in hand: iterating it gives, for each batch, its seed and its indices.
 
-    def __init__(self, source: Source, batch_size: int, shuffle: bool, seed: int):
-        self.source, self.batch_size, self.shuffle, self.seed = source, batch_size, shuffle, seed
+    samples: how many there are; only a stream does not iterate it, and has 0.
+    """
+
+    def __init__(self, samples: int, batch_size: int, shuffle: bool, seed: int):
+        self.samples, self.batch_size, self.shuffle, self.seed = samples, batch_size, shuffle, seed
         self.number, self.start = 0, 0
 
     def seed_of(self, batch: int) -> int:
         return derive(self.seed, AUGMENTATION, self.number, batch)
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        order = epoch_order(len(self.source), seed=self.seed, epoch=self.number, shuffle=self.shuffle)
+        order = epoch_order(self.samples, seed=self.seed, epoch=self.number, shuffle=self.shuffle)
         for batch, index in enumerate(batch_indices(order, self.batch_size, self.start), self.start):
             yield self.seed_of(batch), index.tolist()
 
@@ -120,20 +123,22 @@ class _Batches(Dataset):
     def __init__(self, source: Samples | Arrays):
         self.source = source
 
-    def __getitem__(self, request: tuple[int, list[int]]) -> Any:
-        seed, indices = request
+    def __getitem__(self, index: tuple[int, list[int]]) -> Any:
+        seed, indices = index
         with seeded(seed):
-            return self.source.take(torch.as_tensor(indices) if isinstance(self.source, Arrays) else indices)
+            if isinstance(self.source, Arrays):
+                return self.source.take(torch.as_tensor(indices))
+            return self.source.take(indices)
 
 
 class _StreamedBatches(IterableDataset):
     """The batches of a stream, one after the other, each made under its own seed."""
 
-    def __init__(self, epoch: _Epoch):
-        self.epoch = epoch
+    def __init__(self, source: Stream, epoch: _Epoch):
+        self.source, self.epoch = source, epoch
 
     def __iter__(self) -> Iterator[Any]:
-        batches = self.epoch.source.batches(self.epoch.batch_size)
+        batches = self.source.batches(self.epoch.batch_size)
         for number in count():
             with seeded(self.epoch.seed_of(number)):
                 batch = next(batches, None)
@@ -143,11 +148,11 @@ class _StreamedBatches(IterableDataset):
                 yield batch
 
 
-def _torch_loader(epoch: _Epoch, workers: int, pin_memory: bool) -> DataLoader:
+def _torch_loader(source: Source, epoch: _Epoch, workers: int, pin_memory: bool) -> DataLoader:
     """torch's own loader moves requests and batches between the processes."""
-    stream = isinstance(epoch.source, Stream)
+    stream = isinstance(source, Stream)
     return DataLoader(
-        _StreamedBatches(epoch) if stream else _Batches(epoch.source),
+        _StreamedBatches(source, epoch) if isinstance(source, Stream) else _Batches(source),
         sampler=None if stream else epoch,
         batch_size=None,  # a request is a whole batch
         collate_fn=_as_it_is,

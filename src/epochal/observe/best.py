@@ -53,7 +53,7 @@ class BestSoFar:
                 fix="monitor one of these",
             )
         value = row[self.monitor]
-        if not improves(value, self.best and self.best.value, mode=self.mode, min_delta=self.min_delta):
+        if not improves(value, self.best.value if self.best else None, mode=self.mode, min_delta=self.min_delta):
             return False
         self.best = Best(row["epoch"], row["step"], self.monitor, value)
         if self.modules:

@@ -40,7 +40,7 @@ class Console:
     """An observer that prints a header, a line for each evaluation, and a summary.
 
     ``stream``: where to; by default what ``sys.stderr`` is at the time of writing. ``every``: a line for
-    every so many evaluations; the best and the last one are told in any case. ``clock``: seconds, of
+    every so many evaluations; the last one is told in any case. ``clock``: seconds, of
     which only differences count.
 
     On a terminal the lines make a table, the best value of each column so far in colour (not with
@@ -83,7 +83,7 @@ class Console:
         self._leaders: dict[str, float] = {}  # the best value of each column so far
         self._layout: tuple[str, ...] = ()  # the columns of the header printed last
         self._told, self._told_at = 0, -math.inf
-        self._withheld: dict[str, Line] = {}  # the best and the last one, where not told yet
+        self._withheld: Line | None = None  # the last one, where not told yet
         # The live line and what it counts.
         self._live = ""
         self._start = self._evaluated_at = self._stepped_at = self._counted_at = self._clock()
@@ -179,12 +179,10 @@ class Console:
         line = Line(len(self._rows), row, event.is_best, self._new_leaders(row, event.is_best))
         soon = not self._terminal and self._told >= FIRST_LINES and now - self._told_at < SECONDS_A_LINE
         if line.number % self._every or soon:
-            self._withheld |= {"best": line, "last": line} if line.is_best else {"last": line}
+            self._withheld = line
             return
         self._told, self._told_at = self._told + 1, now
-        self._withheld.pop("last", None)
-        if line.is_best:
-            self._withheld.pop("best", None)
+        self._withheld = None
         self._write(self._text(line), live=self._live)
 
     def _new_leaders(self, row: Row, is_best: bool) -> frozenset[str]:
@@ -241,9 +239,8 @@ class Console:
     # -- the end --
 
     def _ended(self, event: Ended) -> None:
-        owed = sorted({line.number: line for line in self._withheld.values()}.items())
-        self._withheld = {}
-        told = "".join(self._text(line) for _, line in owed)
+        told = self._text(self._withheld) if self._withheld else ""
+        self._withheld = None
         self._write(f"{told}\n{aligned(summary(event, self._rows, self._by_step), self._paint)}")
 
 
@@ -254,7 +251,8 @@ def summary(ended: Ended, rows: list[Row], by_step: bool = False) -> dict[str, s
     if best is not None:
         at = f"epoch {best.epoch}" + (f", step {best.step:,}" if by_step else "")
         lines["best"] = f"{at}, {best.metric} {number(best.value)}"
-        lines["weights"] = f"those of {at}, the best" if ended.restored else "those of the last step"
+        kept = ended.restored or best.step == ended.steps
+        lines["weights"] = f"those of {at}, the best" if kept else "those of the last step"
     elif rows:
         lines["best"] = "none: the monitored value was never finite"
     took = f"{ended.seconds:.2f} s" if ended.seconds < 60 else stopwatch(ended.seconds)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from epochal.errors import ModelError, PlanError, UnknownNameError
 
-NAMES: dict[str, type[Optimizer]] = {
+NAMES: dict[str, Callable[..., Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -84,7 +84,7 @@ def _muon(parameters: list[nn.Parameter], options: dict) -> Optimizer:
     """
     matrices = [p for p in parameters if p.dim() == 2]
     others = [p for p in parameters if p.dim() != 2]
-    built = []
+    built: list[Optimizer] = []
     if matrices:
         built.append(torch.optim.Muon(matrices, **options, adjust_lr_fn="match_rms_adamw"))
     if others:
@@ -105,7 +105,7 @@ class Several(Optimizer):
         self.param_groups = [group for one in self.optimizers for group in one.param_groups]
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for one in self.optimizers:
             one.step()
 

@@ -80,18 +80,14 @@ class Scheduled:
     Nothing here moves before the optimizer has made its first update.
     """
 
-    def __init__(self, scheduler: LRScheduler, per: str, warmup: LinearLR | None, warmup_steps: int):
+    def __init__(self, scheduler: LRScheduler, per: str, warmup: LinearLR | None):
         self.scheduler, self.per = scheduler, per
-        self._warmup, self._warmup_steps, self._steps = warmup, warmup_steps, 0
-
-    @property
-    def is_plateau(self) -> bool:
-        return isinstance(self.scheduler, ReduceLROnPlateau)
+        self._warmup, self._warmup_steps, self._steps = warmup, warmup.total_iters if warmup else 0, 0
 
     def after_step(self) -> None:
         """After an update of the optimizer."""
         self._steps += 1
-        if self._steps <= self._warmup_steps:
+        if self._warmup and self._steps <= self._warmup_steps:
             self._warmup.step()
             if self._steps == self._warmup_steps:  # the chain of products ends an ulp off the full rate
                 for group in self._warmup.optimizer.param_groups:
@@ -101,12 +97,13 @@ class Scheduled:
 
     def after_epoch(self) -> None:
         """At the end of an epoch."""
-        if self.per == "epoch" and not self.is_plateau and self._steps > self._warmup_steps:
+        plateau = isinstance(self.scheduler, ReduceLROnPlateau)
+        if self.per == "epoch" and not plateau and self._steps > self._warmup_steps:
             self.scheduler.step()
 
     def after_evaluation(self, value: float) -> None:
         """With the monitored value; only a plateau looks at it."""
-        if self.is_plateau and self._steps > self._warmup_steps:
+        if isinstance(self.scheduler, ReduceLROnPlateau) and self._steps > self._warmup_steps:
             self.scheduler.step(value)
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,26 +138,25 @@ def build(schedule: Any, optimizer: Optimizer, *, epochs: int | None, steps: int
     warmup = None
     if schedule.warmup:
         warmup = LinearLR(optimizer, start_factor=1 / (schedule.warmup + 1), total_iters=schedule.warmup)
-    return Scheduled(scheduler, per, warmup, schedule.warmup)
+    return Scheduled(scheduler, per, warmup)
 
 
 def _named(schedule: Schedule, optimizer: Optimizer, per: str, length: int | None, mode: str) -> LRScheduler:
     kind, settings = schedule.kind, schedule.settings
     length = _length(schedule, per, length) if kind in PER_STEP else 0
     highest = [group["lr"] for group in optimizer.param_groups]
-    makers: dict[str, Callable[[], LRScheduler]] = {
-        "step": lambda: StepLR(optimizer, **{"step_size": 30, "gamma": 0.1, **settings}),
-        "multistep": lambda: MultiStepLR(optimizer, **settings),
-        "exponential": lambda: ExponentialLR(optimizer, **{"gamma": 0.95, **settings}),
-        "plateau": lambda: ReduceLROnPlateau(optimizer, **{"mode": mode, **settings}),
-        "cosine": lambda: CosineAnnealingLR(optimizer, **{"T_max": length, **settings}),
-        "linear": lambda: LinearLR(
-            optimizer, **{"start_factor": 1.0, "end_factor": 0.0, "total_iters": length, **settings}
-        ),
-        "onecycle": lambda: OneCycleLR(optimizer, **{"max_lr": highest, "total_steps": length, **settings}),
+    made_by: dict[str, tuple[Callable[..., LRScheduler], dict[str, Any]]] = {
+        "step": (StepLR, {"step_size": 30, "gamma": 0.1}),
+        "multistep": (MultiStepLR, {}),
+        "exponential": (ExponentialLR, {"gamma": 0.95}),
+        "plateau": (ReduceLROnPlateau, {"mode": mode}),
+        "cosine": (CosineAnnealingLR, {"T_max": length}),
+        "linear": (LinearLR, {"start_factor": 1.0, "end_factor": 0.0, "total_iters": length}),
+        "onecycle": (OneCycleLR, {"max_lr": highest, "total_steps": length}),
     }
+    make, defaults = made_by[kind]
     try:
-        return makers[kind]()
+        return make(optimizer, **{**defaults, **settings})
     except (TypeError, ValueError) as error:
         needs = ' (it needs milestones, for example Schedule("multistep", milestones=[30, 60]))'
         raise PlanError(

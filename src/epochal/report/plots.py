@@ -214,7 +214,7 @@ def _draw_panel(axes: Axes, name: str, curves: list[str], rows, where, best: Bes
     if name.endswith(("loss", "mse", "mae", "rmse")) and _spans_widely(everything):
         axes.set_yscale("log")
     if best is not None:
-        _mark_best(axes, name, curves, rows, where, best)
+        _mark_best(axes, curves, rows, where, best)
     _set_range(axes, x)
     _put_legend(axes)
 
@@ -233,7 +233,7 @@ def _set_range(axes: Axes, x: Sequence[float]) -> None:
     axes.margins(y=0.07)
 
 
-def _mark_best(axes: Axes, name: str, curves: list[str], rows, where, best: Best) -> None:
+def _mark_best(axes: Axes, curves: list[str], rows, where, best: Best) -> None:
     """A line at the best epoch; a full dot on the monitored curve, an open one on the others."""
     x = where.get((best.epoch, best.step), float(best.epoch))
     axes.axvline(x, color=BEST, linewidth=0.8, linestyle=(0, (1, 2)), zorder=2)

@@ -23,7 +23,7 @@ def choose(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise PlanError(
             f"the device {device!r} cannot be used.",
             where=f"device={device!r}; torch says: {str(error).strip().splitlines()[0]}",
