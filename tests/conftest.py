@@ -26,3 +26,16 @@ def _own_folder(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs a command line in this process: (exit code, stdout, stderr)."""
+    from epochal.__main__ import main
+
+    def run(*words):
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -178,7 +178,7 @@ ModelError: the model has parameters without a shape.
     case(net(), (X, Y), **MSE, epoch=3, text="""
 UnknownNameError: 'epoch' is not a known option.
   where: epoch=
-  fix:   did you mean 'epochs'? known: accumulate, batch_size, clip, compile, device, early_stopping, epochs, evaluate_every, loss, lr, max_steps, max_time, metrics, monitor, nonfinite, objective, observers, optimizer, patience, precision, restore_best, resume, run, save, schedule, seed, shuffle, step, strategy, target, weight_decay, workers"""),  # noqa: E501
+  fix:   did you mean 'epochs'? known: accumulate, batch_size, clip, compile, device, early_stopping, epochs, evaluate_every, loss, lr, max_steps, max_time, metrics, monitor, nonfinite, objective, observers, optimizer, patience, precision, restore_best, resume, run, save, schedule, seed, shuffle, step, strategy, target, weight_decay, workers"""),
     case(net(), (X, Y), **MSE, metrics=["acuracy"], text="""
 UnknownNameError: 'acuracy' is not a known metric.
   where: metrics

@@ -16,22 +16,9 @@ import pytest
 from sklearn.datasets import load_digits
 
 import epochal
-from epochal.__main__ import main
 from epochal.cli import COMMANDS
 
 ROOT = Path(epochal.__file__).parent
-
-
-@pytest.fixture
-def command(capsys):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        code = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_help_version_and_listings_do_not_import_what_is_heavy(tmp_path):

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from epochal.__main__ import main
-
 RUN = {
     "status": "ended", "started": "2026-03-01T12:30:45+0100", "reason": "early_stopping",
     "message": "early stopping: val_loss has not improved for 2 evaluations",
@@ -21,16 +19,6 @@ epoch,step,lr,time,train_loss,val_loss
 3,30,0.1,0.75,0.25,nan
 4,40,0.1,1.0,0.125,0.375
 """
-
-
-@pytest.fixture
-def command(capsys):
-    def run(*words):
-        code = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

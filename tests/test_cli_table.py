@@ -17,18 +17,6 @@ from epochal.checkpoint.weights import load_weights
 from epochal.data.split import split_indices
 
 
-@pytest.fixture
-def command(capsys):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        code = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 def diabetes():
     """442 patients: numbers, and a quantity to predict, the progression, from 25 to 346."""
     return pl.from_pandas(load_diabetes(as_frame=True, scaled=False).frame).rename({"target": "progression"})

@@ -8,20 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from epochal.__main__ import main
 from epochal.checkpoint.weights import load_weights
-
-
-@pytest.fixture
-def command(capsys):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        code = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -13,9 +13,7 @@ import epochal
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
 MODULES = sorted(
-    module.name
-    for module in pkgutil.walk_packages(epochal.__path__, "epochal.")
-    if module.name != "epochal.__main__"
+    module.name for module in pkgutil.walk_packages(epochal.__path__, "epochal.") if module.name != "epochal.__main__"
 )
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epochal.errors import PlanError, FileError, TableError, UnknownNameError
+from epochal.errors import FileError, PlanError, TableError, UnknownNameError
 from epochal.events import Best
 from epochal.report import history as history_module
 from epochal.report import rows as rows_module
@@ -406,8 +406,7 @@ def test_a_folder_that_is_not_there_is_told(tmp_path):
     with pytest.raises(FileError) as error:
         save(draw(rows_of(1)), path)
     assert str(error.value) == (
-        f"results.png cannot be written: its folder does not exist.\n  where: {path}\n"
-        "  fix:   make the folder first"
+        f"results.png cannot be written: its folder does not exist.\n  where: {path}\n  fix:   make the folder first"
     )
 
 
