@@ -390,3 +390,9 @@ def test_targets_of_a_new_table():
 @pytest.mark.parametrize("module", [columns, encoding, tables])
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0
+
+
+def test_row_numbers_in_small_integers():
+    from epochal.data.columns import _names_rows
+
+    assert _names_rows(pl.Series("x", range(100), dtype=pl.Int8))

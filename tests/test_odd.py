@@ -127,6 +127,19 @@ def test_complex_weights(optimizer):
     assert abs(model.factor.item() - 1j) < 0.05
 
 
+def test_a_conjugated_complex_weight():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+
+        def forward(self, z):
+            return (z @ self.w.conj()).real
+
+    z = torch.randn(64, 4, dtype=torch.complex64)
+    assert falls(epochal.fit(Inner(), (z, z[:, 0].imag), loss="mse", optimizer="sgd", lr=0.05, epochs=20, **QUIET))
+
+
 def test_packed_sequences_and_dict_batches():
     class Series(Dataset):
         def __init__(self, count):

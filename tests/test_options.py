@@ -640,3 +640,54 @@ def test_check_finds_mistakes_and_trains_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(epochal.EpochalError, match="no parameter to train"):
         plan.replace(model=nn.Linear(64, 10).requires_grad_(False)).check()
+
+
+# what goes wrong later than at the start
+
+
+def test_a_step_that_returns_something_else():
+    for wrong, name in ((1.0, "float"), (epochal.StepResult(1.0), "float")):
+        with pytest.raises(epochal.EpochalError) as caught:
+            fit(nn.Linear(64, 10), (X, Y), step=lambda state, window, wrong=wrong: wrong)
+        assert caught.value.describe() == (
+            f"PlanError: the step returned {name}.\n"
+            "  where: step=<lambda>\n"
+            "  fix:   return epochal.StepResult(loss), with the loss as a scalar tensor"
+        )
+
+
+def test_evaluating_without_a_loss():
+    result = fit(nn.Linear(64, 10), (X, Y), step=lambda state, window: epochal.StepResult(torch.ones(())))
+    with pytest.raises(epochal.EpochalError, match="nothing to evaluate with"):
+        result.evaluate((X, Y))
+
+
+def test_a_column_that_is_no_number_cannot_decide():
+    stopping = epochal.EarlyStopping("train_confusion", mode="max")
+    with pytest.raises(epochal.EpochalError, match="there is no number 'train_confusion' to monitor"):
+        fit(nn.Linear(64, 10), (X, Y), metrics=["confusion"], early_stopping=stopping)
+
+
+def test_a_plateau_looks_at_evaluations():
+    with pytest.raises(epochal.EpochalError, match="a plateau looks at evaluations, not at steps"):
+        epochal.Schedule("plateau", per="step")
+
+
+def test_the_size_of_a_batch_is_that_of_its_named_target():
+    series = {"x": torch.randn(5, 12, 2), "price": torch.randn(12, 1)}  # time first
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.layer(x[-1])
+
+    loader = DataLoader([series] * 3, batch_size=None)
+    result = fit(Last(), loader, target="price", loss="mse", epochs=1)
+    with epochal.Plan(Last(), loader, target="price", loss="mse", epochs=1, observers=()).prepare() as run:
+        for _ in run:
+            pass
+    assert run.state.progress.samples == 36
+    assert len(result.history) == 1

@@ -90,6 +90,7 @@ STATES = [
     {"a": [1, 2.5, None, True, "x"], "b": (1, (2,)), 3: {"c": -0.0}, "d": [float("inf"), float("-inf")]},
     {"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"betas": (0.9, 0.99), "params": [0]}]}},
     {"$tensor": "not a tensor", "e": {"$tuple": []}},
+    {"a.b": torch.zeros(1), "a": {"b": torch.ones(1)}, 1: torch.tensor(2), "1": torch.tensor(3)},
 ]
 
 

@@ -199,4 +199,6 @@ def _loader(source: Source | DataLoader, device: torch.device, **options: Any) -
 
 def _fits(arrays: Arrays, device: torch.device) -> bool:
     """Whether in-memory data may live on the device, so that batches are made there."""
-    return device.type != "cuda" or arrays.nbytes < SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0]
+    if device.type != "cuda" or arrays.tensors[0].is_cuda:
+        return True
+    return arrays.nbytes < SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0]

@@ -41,7 +41,7 @@ class Supervised:
         value = self.loss(outputs, targets)
         if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
             losses.check_scalar(value, f"loss {losses.describe(self.loss)}")
-        return Loss(value, losses.weight_of(self.loss, targets, size(batch)), outputs, targets)
+        return Loss(value, losses.weight_of(self.loss, targets, size(batch, self.target)), outputs, targets)
 
     def _examine(self, outputs: Any, targets: Any) -> None:
         if self._compares_shapes and not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
@@ -67,14 +67,14 @@ class Supervised:
 class Custom:
     """A user's objective ``f(model, batch) -> Tensor | Loss``, with the weight filled in."""
 
-    def __init__(self, objective: Callable):
-        self.objective = objective
+    def __init__(self, objective: Callable, target: Sequence[str] = ()):
+        self.objective, self.target = objective, target
 
     def __call__(self, forward: Callable, batch: Any) -> Loss:
         given = self.objective(forward, batch)
         loss = given if isinstance(given, Loss) else Loss(given)
         losses.check_scalar(loss.value, f"objective {losses.describe(self.objective)}")
-        return loss if loss.weight is not None else loss._replace(weight=size(batch))
+        return loss if loss.weight is not None else loss._replace(weight=size(batch, self.target))
 
 
 def describe_batch(batch: Any) -> str:

@@ -136,7 +136,7 @@ def _objective(plan: Plan, loss: Any, data: Data, all_targets: Any) -> Any:
     """The Objective; None where there is only a step of the user's own."""
     if loss is not None:
         return Supervised(loss, target=data.target, all_targets=all_targets)
-    return Custom(plan.objective) if plan.objective is not None else None
+    return Custom(plan.objective, data.target) if plan.objective is not None else None
 
 
 def _seconds(max_time: float | str | None) -> float | None:

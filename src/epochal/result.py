@@ -17,6 +17,7 @@ from epochal.checkpoint.weights import is_safetensors, save_state_dict, save_wei
 from epochal.data import tables
 from epochal.data.loader import GivenLoader, Loader
 from epochal.data.sources import Arrays, as_tensor, encoded
+from epochal.errors import PlanError
 from epochal.events import Best, StopReason
 from epochal.metrics import named
 from epochal.metrics.metric import Stream
@@ -94,6 +95,12 @@ class Setting:
         )
 
     def evaluate(self, data: Any, batch_size: int | None = None) -> dict[str, Any]:
+        if self.objective is None:
+            raise PlanError(
+                "there is nothing to evaluate with.",
+                where="loss=None, objective=None",
+                fix="give loss= or objective= beside step=",
+            )
         return loop.evaluate(
             self.objective,
             self.forward,

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from epochal import loop
 from epochal.cadence import Every
 from epochal.checkpoint.store import Checkpoints
 from epochal.data.loader import GivenLoader, Loader
 from epochal.data.window import Window, windows
-from epochal.errors import NonFiniteError
+from epochal.errors import NonFiniteError, PlanError
 from epochal.events import Ended, Evaluated, Event, Saved, Started, StepDone, Stop, StopReason
 from epochal.metrics.metric import Stream
 from epochal.observe.averages import TrainAverages
@@ -131,7 +131,7 @@ class Run:
 
     def _windows(self, progress: Progress) -> Iterator[Window]:
         batches = self.train.batches(progress.epoch, progress.windows * self.accumulate)
-        return windows(batches, self.accumulate)
+        return windows(batches, self.accumulate, self.setting.target)
 
     def _is_over(self) -> bool:
         return self.state.stop is not None or self.limits.reached(self.state.progress, self._seconds()) is not None
@@ -153,6 +153,13 @@ class Run:
         return event
 
     def _account_for(self, result: StepResult) -> None:
+        if not isinstance(result, StepResult) or not isinstance(result.loss, Tensor):
+            wrong = type(getattr(result, "loss", result)).__name__
+            raise PlanError(
+                f"the step returned {wrong}.",
+                where=f"step={getattr(self.step, '__name__', type(self.step).__name__)}",
+                fix="return epochal.StepResult(loss), with the loss as a scalar tensor",
+            )
         self.averages.update(result)
         # A schedule never moves before the optimizer has; an update that was left out is none.
         if result.applied and self.state.schedule is not None:

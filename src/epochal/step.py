@@ -124,7 +124,7 @@ def _gradients(state: TrainState) -> list[Tensor]:
 def _dense_gradients(state: TrainState) -> list[Tensor]:
     """The gradients as dense real tensors: of a sparse one its entries, of a complex one both parts."""
     values = [g.coalesce().values() if g.is_sparse else g for g in _gradients(state)]
-    return [torch.view_as_real(g) if g.is_complex() else g for g in values]
+    return [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in values]
 
 
 def _clear_gradients(optimizer: Optimizer) -> None:

@@ -34,11 +34,10 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
     if isinstance(value, Tensor):
-        tensors[path] = value.detach()
-        return {"$tensor": path}
+        return {"$tensor": _add(value.detach(), path, tensors)}
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        tensors[path] = torch.from_numpy(value.view(np.int64) if value.dtype == np.uint64 else value)
-        return {"$array": path, "dtype": value.dtype.str}
+        tensor = torch.from_numpy(value.view(np.int64) if value.dtype == np.uint64 else value)
+        return {"$array": _add(tensor, path, tensors), "dtype": value.dtype.str}
     if isinstance(value, list):
         return [_encode(part, f"{path}.{i}", tensors) for i, part in enumerate(value)]
     if isinstance(value, tuple):
@@ -53,6 +52,13 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         where=path,
         fix="keep numbers, strings, tensors, lists and dicts of them in state_dict()",
     )
+
+
+def _add(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
+    """Files the tensor under its path, or, where two entries have one (``1`` and ``"1"``), a name like it."""
+    name = path if path not in tensors else f"{path}#{len(tensors)}"
+    tensors[name] = tensor
+    return name
 
 
 def decode(tree: Any, tensors: Mapping[str, Tensor]) -> Any:

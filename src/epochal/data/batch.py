@@ -40,7 +40,7 @@ def _split_mapping(batch: Mapping, target: Sequence[str]) -> tuple[tuple, dict[s
     return (), inputs, targets
 
 
-def size(batch: Any) -> int:
+def size(batch: Any, target: Sequence[str] = ()) -> int:
     """How many samples the batch has: the first dimension of the targets, or of the first input.
 
     Targets first, because inputs may be laid out (time, batch, ...).
@@ -55,7 +55,7 @@ def size(batch: Any) -> int:
                 return found
         return 1
     if isinstance(batch, Mapping):
-        keys = [key for key in TARGET_KEYS if key in batch] + list(batch)
+        keys = [key for key in (*target, *TARGET_KEYS) if key in batch] + list(batch)
         return next((found for key in keys if (found := _length(batch[key])) is not None), 1)
     found = _length(batch)
     return 1 if found is None else found

@@ -84,8 +84,11 @@ class GivenLoader:
     def samples(self) -> int | None:
         if isinstance(self.loader.dataset, IterableDataset) or self.loader.batch_size is None:
             return None
-        sized: Any = self.loader.sampler if hasattr(self.loader.sampler, "__len__") else self.loader.dataset
-        return len(sized) - len(sized) % self.loader.batch_size if self.loader.drop_last else len(sized)
+        try:
+            count = len(self.loader.sampler)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+        return count - count % self.loader.batch_size if self.loader.drop_last else count
 
     def __len__(self) -> int:
         return len(self.loader)

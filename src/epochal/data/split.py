@@ -32,7 +32,9 @@ def hold_out(source: Source, fraction: float, *, seed: int, classes: Tensor | No
     train, val = split_indices(len(source), fraction, seed=seed, classes=classes)
     if isinstance(source, Samples):
         return Samples(Subset(source.dataset, train.tolist())), Samples(Subset(source.dataset, val.tolist()))
-    return Arrays(source.take(train), source.encoding), Arrays(source.take(val), source.encoding)
+    device = source.tensors[0].device
+    parts = [Arrays(source.take(index.to(device)), source.encoding) for index in (train, val)]
+    return parts[0], parts[1]
 
 
 def split_indices(count: int, fraction: float, *, seed: int, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:

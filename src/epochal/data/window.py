@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -25,8 +25,8 @@ class Window:
         return sum(self.sizes)
 
 
-def windows(batches: Iterable[Any], accumulate: int = 1) -> Iterator[Window]:
-    """Groups batches by ``accumulate``.
+def windows(batches: Iterable[Any], accumulate: int = 1, target: Sequence[str] = ()) -> Iterator[Window]:
+    """Groups batches by ``accumulate``; ``target`` names the targets in a dict batch.
 
     >>> import torch
     >>> [w.sizes for w in windows(torch.zeros(7, 1).split(2), accumulate=3)]
@@ -34,4 +34,4 @@ def windows(batches: Iterable[Any], accumulate: int = 1) -> Iterator[Window]:
     """
     batches = iter(batches)
     while group := list(islice(batches, accumulate)):
-        yield Window(group, [size(batch) for batch in group])
+        yield Window(group, [size(batch, target) for batch in group])

@@ -45,10 +45,10 @@ class BestSoFar:
 
     def update(self, row: Row) -> bool:
         """Looks at a row; True if it is the best one so far."""
-        if self.monitor not in row:
+        if not isinstance(row.get(self.monitor), int | float):
             known = sorted(name for name, value in row.items() if isinstance(value, float))
             raise PlanError(
-                f"there is no {self.monitor!r} to monitor.",
+                f"there is no number {self.monitor!r} to monitor.",
                 where=f"epoch {row['epoch']}; the row has {', '.join(known)}",
                 fix="monitor one of these",
             )

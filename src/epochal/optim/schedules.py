@@ -62,6 +62,12 @@ class Schedule:
             raise PlanError(
                 "warmup must be a number of steps, 0 or more.", where=f"warmup={self.warmup!r}", fix="give an integer"
             )
+        if self.per == "step" and (self.kind == "plateau" or isinstance(self.kind, ReduceLROnPlateau)):
+            raise PlanError(
+                "a plateau looks at evaluations, not at steps.",
+                where=f"{where}, per='step'",
+                fix='leave per= out, and set evaluate_every="500 steps"',
+            )
         if self.warmup and self.kind == "onecycle":
             raise PlanError(
                 "onecycle has a warm-up of its own.", where=f"warmup={self.warmup}", fix="use pct_start= instead"
