@@ -183,7 +183,7 @@ def test_csv_and_back_is_exact(tmp_path_factory, pairs):
 def test_a_csv_may_be_monitored(tmp_path):
     path = tmp_path / "results.csv"
     History(rows_of(6)).to_csv(path)
-    assert History.from_csv(path, monitor="val_loss").best == BEST
+    assert History(History.from_csv(path), monitor="val_loss").best == BEST
     assert History.from_csv(path).rows == rows_of(6)
 
 
@@ -192,11 +192,11 @@ def test_a_csv_may_be_monitored(tmp_path):
     [
         (
             "epoch,val_loss\n1,0.5\n2\n",
-            "the table has 2 columns, and the line 1.\n  where: {}, line 3\n  fix:   mend or remove the line",
+            "the line is not one of numbers, one a column.\n  where: {}, line 3\n  fix:   mend or remove the line",
         ),
         (
             "epoch,val_loss\n1,low\n",
-            "'low' is not a number.\n  where: {}, line 2, column 'val_loss'\n  fix:   mend or remove the line",
+            "the line is not one of numbers, one a column.\n  where: {}, line 2\n  fix:   mend or remove the line",
         ),
         (
             None,
@@ -262,6 +262,12 @@ def test_the_best_epoch_is_on_every_panel():
     assert curve(accuracy, "0.775 at the best epoch").get_xydata().tolist() == [[4, 0.775]]
     for axes in (loss, accuracy):
         assert [list(line.get_xdata()) for line in axes.lines if line.get_label().startswith("_")] == [[4, 4]]
+
+
+def test_a_best_that_the_rows_do_not_hold_is_marked_at_its_epoch():
+    loss, accuracy = panels(draw(rows_of(8), best=Best(3, 70, "val_loss", 0.2))).values()
+    assert curve(loss, "best 0.2 at epoch 3").get_xydata().tolist() == [[3, 0.2]]
+    assert legend(accuracy) == ["train", "val"]
 
 
 def test_without_a_best_nothing_is_marked():
@@ -373,10 +379,10 @@ def test_no_rows_are_no_trouble():
 )
 def test_a_picture_is_written_by_its_suffix(tmp_path, suffix, magic):
     path = tmp_path / f"results{suffix}"
-    figure = History(rows_of(8), best=BEST).plot(path)
+    History(rows_of(8), best=BEST).plot(path)
     assert path.read_bytes().startswith(magic) and path.stat().st_size > 8_000
     first = path.read_bytes()
-    save(figure, path)
+    save(draw(rows_of(8), best=BEST), path)
     assert path.read_bytes() == first  # the same rows, the same file
 
 

@@ -112,6 +112,10 @@ def test_names_of_columns():
 
 
 READING = {
+    "\na,b\n1,2\n\n4\n": (
+        "the row at line 5 has 1 fields, and the header has 2.\n  where: train, x.csv\n"
+        "  fix:   give it 2 fields; a separator inside one needs quotes"
+    ),
     "a,b,c\n1,2,3\n4,5\n": (
         "the row at line 3 has 2 fields, and the header has 3.\n  where: train, x.csv\n"
         "  fix:   give it 3 fields; a separator inside one needs quotes"
@@ -169,9 +173,9 @@ def test_files_that_cannot_be_read(folder):
         "  fix:   check that it is a file, whole, and readable by you"
     )
     fix = "\n  where: train, x.parquet\n  fix:   write it again as Parquet, or rename it after what it is"
-    assert error_of(lambda: read("a,b\n1,2\n", "x.parquet")) == "the file is not Parquet, or only a part of it." + fix
-    unsound = error_of(lambda: read(b"PAR1 but nothing of it PAR1", "x.parquet"))
-    assert unsound.startswith("the file is not sound Parquet: ") and unsound.endswith("." + fix)
+    for content in (b"a,b\n1,2\n", b"PAR1 and only a part of it", b"PAR1 but nothing of it PAR1"):
+        unsound = error_of(lambda content=content: read(content, "x.parquet"))
+        assert unsound.startswith("the file is not sound Parquet: ") and unsound.endswith("." + fix)
 
 
 def test_objects_that_are_no_tables():

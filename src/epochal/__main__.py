@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -37,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exception(error.__cause__ or error)
         print(error.describe(), file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"FileError: stdout cannot be written: {error.strerror}.", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception:
         traceback.print_exc()
         print(UNEXPECTED, file=sys.stderr)
@@ -52,7 +59,8 @@ def _run(tokens: list[str]) -> None:
     try:
         application(tokens)(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        command = " ".join(["epochal", *(error.command_chain or ())])
+        recipe = [token for token in tokens[1:2] if token.endswith(".py")]
+        command = " ".join(["epochal", *(error.command_chain or ()), *recipe])
         raise PlanError(str(error), where=command, fix=f"{command} --help shows what can be given") from None
 
 

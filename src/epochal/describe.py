@@ -67,7 +67,8 @@ def _samples(loader: Loader | GivenLoader, batch_size: int) -> str:
 def _optimizer(optimizer: Optimizer | None) -> str:
     if optimizer is None:
         return "in the step"
-    rates = sorted({float(group["lr"]) for group in optimizer.param_groups})
+    # A schedule has already set the rate of the first step; what the user gave is beside it.
+    rates = sorted({float(group.get("max_lr", group.get("initial_lr", group["lr"]))) for group in optimizer.param_groups})
     return f"{type(optimizer).__name__}, lr {' and '.join(f'{rate:g}' for rate in rates)}"
 
 

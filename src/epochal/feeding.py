@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -15,7 +16,7 @@ from epochal import losses
 from epochal.data import split, tables
 from epochal.data.batch import TARGET_KEYS
 from epochal.data.loader import GivenLoader, Loader
-from epochal.data.sources import Arrays, Source, as_tensor, encoded, open_source
+from epochal.data.sources import Arrays, Source, as_tensor, encoded, learned, open_source
 from epochal.errors import LossError, PlanError
 from epochal.runtime import seeding
 
@@ -107,18 +108,9 @@ def _open(
 
 
 def _learn(frame: Any, target: Sequence[str], kind: str | None, where: str, task: str = "auto") -> Any:
-    from epochal.data.encoding import Encoding
-
-    if not target:
-        raise PlanError(
-            "a table needs the name of its target column.", where=where, fix='say which, for example target="price"'
-        )
     if kind is not None:
         task = "regression" if kind in _REGRESSION else "classification"
-    encoding = Encoding.learn(frame, list(target) if len(target) > 1 else target[0], task=task, where=where)
-    # A user's own model learns the target in its own unit: what it predicts is what the column holds.
-    unit = {"target_mean": tuple(0.0 for _ in target), "target_scale": tuple(1.0 for _ in target)}
-    return replace(encoding, **unit) if encoding.task == "regression" else encoding
+    return learned(frame, target, where=where, task=task)
 
 
 _REGRESSION = losses.ELEMENTWISE - {"bce", "bce_with_logits"}

@@ -101,6 +101,8 @@ def check_shapes(loss: Any, outputs: Tensor, targets: Tensor) -> None:
             fix = f"give targets the shape {_shape(outputs)}, for example y.unsqueeze({outputs.dim() - 1})"
         else:
             fix = f"give targets the shape {_shape(outputs)}, for example y.reshape({shape})"
+    elif not targets.is_floating_point() and targets.shape == outputs.shape[:1]:
+        fix = 'let the model give one output for each target, or give loss="cross_entropy" if these are classes'
     else:
         fix = "let the model give one output for each target"
     raise LossShapeError("the loss is computed over tensors of different shapes.", where=given, fix=fix)

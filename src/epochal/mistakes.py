@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from epochal.metrics import named
 from epochal.observe.early_stopping import EarlyStopping
 from epochal.optim import optimizers
 from epochal.optim.schedules import Schedule
+from epochal.runtime import device as devices
 from epochal.runtime.precision import PRECISIONS
 
 if TYPE_CHECKING:
@@ -129,6 +131,8 @@ def _loader(plan: Plan) -> None:
                     where=f"{name}={getattr(plan, name)!r}",
                     fix=f"set {name} where the DataLoader is made, or give its data set as train",
                 )
+    if isinstance(plan.val, str) and re.fullmatch(r"[0-9.]+", plan.val):
+        raise PlanError("a fraction for val is a number.", where=f"val={plan.val!r}", fix=f"give val={plan.val}")
     if isinstance(plan.val, bool) or (isinstance(plan.val, int | float) and not 0 < plan.val < 1):
         raise PlanError("a fraction for val lies between 0 and 1.", where=f"val={plan.val!r}", fix="try val=0.2")
 
@@ -167,6 +171,7 @@ def _machine(plan: Plan) -> None:
     _among(plan.precision, PRECISIONS, "precision")
     _among(plan.nonfinite, ("stop", "skip"), "policy for values that are not finite", option="nonfinite")
     _among(plan.strategy, ("auto",), "strategy")
+    devices.choose(plan.device)
     if plan.seed is not None and (not _is_int(plan.seed) or not 0 <= plan.seed < 2**63):
         raise PlanError("seed must be an integer from 0 to 2**63 - 1.", where=f"seed={plan.seed!r}", fix="try 0")
 

@@ -116,6 +116,18 @@ def _explain(error: Exception, model: nn.Module, batch: Any, place: str) -> Mode
             where=place,
             fix="make the layer's input size match the data",
         )
+    if "more than 1 value per channel" in text:
+        return ModelError(
+            "batch norm cannot train on a batch of one sample.",
+            where=place,
+            fix="choose a batch_size that leaves no lone sample at the end, or give a DataLoader with drop_last=True",
+        )
+    if "elements of input should be between 0 and 1" in text:
+        return ModelError(
+            "nn.BCELoss needs probabilities, but the model gives other numbers.",
+            where=place,
+            fix='give loss="bce_with_logits", or end the model with a sigmoid',
+        )
     if isinstance(error, TypeError) and "forward()" in text and "argument" in text:
         return ModelError(
             f"the batch does not fit the model's forward: {first}.",

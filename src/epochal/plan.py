@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -73,7 +73,7 @@ class Plan:
     def __new__(cls, *arguments: Any, **given: Any) -> Plan:
         """Tells unknown options by their nearest names, together with the other mistakes."""
         if unknown := [name for name in given if name not in cls.__dataclass_fields__]:
-            found = [UnknownNameError.of_name("option", name, options(), where=f"{name}=") for name in unknown]
+            found = [_unknown(name, cls.__dataclass_fields__) for name in unknown]
             mistakes = Mistakes(found)
             with mistakes:
                 cls(*arguments, **{name: value for name, value in given.items() if name not in unknown})
@@ -108,6 +108,20 @@ class Plan:
     def replace(self, **changes: Any) -> Plan:
         """The plan with some options changed, checked anew."""
         return Plan(**{**{name: getattr(self, name) for name in self.__dataclass_fields__}, **changes})
+
+
+OTHER_NAMES = {  # what other libraries call it -> what it is called here
+    "criterion": "loss", "loss_fn": "loss", "learning_rate": "lr", "num_epochs": "epochs", "max_epochs": "epochs",
+    "scheduler": "schedule", "lr_scheduler": "schedule", "callbacks": "observers", "validation_data": "val",
+    "validation": "val", "grad_clip": "clip", "gradient_clip_val": "clip", "num_workers": "workers",
+}  # fmt: skip
+
+
+def _unknown(name: str, known: Iterable[str]) -> UnknownNameError:
+    error = UnknownNameError.of_name("option", name, known, where=f"{name}=")
+    if name in OTHER_NAMES:
+        error.fix = f"here it is called {OTHER_NAMES[name]!r}"
+    return error
 
 
 def options() -> list[str]:

@@ -16,7 +16,7 @@ from epochal.data.batch import split
 from epochal.data.loader import GivenLoader
 from epochal.data.window import Window
 from epochal.describe import started
-from epochal.errors import Mistakes, ModelError, PlanError, UnknownNameError
+from epochal.errors import CheckpointError, Mistakes, ModelError, PlanError, UnknownNameError
 from epochal.feeding import Data, read, steps_of
 from epochal.loop import evaluation_mode
 from epochal.metrics import named
@@ -186,12 +186,25 @@ def _watch(plan: Plan, run: Run) -> None:
     observers += plan.observers if plan.observers is not None else ([Console()] if is_first else [])
     if folder is not None and is_first:
         observers.append(Recorder(folder, run.state.model, resume=plan.resume))
-        run.checkpoints = Checkpoints(folder / "checkpoints", saving.keep)
-        run.saving = Every.parse(saving.every, where="save")
+        run.checkpoints, run.saving = Checkpoints(folder / "checkpoints", saving.keep), saving
     run.observers = observers
     extras = {f"observers.{i}": one for i, one in enumerate(observers) if isinstance(one, Stateful)}
     if isinstance(plan.step, Stateful):
         extras["step"] = plan.step
     run.state.extras.update({"best": run.best, "averages": run.averages, **extras})
     if plan.resume and run.checkpoints is not None and run.checkpoints.all():
-        run.state.load_state_dict(run.checkpoints.load(run.checkpoints.newest()))
+        _resume(run.state, run.checkpoints)
+
+
+def _resume(state: TrainState, checkpoints: Checkpoints) -> None:
+    newest = checkpoints.newest()
+    saved = checkpoints.load(newest)
+    try:
+        state.load_state_dict(saved)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        told = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise CheckpointError(
+            "the checkpoint does not fit the plan.",
+            where=f"{newest}; {type(error).__name__}: {' '.join(told[:2])}",
+            fix="resume with the model, the optimizer, the schedule and the metrics that the run was begun with",
+        ) from error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from epochal import loop
 from epochal.cadence import Every
-from epochal.checkpoint.store import Checkpoints
+from epochal.checkpoint.store import Checkpoints, Saving
 from epochal.data.loader import GivenLoader, Loader
 from epochal.data.window import Window, windows
 from epochal.errors import NonFiniteError, PlanError
@@ -58,7 +58,7 @@ class Run:
     """A prepared run: ``for event in run`` trains. As a context manager it ends properly however it is left.
 
     state: complete at every event. started: what observers are told first. checkpoints: None where there is no
-    run folder. saving: how often they are saved.
+    run folder. saving: how often they are saved, and how much of the time it may take.
     """
 
     state: TrainState
@@ -73,11 +73,12 @@ class Run:
     started: Started
     observers: Sequence[Observer] = ()
     checkpoints: Checkpoints | None = None
-    saving: Every = field(default=Every(1, "epoch"))
+    saving: Saving = field(default_factory=Saving)
     ended: Ended | None = field(default=None, init=False)
     _began: float = field(default_factory=time.perf_counter, init=False)
     _last_evaluation: float = field(default_factory=time.perf_counter, init=False)
     _last_saving: float = field(default_factory=time.perf_counter, init=False)
+    _spent_saving: float = field(default=0.0, init=False)
     _modes: list[tuple[nn.Module, bool]] = field(default_factory=list, init=False)
 
     def __iter__(self) -> Iterator[Event]:
@@ -196,13 +197,16 @@ class Run:
 
     def _saving_is_due(self, at_epoch_end: bool) -> bool:
         progress, since = self.state.progress, time.perf_counter() - self._last_saving
-        return self.saving.due(step=progress.step, epoch=progress.epoch, at_epoch_end=at_epoch_end, seconds=since)
+        every, share = Every.parse(self.saving.every), self.saving.share
+        due = every.due(step=progress.step, epoch=progress.epoch, at_epoch_end=at_epoch_end, seconds=since)
+        return due and (share is None or self._spent_saving <= share * self._seconds())
 
     def _save(self, checkpoints: Checkpoints) -> Saved:
-        progress = self.state.progress
+        progress, began = self.state.progress, time.perf_counter()
         progress.seconds = self._seconds()
         path = checkpoints.save(progress.step, self.state.state_dict())
         self._last_saving = time.perf_counter()
+        self._spent_saving += self._last_saving - began
         return Saved(path, progress.step)
 
     def _end(self, reason: StopReason, message: str) -> Ended:

@@ -23,11 +23,13 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Saving:
     """every: how often a checkpoint is saved, ``"1 epoch"``, ``"500 steps"`` or ``"10 min"``. keep: how many
-    of the newest stay; older ones are removed once a newer one is whole.
+    of the newest stay; older ones are removed once a newer one is whole. share: how much of the run's time
+    saving may take before it is put off; None, and every one is saved. Without settings it is 0.05.
     """
 
     every: str | Every = "1 epoch"
     keep: int = 3
+    share: float | None = None
 
     def __post_init__(self) -> None:
         Every.parse(self.every, where="save")
@@ -38,7 +40,7 @@ class Saving:
     def of(cls, given: Saving | str | None) -> Saving:
         """The settings as given, or with ``every`` alone."""
         if given is None:
-            return cls()
+            return cls(share=0.05)
         return given if isinstance(given, Saving) else cls(given)
 
 

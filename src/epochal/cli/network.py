@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated, Literal
 
+from msgspec import Meta, Struct, json
 from torch import nn
 
 from epochal.checkpoint.weights import load_into, load_weights
@@ -16,8 +17,15 @@ from epochal.errors import CheckpointError, RunFolderError
 from epochal.metrics.metric import Metric, ratio
 from epochal.metrics.regression import absolute_sums, root_ratio, square_sums
 
-FORMAT = 1
 WIDEST = 65_536  # of a layer: a file that says more is not sound
+
+
+class Saved(Struct, frozen=True, forbid_unknown_fields=True):
+    """What ``table.json`` holds: with ``model.safetensors`` all that a prediction needs."""
+
+    format: Literal[1]
+    encoding: Encoding
+    hidden: tuple[Annotated[int, Meta(gt=0, le=WIDEST)], ...]
 
 
 class MLP(nn.Sequential):
@@ -44,8 +52,8 @@ def metrics_of(encoding: Encoding) -> list[str | Metric]:
 
 
 def saved(encoding: Encoding, hidden: Sequence[int]) -> str:
-    """The text of ``table.json``: with ``model.safetensors`` all that a prediction needs."""
-    return json.dumps({"format": FORMAT, "encoding": encoding.to_json(), "network": {"hidden": list(hidden)}}, indent=1)
+    """The text of ``table.json``."""
+    return json.format(json.encode(Saved(1, encoding, tuple(hidden))), indent=1).decode()
 
 
 def load(run: Path) -> tuple[Encoding, MLP]:
@@ -58,16 +66,11 @@ def load(run: Path) -> tuple[Encoding, MLP]:
         what = "the run was not made by epochal fit: it holds no table.json."
         raise RunFolderError(what, where=str(run), fix="name the run folder of an epochal fit")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        encoding, hidden = data["encoding"], data["network"]["hidden"]
-        if data["format"] != FORMAT or not all(type(size) is int and 0 < size <= WIDEST for size in hidden):
-            raise ValueError("it has another format, or sizes that no network has")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"the file cannot be read: {error}.", where=str(path), fix="train again, or copy it again"
-        ) from error
-    encoding = Encoding.from_json(encoding, where=str(path))
-    model = MLP(encoding, hidden)
+        found = json.decode(path.read_bytes(), type=Saved)
+    except (OSError, ValueError) as error:
+        fix = "train again, copy it again, or use the epochal that wrote it"
+        raise CheckpointError(f"the file cannot be read: {error}.", where=str(path), fix=fix) from error
+    model = MLP(found.encoding, found.hidden)
     weights = run / "model.safetensors"
     load_into(model, load_weights(weights), where=str(weights))
-    return encoding, model
+    return found.encoding, model

@@ -38,7 +38,8 @@ def _trained(plan: Plan, folder: Path, files: Mapping[str, str]) -> Result:
     try:
         with plan.prepare() as run:
             for name, text in files.items():
-                replace_bytes(folder / name, text.encode())
+                if not (folder / name).exists():  # a run that is continued keeps the record of its start
+                    replace_bytes(folder / name, text.encode())
             for _ in run:
                 pass
     except BaseException as error:
@@ -46,7 +47,7 @@ def _trained(plan: Plan, folder: Path, files: Mapping[str, str]) -> Result:
             with suppress(EpochalError):  # what ended the run matters more than a picture that cannot be written
                 run.result.history.plot(folder / "results.png")
         if isinstance(error, KeyboardInterrupt) and run is not None:
-            error.add_note(f"{folder} holds what was trained so far")
+            error.add_note(f"{folder} holds what was trained so far; --run {folder} --set resume=true goes on from there")
         raise
     run.result.history.plot(folder / "results.png")
     return run.result

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+from msgspec import Meta, Struct
 
 from epochal.errors import TableError
 
@@ -21,19 +21,10 @@ MOST_CATEGORIES = 50  # of one column; the less frequent ones are grouped
 ISO_TIME = r"^(\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?)?|\d\d:\d\d(:\d\d(\.\d+)?)?)$"
 ROW_NAMES = ("id", "index", "idx", "row", "row_number", "rownum", "uuid", "key")
 
-# Why a column is dropped; the notes of an Encoding quote these.
-CONSTANT = "the same in every row"
-TIMES = (
-    "dates and times need a meaning as numbers: the month, say, or the days since a fixed day, in a column of its own"
-)
-FREE_TEXT = "free text is not a category"
-ROW_NUMBERS = "whole numbers that count or name the rows; to use one as a quantity, write it with decimals (1.0)"
-ROW_TEXT = "most rows have a text of their own, so it names the row and not a category"
-ALL_RARE = "every category is rare"
+Scale = Annotated[float, Meta(gt=0)]
 
 
-@dataclass(frozen=True)
-class Number:
+class Number(Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="number"):
     """A column of numbers, or of booleans: one feature, and a second where ``indicator`` is set.
 
     The feature is (value - mean) / std, with the mean and population standard deviation of the values known in
@@ -42,7 +33,7 @@ class Number:
 
     name: str
     mean: float
-    std: float
+    std: Scale
     fill: float
     indicator: bool
     boolean: bool
@@ -67,8 +58,7 @@ class Number:
         return np.column_stack([scaled, absent] if self.indicator else [scaled])
 
 
-@dataclass(frozen=True)
-class Category:
+class Category(Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="category"):
     """A column of text: one feature, 0 or 1, for each of ``values``.
 
     Rare categories, those in fewer than 1 % of the training rows (at least 2 rows, at most 10) or not among the
@@ -77,7 +67,7 @@ class Category:
     """
 
     name: str
-    values: tuple[str, ...]
+    values: Annotated[tuple[str, ...], Meta(min_length=1)]
     grouped: tuple[str, ...]
 
     @classmethod
@@ -213,19 +203,24 @@ def reason_to_drop(column: pl.Series, where: str) -> str | None:
         raise TableError(f"the column {column.name!r} holds {kind}.", where=where, fix=fix)
     known = column.drop_nulls()
     if column.n_unique() == 1:
-        return CONSTANT
+        return "the same in every row"
     if kind == "dates or times" or (kind == "text" and known.str.contains(ISO_TIME).all()):
-        return TIMES
+        days = "the month, say, or the days since a fixed day, in a column of its own"
+        return f"dates and times need a meaning as numbers: {days}"
     if kind == "whole numbers":
-        return ROW_NUMBERS if _names_rows(column) else None
+        why = "whole numbers that count or name the rows; to use one as a quantity, write it with decimals (1.0)"
+        return why if _names_rows(column) else None
     if kind != "text":
         return None
     different = known.n_unique()
     long = known.str.len_chars().to_numpy().mean() > 40 or known.str.count_matches(r"\S+").to_numpy().mean() > 6
+    if (spelled := known.cast(pl.Float64, strict=False)).null_count() < 0.1 * len(known) < len(known) - 1:
+        wrong = column[int((column.is_not_null() & column.cast(pl.Float64, strict=False).is_null()).arg_max())]
+        raise TableError("", where=where)
     if long and (different > 20 or different == len(known)):  # a survey's few long answers are categories
-        return FREE_TEXT
+        return "free text is not a category"
     if different == len(known) or different > max(MOST_CATEGORIES, len(known) / 2):
-        return ROW_TEXT
+        return "most rows have a text of their own, so it names the row and not a category"
     return None
 
 

@@ -1,4 +1,4 @@
-"""From a table to arrays: a transformation that is learned once, saved as JSON, and used again.
+"""From a table to arrays: a transformation that is learned once, saved (by msgspec, as JSON), and used again.
 
 Numbers are standardised and filled, booleans become 0 and 1, text becomes one feature a category (how, stands
 in ``columns.py``). Columns that cannot teach anything are dropped; ``Encoding.notes`` says which, and why.
@@ -6,35 +6,35 @@ in ``columns.py``). Columns that cannot teach anything are dropped; ``Encoding.n
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import numpy as np
+from msgspec import Meta, Struct
 
 from epochal.data import columns as kinds
-from epochal.data.columns import Category, Number
-from epochal.errors import CheckpointError, TableError, UnknownNameError
+from epochal.data.columns import Category, Number, Scale
+from epochal.errors import TableError, UnknownNameError
 
 if TYPE_CHECKING:
     import polars as pl
 
-FORMAT = 1
-TASKS = ("auto", "classification", "regression")
+TASKS: Final = ("auto", "classification", "regression")
+Columns = tuple[Number | Category, ...]
+Task = Literal["classification", "regression"]
 MOST_CLASSES = 20  # that a target of whole numbers can have without being asked for
 
 
-@dataclass(frozen=True)
-class Encoding:
+class Encoding(Struct, frozen=True, forbid_unknown_fields=True):
     """What turns a table into features, float32 (rows, width), and targets.
 
     task: "regression" or "classification". columns: those that become features, in order. classes: the target's
     values in the order of their indices, for classification. target_mean, target_scale: mean and standard
     deviation of each target in its own unit, for regression. dropped: the columns left out. notes: the lines
     that say what was decided.
+
+    A saved one may be anyone's file: msgspec checks the types, and ``__post_init__`` the rest.
 
     >>> import polars
     >>> table = polars.DataFrame({"size": [1.0, 2.0, None], "sold": [True, False, True]})
@@ -45,14 +45,31 @@ class Encoding:
     ([[-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], [1, 0, 1])
     """
 
-    task: str
-    target_names: tuple[str, ...]
-    columns: tuple[Number | Category, ...]
+    task: Task
+    target_names: Annotated[tuple[str, ...], Meta(min_length=1)]
+    columns: Annotated[Columns, Meta(min_length=1)]
     classes: tuple[str | bool | int | float, ...] = ()
     target_mean: tuple[float, ...] = ()
-    target_scale: tuple[float, ...] = ()
+    target_scale: tuple[Scale, ...] = ()
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if the parts do not fit together."""
+        names = [*self.target_names, *(column.name for column in self.columns), *self.dropped]
+        groups = [names, self.classes, *(c.values for c in self.columns if isinstance(c, Category))]
+        if any(len(set(group)) < len(group) for group in groups):
+            raise ValueError("a name stands in it twice")
+        targets, scales = len(self.target_names), (len(self.target_mean), len(self.target_scale))
+        if self.task == "regression":
+            sound = scales == (targets, targets) and not self.classes
+        else:
+            one_kind = len({type(value) for value in self.classes}) == 1
+            sound = targets == 1 and scales == (0, 0) and len(self.classes) > 1 and one_kind
+        if not sound:
+            raise ValueError(f"its targets, scales and classes do not fit a {self.task}")
+        if any(type(value) is int and abs(value) >= 2**128 for value in self.classes):
+            raise ValueError("a class is larger than the numbers of a table can be")
 
     @classmethod
     def learn(
@@ -79,15 +96,13 @@ class Encoding:
         _check_known(frame, targets, where)
         task, why = _choose_task(frame.select(targets), task, where)
         columns, reasons = _learn_columns(frame.drop(targets), drop, where)
-        values: dict[str, Any] = {}
-        if task == "classification":
-            values["classes"] = tuple(frame[targets[0]].unique().sort().to_list())
-        else:
-            scales = [kinds.mean_and_std(kinds.numbers(frame[name], where), name, where) for name in targets]
-            values["target_mean"], values["target_scale"] = map(tuple, zip(*scales))
-        dropped = tuple(name for name in frame.columns if name in reasons)
         notes = (f"task: {task}, because {why}", *_notes(columns, reasons, frame))
-        return cls(task, targets, columns, dropped=dropped, notes=notes, **values)
+        classes, mean, scale = (), (), ()
+        if task == "classification":
+            classes = tuple(frame[targets[0]].unique().sort())
+        else:
+            mean, scale = zip(*(kinds.mean_and_std(kinds.numbers(frame[name], where), name, where) for name in targets))
+        return cls(task, targets, columns, classes, mean, scale, tuple(reasons), notes)
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -104,9 +119,8 @@ class Encoding:
 
         Raises TableError if columns are missing, or hold what they did not hold in training.
         """
-        frame, parts = self._only(frame, [column.name for column in self.columns], where), []
-        for column in self.columns:
-            parts.append(column.encode(frame[column.name], where).astype(np.float32))
+        frame = self._only(frame, [column.name for column in self.columns], where)
+        parts = [column.encode(frame[column.name], where).astype(np.float32) for column in self.columns]
         return np.concatenate(parts, axis=1)
 
     def targets(self, frame: pl.DataFrame, *, where: str = "train") -> np.ndarray:
@@ -118,9 +132,10 @@ class Encoding:
         _check_known(frame, self.target_names, where)
         if self.task == "classification":
             return self._class_indices(frame[self.target_names[0]], where)
-        parts = []
-        for name, mean, scale in zip(self.target_names, self.target_mean, self.target_scale):
-            parts.append(kinds.standardised(kinds.numbers(frame[name], where), mean, scale, name, where))
+        parts = [
+            kinds.standardised(kinds.numbers(frame[name], where), mean, scale, name, where)
+            for name, mean, scale in zip(self.target_names, self.target_mean, self.target_scale)
+        ]
         return np.column_stack(parts)
 
     def _class_indices(self, column: pl.Series, where: str) -> np.ndarray:
@@ -142,8 +157,9 @@ class Encoding:
         absent = [name for name in names if name not in frame.columns]
         if not absent:
             return kinds.plain(frame.select(names))
-        near = {name: difflib.get_close_matches(name, frame.columns, n=1) for name in absent}
-        guesses = [f"{found[0]!r} for {name!r}" for name, found in near.items() if found]
+        guesses = []
+        for name in absent:
+            guesses += [f"{near!r} for {name!r}" for near in difflib.get_close_matches(name, frame.columns, n=1)]
         fix = f"did you mean {', '.join(guesses)}? " if guesses else ""
         what = f"columns of the training table are missing: {', '.join(map(repr, absent))}."
         raise TableError(what, where=where, fix=f"{fix}the table has {_some(frame.columns)}")
@@ -163,127 +179,6 @@ class Encoding:
         frame = self._only(frame, [column.name for column in categories], where)
         found = {column.name: column.unseen(frame[column.name], where) for column in categories}
         return {name: values for name, values in found.items() if values}
-
-    def to_json(self) -> dict[str, Any]:
-        """Text, numbers, booleans, lists and dictionaries, which ``from_json`` takes back exactly."""
-        columns = [{"kind": "category" if isinstance(c, Category) else "number", **_fields(c)} for c in self.columns]
-        return {"format": FORMAT, **_fields(self), "columns": columns}
-
-    @classmethod
-    def from_json(cls, data: Any, *, where: str = "the saved transformation") -> Encoding:
-        """Takes back what ``to_json`` gave. The file may be anyone's, so every part of it is checked.
-
-        Raises CheckpointError if it is of another format, or not as ``to_json`` writes it.
-        """
-        if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
-            what = f"the transformation has format {data['format']!r}, and this epochal reads format {FORMAT}."
-            raise CheckpointError(what, where=where, fix="use the version of epochal that wrote it, or a newer one")
-        values = _checked(data, _ENCODING, where)
-        columns: list[Number | Category] = []
-        for index, part in enumerate(values["columns"]):
-            place = f"{where}, columns[{index}]"
-            category = isinstance(part, dict) and part.get("kind") == "category"
-            fields = _checked(part, _CATEGORY if category else _NUMBER, place)
-            columns.append(Category(**fields) if category else Number(**fields))
-        values["columns"] = tuple(columns)
-        encoding = cls(**values)
-        _check_whole(encoding, where)
-        return encoding
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-    return {name: list(part) if isinstance(part, tuple) else part for name, part in pairs}
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) is float and math.isfinite(value)
-
-
-def _is_scale(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
-def _is_text(value: Any) -> bool:
-    return type(value) is str
-
-
-def _is_flag(value: Any) -> bool:
-    return type(value) is bool
-
-
-def _is_class(value: Any) -> bool:
-    return _is_number(value) or type(value) in (str, bool) or (type(value) is int and abs(value) < 2**127)
-
-
-def _list_of(rule: Callable[[Any], bool], least: int = 0) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and len(value) >= least and all(map(rule, value))
-
-
-_NUMBER = {
-    "kind": lambda value: value == "number",
-    "name": _is_text,
-    "mean": _is_number,
-    "std": _is_scale,
-    "fill": _is_number,
-    "indicator": _is_flag,
-    "boolean": _is_flag,
-}
-_CATEGORY = {
-    "kind": lambda value: value == "category",
-    "name": _is_text,
-    "values": _list_of(_is_text, least=1),
-    "grouped": _list_of(_is_text),
-}
-_ENCODING = {
-    "format": lambda value: value == FORMAT,
-    "task": lambda value: value in TASKS[1:],
-    "target_names": _list_of(_is_text, least=1),
-    "columns": _list_of(lambda value: True, least=1),
-    "classes": _list_of(_is_class),
-    "target_mean": _list_of(_is_number),
-    "target_scale": _list_of(_is_scale),
-    "dropped": _list_of(_is_text),
-    "notes": _list_of(_is_text),
-}
-
-
-def _checked(data: Any, rules: Mapping[str, Callable[[Any], bool]], where: str) -> dict[str, Any]:
-    """The fields of ``data`` with lists as tuples, less what only the file needs; all fields, and no others."""
-    if not isinstance(data, dict):
-        raise _unsound(f"it is a {type(data).__name__}, not a dictionary", where)
-    for key in data:
-        if key not in rules:
-            raise _unsound(f"the key {key!r} is unknown", where)
-    for key, rule in rules.items():
-        if key not in data or not rule(data[key]):
-            raise _unsound(f"{key!r} is missing or not what it should be", where)
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    return {key: value for key, value in fields.items() if key not in ("kind", "format")}
-
-
-def _check_whole(encoding: Encoding, where: str) -> None:
-    """What the parts must be to each other."""
-    names = [*encoding.target_names, *(column.name for column in encoding.columns), *encoding.dropped]
-    groups = [names, encoding.classes] + [c.values for c in encoding.columns if isinstance(c, Category)]
-    if any(len(set(group)) < len(group) for group in groups):
-        raise _unsound("a name stands in it twice", where)
-    count = 0 if encoding.task == "classification" else len(encoding.target_names)
-    if len(encoding.target_mean) != count or len(encoding.target_scale) != count:
-        raise _unsound("the number of its targets and of their scales differ", where)
-    one_kind = len({type(value) for value in encoding.classes}) == 1
-    if encoding.task == "classification":
-        sound = one_kind and len(encoding.classes) > 1 and len(encoding.target_names) == 1
-    else:
-        sound = not encoding.classes
-    if not sound:
-        raise _unsound(f"its classes do not fit a {encoding.task}", where)
-
-
-def _unsound(reason: str, where: str) -> CheckpointError:
-    return CheckpointError(
-        f"the transformation is not sound: {reason}.", where=where, fix="train again, or copy it again"
-    )
 
 
 def _some(names: Sequence[object]) -> str:
@@ -315,7 +210,7 @@ def _check_known(frame: pl.DataFrame, targets: Sequence[str], where: str) -> Non
             raise TableError(what, where=where, fix="mend the value, or remove the row")
 
 
-def _choose_task(targets: pl.DataFrame, task: str, where: str) -> tuple[str, str]:
+def _choose_task(targets: pl.DataFrame, task: str, where: str) -> tuple[Task, str]:
     """The task, and why."""
     if task not in TASKS:
         raise UnknownNameError.of_name("task", task, TASKS, where=where)
@@ -338,7 +233,7 @@ def _choose_task(targets: pl.DataFrame, task: str, where: str) -> tuple[str, str
     return (task, "it was asked for") if task != "auto" else _guess_task(targets.to_series(), where)
 
 
-def _guess_task(target: pl.Series, where: str) -> tuple[str, str]:
+def _guess_task(target: pl.Series, where: str) -> tuple[Task, str]:
     kind, name, different = kinds.kind_of(target), target.name, target.n_unique()
     if kind == "text":
         if different > max(kinds.MOST_CATEGORIES, len(target) / 2):
@@ -357,21 +252,18 @@ def _guess_task(target: pl.Series, where: str) -> tuple[str, str]:
     return "regression", f"{why} (--task classification takes them as classes)"
 
 
-def _learn_columns(
-    frame: pl.DataFrame, drop: Sequence[str], where: str
-) -> tuple[tuple[Number | Category, ...], dict[str, str]]:
+def _learn_columns(frame: pl.DataFrame, drop: Sequence[str], where: str) -> tuple[Columns, dict[str, str]]:
     """The columns that become features; and why each of the others does not, by name."""
     columns, reasons = [], {}
     for column in frame:
-        reason = "as asked" if column.name in drop else kinds.reason_to_drop(column, where)
-        if reason is None:
-            learned = (Category if kinds.kind_of(column) == "text" else Number).learn(column, where)
-            if isinstance(learned, Category) and len(learned.values) < 2:
-                reason = kinds.ALL_RARE
-            else:
-                columns.append(learned)
-        if reason:
+        if reason := "as asked" if column.name in drop else kinds.reason_to_drop(column, where):
             reasons[column.name] = reason
+            continue
+        learned = (Category if kinds.kind_of(column) == "text" else Number).learn(column, where)
+        if isinstance(learned, Category) and len(learned.values) < 2:
+            reasons[column.name] = "every category is rare"
+        else:
+            columns.append(learned)
     if not columns:
         fix = "; ".join(("give a column that is a number or a category", *_dropped(reasons)))
         raise TableError("no column is left to learn from.", where=where, fix=fix)
@@ -384,14 +276,15 @@ def _dropped(reasons: Mapping[str, str]) -> list[str]:
     return [f"dropped {', '.join(names)}: {reason}" for reason, names in named.items()]
 
 
-def _notes(columns: Sequence[Number | Category], reasons: Mapping[str, str], frame: pl.DataFrame) -> list[str]:
-    notes = _dropped(reasons)
-    filled = [c for c in columns if isinstance(c, Number) and c.indicator]
+def _notes(columns: Columns, reasons: Mapping[str, str], frame: pl.DataFrame) -> list[str]:
+    notes, filled, grouped = _dropped(reasons), [], []
+    for column in columns:
+        if isinstance(column, Category) and column.grouped:
+            grouped.append(f"{column.name!r} ({len(column.grouped)} of them)")
+        if isinstance(column, Number) and column.indicator:
+            filled.append(f"{column.name!r} ({frame[column.name].null_count()} rows, {column.fill:g})")
     if filled:
-        each = (f"{c.name!r} ({frame[c.name].null_count()} rows, {c.fill:g})" for c in filled)
-        notes.append(f"filled missing numbers with the median: {', '.join(each)}")
-    grouped = [c for c in columns if isinstance(c, Category) and c.grouped]
+        notes.append(f"filled missing numbers with the median: {', '.join(filled)}")
     if grouped:
-        each = (f"{c.name!r} ({len(c.grouped)} of them)" for c in grouped)
-        notes.append(f'grouped rare categories as "other": {", ".join(each)}')
+        notes.append(f'grouped rare categories as "other": {", ".join(grouped)}')
     return notes

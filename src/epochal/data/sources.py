@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
@@ -34,25 +36,24 @@ class Arrays:
 
     def take(self, index: Tensor) -> Any:
         """The batch of these rows: copies, so that a model that works in place cannot change the data."""
-        if isinstance(self.parts, tuple):
-            return tuple([part.index_select(0, index) for part in self.parts])
-        if isinstance(self.parts, dict):
-            return {key: part.index_select(0, index) for key, part in self.parts.items()}
-        return self.parts.index_select(0, index)
+        return _in_form_of(self.parts, [part.index_select(0, index) for part in self.tensors])
 
     def to(self, device: torch.device) -> Arrays:
         return self.map(lambda part: part.to(device))
 
-    def map(self, change) -> Arrays:
-        if isinstance(self.parts, Tensor):
-            return Arrays(change(self.parts), self.encoding)
-        if isinstance(self.parts, dict):
-            return Arrays({key: change(part) for key, part in self.parts.items()}, self.encoding)
-        return Arrays(tuple(change(part) for part in self.parts), self.encoding)
+    def map(self, change: Callable[[Tensor], Tensor]) -> Arrays:
+        return Arrays(_in_form_of(self.parts, [change(part) for part in self.tensors]), self.encoding)
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.tensors)
+
+
+def _in_form_of(parts: Any, tensors: list[Tensor]) -> Any:
+    """The tensors as a dict with the keys of ``parts``, as a tuple, or alone, as ``parts`` are."""
+    if isinstance(parts, dict):
+        return dict(zip(parts, tensors))
+    return tuple(tensors) if isinstance(parts, tuple) else tensors[0]
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,9 @@ class Stream:
     dataset: Any
 
     def batches(self, batch_size: int) -> Iterator[Any]:
-        samples: list[Any] = []
-        for sample in self.dataset:
-            samples.append(sample)
-            if len(samples) == batch_size:
-                yield default_collate(samples)
-                samples = []
-        if samples:
-            yield default_collate(samples)
+        samples = iter(self.dataset)
+        while batch := list(islice(samples, batch_size)):
+            yield default_collate(batch)
 
 
 Source = Arrays | Samples | Stream
@@ -102,8 +98,9 @@ def open_source(data: Any, *, where: str, target: Sequence[str] = (), dtype: tor
     """
     if isinstance(data, Arrays | Samples | Stream):
         return data
-    if tables.is_table(data) and not str(data).endswith(".npz"):
-        return _from_table(data, where=where, target=target, dtype=dtype)
+    if tables.is_table(data):
+        frame = tables.read_table(data, where=where)
+        return encoded(learned(frame, target, where=where), frame, where=where, dtype=dtype)
     if isinstance(data, str | bytes) or hasattr(data, "__fspath__"):
         return _from_npz(data, where=where, target=target, dtype=dtype)
     if isinstance(data, IterableDataset):
@@ -112,45 +109,32 @@ def open_source(data: Any, *, where: str, target: Sequence[str] = (), dtype: tor
         return _not_empty(Arrays(tuple(data.tensors)), where)
     if isinstance(data, Dataset):
         return _samples(data, where)
-    if isinstance(data, Mapping) and not hasattr(data, "__array__"):
+    if hasattr(data, "__array__"):
+        return _arrays(data, where=where, dtype=dtype)
+    if isinstance(data, Mapping):
         return _arrays({str(key): value for key, value in data.items()}, where=where, dtype=dtype)
-    if _is_array(data) or (isinstance(data, list | tuple) and data and all(map(_is_column, data))):
-        return _arrays(data if _is_array(data) else tuple(data), where=where, dtype=dtype)
+    if isinstance(data, list | tuple) and data and all(map(_is_column, data)):
+        return _arrays(tuple(data), where=where, dtype=dtype)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return _samples(data, where)
     if hasattr(data, "__iter__"):
-        raise DataError(
-            f"a {type(data).__name__} can be read only once.",
-            where=where,
-            fix="wrap it in a torch.utils.data.IterableDataset whose __iter__ starts anew, or give a list",
-        )
-    raise DataError(
-        f"{type(data).__name__} is not something to train on.",
-        where=where,
-        fix="give a tuple of arrays (X, y), a dict of arrays, a table or path with target=, a Dataset or a DataLoader",
-    )
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor | np.ndarray) or (hasattr(value, "__array__") and not tables.is_table(value))
+        fix = "wrap it in a torch.utils.data.IterableDataset whose __iter__ starts anew, or give a list"
+        raise DataError(f"a {type(data).__name__} can be read only once.", where=where, fix=fix)
+    fix = "give a tuple of arrays (X, y), a dict of arrays, a table or path with target=, a Dataset or a DataLoader"
+    raise DataError(f"{type(data).__name__} is not something to train on.", where=where, fix=fix)
 
 
 def _is_column(value: Any) -> bool:
     """Whether a part of a tuple is an array, rather than one sample of a list of samples."""
     if isinstance(value, Tensor | np.ndarray):
         return value.ndim > 0
-    if isinstance(value, list):
-        return True
-    return hasattr(value, "__array__") and hasattr(value, "__len__")
+    return isinstance(value, list) or (hasattr(value, "__array__") and hasattr(value, "__len__"))
 
 
 def _samples(data: Any, where: str) -> Samples:
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-        raise DataError(
-            f"the data set {type(data).__name__} needs __len__ and __getitem__.",
-            where=where,
-            fix="define both, or derive from torch.utils.data.IterableDataset",
-        )
+        what = f"the data set {type(data).__name__} needs __len__ and __getitem__."
+        raise DataError(what, where=where, fix="define both, or derive from torch.utils.data.IterableDataset")
     return _not_empty(Samples(data), where)
 
 
@@ -161,26 +145,17 @@ def _not_empty(source: Any, where: str) -> Any:
 
 
 def _arrays(data: Any, *, where: str, dtype: torch.dtype | None) -> Arrays:
-    if isinstance(data, tuple):
-        names = [f"{where}[{i}]" for i in range(len(data))]
-        parts: Any = tuple(as_tensor(part, where=name, dtype=dtype) for name, part in zip(names, data))
-        tensors = list(parts)
-    elif isinstance(data, dict):
-        if not data:
-            raise DataError("there are no arrays.", where=where, fix="give at least one array")
-        names = [f"{where}[{key!r}]" for key in data]
-        parts = {key: as_tensor(part, where=name, dtype=dtype) for name, (key, part) in zip(names, data.items())}
-        tensors = list(parts.values())
+    if isinstance(data, dict | tuple):
+        keys = _not_empty(list(data) if isinstance(data, dict) else range(len(data)), where)
+        named = {f"{where}[{key!r}]": data[key] for key in keys}
     else:
-        names, parts = [where], as_tensor(data, where=where, dtype=dtype)
-        tensors = [parts]
-    lengths = [len(tensor) for tensor in tensors]
-    if len(set(lengths)) > 1:
-        listed = ", ".join(f"{name} has {length}" for name, length in zip(names, lengths))
-        raise DataError(
-            "the arrays have different lengths.", where=listed, fix="give every array one entry for each sample"
-        )
-    return _not_empty(Arrays(parts), where)
+        named = {where: data}
+    tensors = [as_tensor(part, where=name, dtype=dtype) for name, part in named.items()]
+    if len({len(tensor) for tensor in tensors}) > 1:
+        lengths = ", ".join(f"{name} has {len(tensor)}" for name, tensor in zip(named, tensors))
+        fix = "give every array one entry for each sample"
+        raise DataError("the arrays have different lengths.", where=lengths, fix=fix)
+    return _not_empty(Arrays(_in_form_of(data, tensors)), where)
 
 
 def as_tensor(value: Any, *, where: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -192,19 +167,15 @@ def as_tensor(value: Any, *, where: str, dtype: torch.dtype | None = None) -> Te
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
     if tensor.dim() == 0:
-        raise DataError(
-            "a single number is not an array of samples.", where=where, fix="give one entry for each sample"
-        )
+        fix = "give one entry for each sample"
+        raise DataError("a single number is not an array of samples.", where=where, fix=fix)
     return tensor
 
 
 def _from_numpy(array: np.ndarray, where: str) -> Tensor:
     if array.dtype.kind in "OSUMmV":
-        raise DataError(
-            f"an array of {array.dtype} cannot be trained on.",
-            where=where,
-            fix="turn it into numbers first (a table with target= does that for categories)",
-        )
+        fix = "turn it into numbers first (a table with target= does that for categories)"
+        raise DataError(f"an array of {array.dtype} cannot be trained on.", where=where, fix=fix)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     if any(stride < 0 for stride in array.strides):
@@ -215,15 +186,18 @@ def _from_numpy(array: np.ndarray, where: str) -> Tensor:
         return torch.from_numpy(array)
 
 
-def _from_table(data: Any, *, where: str, target: Sequence[str], dtype: torch.dtype | None) -> Arrays:
+def learned(frame: Any, target: Sequence[str], *, where: str, task: str = "auto") -> Any:
+    """The transformation of a table for a user's own model, whose predictions are what the target's column holds:
+    a quantity stays in its own unit.
+    """
     from epochal.data.encoding import Encoding
 
     if not target:
-        raise PlanError(
-            "a table needs the name of its target column.", where=where, fix='say which, for example target="price"'
-        )
-    frame = tables.read_table(data, where=where)
-    return encoded(Encoding.learn(frame, list(target), where=where), frame, where=where, dtype=dtype)
+        fix = 'say which, for example target="price"'
+        raise PlanError("a table needs the name of its target column.", where=where, fix=fix)
+    encoding = Encoding.learn(frame, list(target), task=task, where=where)
+    unit = {"target_mean": tuple(0.0 for _ in target), "target_scale": tuple(1.0 for _ in target)}
+    return replace(encoding, **unit) if encoding.task == "regression" else encoding
 
 
 def encoded(encoding: Any, table: Any, *, where: str, dtype: torch.dtype | None = None) -> Arrays:
@@ -235,9 +209,8 @@ def encoded(encoding: Any, table: Any, *, where: str, dtype: torch.dtype | None 
 
 def _from_npz(path: Any, *, where: str, target: Sequence[str], dtype: torch.dtype | None) -> Arrays:
     if not str(path).endswith(".npz"):
-        raise DataError(
-            f"{str(path)!r} has no known kind of data.", where=where, fix="give a .csv, .parquet or .npz file"
-        )
+        fix = "give a .csv, .parquet or .npz file"
+        raise DataError(f"{str(path)!r} has no known kind of data.", where=where, fix=fix)
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -245,9 +218,6 @@ def _from_npz(path: Any, *, where: str, target: Sequence[str], dtype: torch.dtyp
         raise DataError(f"{str(path)!r} cannot be read: {error}.", where=where, fix="write it with np.savez") from error
     missing = [name for name in target if name not in arrays]
     if missing:
-        raise DataError(
-            f"there is no array {missing[0]!r} in {str(path)!r}.",
-            where=f"{where}; it holds {', '.join(arrays)}",
-            fix="name one of these as target=",
-        )
+        what, held = f"there is no array {missing[0]!r} in {str(path)!r}.", ", ".join(arrays)
+        raise DataError(what, where=f"{where}; it holds {held}", fix="name one of these as target=")
     return _arrays(arrays, where=where, dtype=dtype)

@@ -36,11 +36,10 @@ def is_table(source: Any) -> bool:
     """
     if isinstance(source, str | os.PathLike):
         return str(source).lower().endswith(SUFFIXES)
+    # One column alone (a polars or pandas Series) streams too, and is no table; a lazy table does not stream.
     kind = type(source)
-    if hasattr(kind, "__dataframe__") or (kind.__module__.startswith("polars.") and kind.__name__ == "LazyFrame"):
-        return True
-    # One column alone (a polars or pandas Series) streams too, and is no table.
-    return hasattr(kind, "__arrow_c_stream__") and hasattr(kind, "columns")
+    streams = hasattr(kind, "__arrow_c_stream__") or kind.__name__ == "LazyFrame"
+    return streams and hasattr(kind, "columns")
 
 
 def read_table(source: Any, *, where: str = "train") -> pl.DataFrame:
@@ -70,23 +69,14 @@ def read_table(source: Any, *, where: str = "train") -> pl.DataFrame:
 def _read_object(source: Any, where: str) -> pl.DataFrame:
     import polars as pl
 
-    if isinstance(source, pl.DataFrame):
-        return source
     kind = f"{type(source).__module__.partition('.')[0]}.{type(source).__name__}"
     if not is_table(source):
         raise TableError(f"a {kind} is not a table.", where=where, fix="give a path or a polars, pandas or arrow table")
     try:
-        if isinstance(source, pl.LazyFrame):
-            return source.collect()
-        if kind == "pandas.DataFrame":
-            return pl.from_pandas(source)
-        if hasattr(source, "__arrow_c_stream__"):
-            return pl.DataFrame(source)
-        return pl.from_dataframe(source)
+        return pl.DataFrame(source.collect() if isinstance(source, pl.LazyFrame) else source)
     except Exception as cause:
-        reason = str(cause).split("\n")[0].rstrip(".")
-        fix = "give every column one type and a name of its own"
-        raise TableError(f"the {kind} cannot be read as a table: {reason}.", where=where, fix=fix) from cause
+        what = f"the {kind} cannot be read as a table: {_first_line(cause)}."
+        raise TableError(what, where=where, fix="give every column one type and a name of its own") from cause
 
 
 def _read_file(path: Path, where: str) -> pl.DataFrame:
@@ -122,14 +112,16 @@ def _nearest_file(path: Path) -> str:
 def _read_parquet(content: bytes, where: str) -> pl.DataFrame:
     import polars as pl
 
-    fix = "write it again as Parquet, or rename it after what it is"
-    if content[:4] != b"PAR1" or content[-4:] != b"PAR1":
-        raise TableError("the file is not Parquet, or only a part of it.", where=where, fix=fix)
     try:
         return pl.read_parquet(io.BytesIO(content))
     except (Exception, pl.exceptions.PanicException) as cause:  # a panic of polars is no Exception
-        reason = str(cause).split("\n")[0].rstrip(".")
-        raise TableError(f"the file is not sound Parquet: {reason}.", where=where, fix=fix) from cause
+        what = f"the file is not sound Parquet: {_first_line(cause)}."
+        fix = "write it again as Parquet, or rename it after what it is"
+        raise TableError(what, where=where, fix=fix) from cause
+
+
+def _first_line(cause: BaseException) -> str:
+    return str(cause).split("\n")[0].rstrip(".")
 
 
 def _check_encoding(content: bytes, where: str) -> None:
@@ -154,20 +146,13 @@ def _read_text(content: bytes, separators: str, where: str) -> pl.DataFrame:
     try:
         frame = pl.read_csv(content, separator=separator, infer_schema=False)
     except pl.exceptions.PolarsError:
-        frame = None  # a ragged row, or a stray quote: Python's reader is slower and can say which
+        frame = pl.DataFrame()  # a ragged row, or a stray quote: Python's reader is slower and can say which
     # polars fills short rows with missing values, which always reaches the last column; a blank line too.
-    if frame is None or frame.width != len(names) or not frame.height or frame[:, -1].null_count():
-        count = sum(1 for _ in _rows(content, separator, where)) - 1
-        if frame is None or frame.shape != (count, len(names)):
-            frame = _read_slowly(content, separator, where)
+    doubtful = frame.width != len(names) or not frame.height or frame[:, -1].null_count()
+    if doubtful and frame.shape != (sum(1 for _ in _rows(content, separator, where)) - 1, len(names)):
+        rows = list(_rows(content, separator, where))[1:]
+        frame = pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")
     return pl.DataFrame([_typed(column.alias(name)) for name, column in zip(names, frame)])
-
-
-def _read_slowly(content: bytes, separator: str, where: str) -> pl.DataFrame:
-    import polars as pl
-
-    columns = zip(*_rows(content, separator, where), strict=True)
-    return pl.DataFrame([pl.Series(str(index), values[1:], pl.String) for index, values in enumerate(columns)])
 
 
 def _reader(content: bytes, separator: str, strict: bool = False) -> Any:
@@ -178,21 +163,18 @@ def _reader(content: bytes, separator: str, strict: bool = False) -> Any:
 def _rows(content: bytes, separator: str, where: str) -> Iterator[list[str]]:
     """The rows with the header first; refuses those of another length than the header's, and open quotes."""
     reader, width, line = _reader(content, separator, strict=True), 0, 1
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error as cause:
-            fix = 'write a quote inside quotes twice ("") and close every quote'
-            raise TableError(f"the row at line {line} cannot be read: {cause}.", where=where, fix=fix) from None
-        if row is None:
-            return
-        if row:  # a blank line is an empty list
+    try:
+        for row in reader:
             width = width or len(row)
-            if len(row) != width:
+            if len(row) not in (0, width):  # a blank line is an empty list
                 what = f"the row at line {line} has {len(row)} fields, and the header has {width}."
                 raise TableError(what, where=where, fix=f"give it {width} fields; a separator inside one needs quotes")
-            yield row
-        line = reader.line_num + 1
+            if row:
+                yield row
+            line = reader.line_num + 1
+    except csv.Error as cause:
+        fix = 'write a quote inside quotes twice ("") and close every quote'
+        raise TableError(f"the row at line {line} cannot be read: {cause}.", where=where, fix=fix) from None
 
 
 def _names(header: list[str], where: str) -> list[str]:

@@ -15,7 +15,7 @@ losses of regression). Targets equal to ``ignore_index`` do not count.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,52 +27,39 @@ ELEMENTWISE_LOSSES = ("bce", "bce_with_logits")
 TARGET_SCALE_LOSSES = ("bce", "mse", "l1", "smooth_l1", "huber")
 
 
-class _Decisions(NamedTuple):
-    """What was predicted, what is true, and which of it counts; all of one shape.
+def _decisions(
+    outputs: Any, targets: Any, loss: str | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, int | None]:
+    """What was predicted, what is true, which of it counts (all of one shape), and how many classes there are.
 
-    classes: how many there are, and class indices (N, ...); or None, and yes or no in (N, labels, ...).
+    The first two are class indices (N, ...); or, where there are no classes (None), yes or no in (N, labels, ...).
     """
-
-    predicted: Tensor
-    truth: Tensor
-    counted: Tensor
-    classes: int | None
-
-
-def _decisions(outputs: Any, targets: Any, loss: str | None, ignore_index: int) -> _Decisions:
     check_tensors(outputs, targets)
     single = _is_single_column(outputs, targets)
     if single or (loss in ELEMENTWISE_LOSSES and outputs.ndim > 1 and outputs.shape == targets.shape):
         if single:
             outputs, targets = outputs.reshape(-1, 1), targets.reshape(-1, 1)
         threshold = 0.5 if loss in TARGET_SCALE_LOSSES else 0.0
-        return _Decisions(outputs > threshold, targets > 0.5, targets != ignore_index, None)
+        return outputs > threshold, targets > 0.5, targets != ignore_index, None
     truth = _class_indices(outputs, targets, loss)
-    return _Decisions(outputs.argmax(1), truth, truth != ignore_index, outputs.shape[1])
+    return outputs.argmax(1), truth, truth != ignore_index, outputs.shape[1]
 
 
 def _is_single_column(outputs: Tensor, targets: Tensor) -> bool:
-    def without_ones(tensor: Tensor) -> list[int]:
-        return [size for size in tensor.shape if size != 1]
-
-    return outputs.ndim > 0 and outputs.shape[1:2] in ((), (1,)) and without_ones(outputs) == without_ones(targets)
+    sizes, others = ([size for size in tensor.shape if size != 1] for tensor in (outputs, targets))
+    return outputs.ndim > 0 and outputs.shape[1:2] in ((), (1,)) and sizes == others
 
 
 def _class_indices(outputs: Tensor, targets: Tensor, loss: str | None) -> Tensor:
     if loss == "cross_entropy" and outputs.ndim > 1 and outputs.shape == targets.shape:
         return targets.argmax(1)
     if outputs.ndim < 2 or targets.shape != outputs.shape[:1] + outputs.shape[2:]:
-        raise DataError(
-            "outputs and targets do not say which class is meant.",
-            where=f"metrics; {shapes(outputs, targets)}; loss {loss or 'of your own'}",
-            fix="give outputs (N, C, ...) and targets (N, ...) of class indices, or a function as the metric",
-        )
+        where = f"{shapes(outputs, targets)}; loss {loss or 'of your own'}"
+        fix = "give outputs (N, C, ...) and targets (N, ...) of class indices, or a function as the metric"
+        raise DataError("outputs and targets do not say which class is meant.", where=where, fix=fix)
     if targets.is_floating_point() or targets.is_complex():
-        raise DataError(
-            f"class indices are integers; the targets are {targets.dtype}.",
-            where=f"metrics; {shapes(outputs, targets)}",
-            fix="give targets.long()",
-        )
+        what = f"class indices are integers; the targets are {targets.dtype}."
+        raise DataError(what, where=shapes(outputs, targets), fix="give targets.long()")
     return targets.long()  # first of all: as uint8, -100 and 156 are equal
 
 
@@ -86,11 +73,8 @@ def top5_sums(outputs: Any, targets: Any, *, loss: str | None, ignore_index: int
     """(the truth is among the five highest scores, counted); int64."""
     _, truth, counted, classes = _decisions(outputs, targets, loss, ignore_index)
     if classes is None or classes < 5:
-        raise PlanError(
-            f"top5 needs at least 5 classes; the outputs have {classes or 'yes-or-no answers'}.",
-            where=f"metrics; {shapes(outputs, targets)}",
-            fix="leave top5 out; accuracy says more here",
-        )
+        what = f"top5 needs at least 5 classes; the outputs have {classes or 'yes-or-no answers'}."
+        raise PlanError(what, where=shapes(outputs, targets), fix="leave top5 out; accuracy says more here")
     best = outputs.topk(5, dim=1).indices
     return torch.stack([((best == truth.unsqueeze(1)).any(1) & counted).sum(), counted.sum()])
 
@@ -129,11 +113,8 @@ def confusion_sums(outputs: Any, targets: Any, *, loss: str | None, ignore_index
     predicted, truth, counted, classes = _decisions(outputs, targets, loss, ignore_index)
     if classes is None:
         if predicted.shape[1] > 1:
-            raise PlanError(
-                "confusion is for one class a sample; the outputs are several labels.",
-                where=f"metrics; {shapes(outputs, targets)}",
-                fix="take precision and recall",
-            )
+            what = "confusion is for one class a sample; the outputs are several labels."
+            raise PlanError(what, where=shapes(outputs, targets), fix="take precision and recall")
         predicted, truth, classes = predicted.long(), truth.long(), 2
     inside = (truth >= 0) & (truth < classes)
     cell = torch.where(inside, truth * classes + predicted, classes**2).flatten()
@@ -150,8 +131,6 @@ def confusion_matrix(sums: Tensor) -> list[list[int]]:
 def _check_outside(outside: int, classes: int) -> None:
     # Told here and not in the sums, which must not wait for the device.
     if outside:
-        raise DataError(
-            f"{outside} targets lie outside the classes 0 to {classes - 1}.",
-            where="metrics",
-            fix="number the classes from 0, and give the model one output a class",
-        )
+        what = f"{outside} targets lie outside the classes 0 to {classes - 1}."
+        fix = "number the classes from 0, and give the model one output a class"
+        raise DataError(what, where="metrics", fix=fix)

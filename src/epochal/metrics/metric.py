@@ -56,15 +56,10 @@ class Foreign:
 
 def is_foreign(item: object) -> bool:
     """Whether this is an instance of a torchmetrics class; known by its shape, as torchmetrics may be absent."""
-    verbs = ("update", "compute", "reset")
-    return (
-        isinstance(item, nn.Module)
-        and all(callable(getattr(item, verb, None)) for verb in verbs)
-        and hasattr(type(item), "metric_state")
-    )
+    return isinstance(item, nn.Module) and hasattr(type(item), "metric_state")
 
 
-def names_of(metrics: Iterable[Metric | Foreign | nn.Module]) -> list[str]:
+def names_of(metrics: Iterable[Metric | Foreign]) -> list[str]:
     """The keys that these metrics put into a row, in order.
 
     A torchmetrics metric without a name of the user's is called by its class: ``MulticlassAccuracy`` gives
@@ -74,13 +69,12 @@ def names_of(metrics: Iterable[Metric | Foreign | nn.Module]) -> list[str]:
     return [name for metric in metrics for name in _names(metric)]
 
 
-def _names(metric: Metric | Foreign | nn.Module) -> list[str]:
+def _names(metric: Metric | Foreign) -> list[str]:
     if isinstance(metric, Metric):
         return [metric.name]
-    foreign = metric if isinstance(metric, Foreign) else Foreign(metric)
-    if isinstance(foreign.metric, nn.ModuleDict):  # what a MetricCollection is
-        return [f"{foreign.name}_{key}" if foreign.name else str(key) for key in foreign.metric.keys()]  # noqa: SIM118
-    return [foreign.label]
+    if isinstance(metric.metric, nn.ModuleDict):  # what a MetricCollection is
+        return [f"{metric.name}_{key}" if metric.name else str(key) for key in metric.metric.keys()]  # noqa: SIM118
+    return [metric.label]
 
 
 def widest_float(device: torch.device) -> torch.dtype:
@@ -109,16 +103,15 @@ def ratio(sums: Tensor) -> float:
 
 def check_tensors(outputs: Any, targets: Any) -> None:
     if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
-        raise DataError(
-            "a named metric needs outputs and targets that are tensors;"
-            f" they are {type(outputs).__name__} and {type(targets).__name__}.",
-            where="metrics",
-            fix="give the metric as a function f(outputs, targets), or metrics=None",
-        )
+        kinds = f"{type(outputs).__name__} and {type(targets).__name__}"
+        what = f"a named metric needs outputs and targets that are tensors; they are {kinds}."
+        fix = "give the metric as a function f(outputs, targets), or metrics=None"
+        raise DataError(what, where="metrics", fix=fix)
 
 
 def shapes(outputs: Tensor, targets: Tensor) -> str:
-    return f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
+    """Where a metric found what it cannot count."""
+    return f"metrics; outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
 
 
 def _moved(sums: Tensor, device: torch.device) -> Tensor:
@@ -140,12 +133,8 @@ class Mean:
     """
 
     def __init__(self) -> None:
-        self._weight = 0.0  # of the weights given as numbers: exact, and free
-        self._hold(torch.zeros(2, dtype=torch.float64))
-
-    def _hold(self, sums: Tensor) -> None:
-        self._sums = sums
-        self._total, self._tensor_weight = sums.unbind()  # views: adding to them adds to `_sums`
+        self._total = torch.zeros((), dtype=torch.float64)
+        self._weight: float | Tensor = 0.0  # a number for as long as the weights are numbers: exact, and free
 
     def update(self, value: Tensor, weight: float | Tensor = 1) -> None:
         """Counts ``value`` (a scalar tensor) ``weight`` times.
@@ -154,41 +143,39 @@ class Mean:
         says nothing about the others.
         """
         value = value.detach()
-        if value.device != self._sums.device:
-            self._hold(_moved(self._sums, value.device))
+        if value.device != self._total.device:
+            self._total = _moved(self._total, value.device)
         if isinstance(weight, Tensor):
-            weight = weight.detach().to(value.device)
+            weight = weight.detach().to(self._total)
             self._total.addcmul_(torch.where(weight == 0, 0, value), weight)  # 0 * nan would be nan
-            self._tensor_weight.add_(weight)
+            self._weight = weight + self._weight
         elif weight:
             weight = float(weight)  # a float32 of numpy's would stop counting at 2**24
             self._total.add_(value, alpha=weight)
-            self._weight += weight
+            self._weight = self._weight + weight
 
     def compute(self) -> float:
         """The mean so far; NaN when nothing has been counted. Waits for the device."""
-        total, tensor_weight = self._sums.tolist()
-        weight = tensor_weight + self._weight
-        return total / weight if weight else math.nan
+        weight = float(self._weight)
+        return self._total.item() / weight if weight else math.nan
 
     def reset(self) -> None:
-        self._sums.zero_()
+        self._total.zero_()
         self._weight = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self._sums.clone(), "weight": self._weight}
+        return {"total": self._total.clone(), "weight": self._weight}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._hold(state["sums"].clone())
-        self._weight = state["weight"]
+        self._total, self._weight = state["total"].clone(), state["weight"]
 
 
 class Stream:
     """The running state of several metrics on one side (train or val).
 
-    metrics: epochal ``Metric`` and torchmetrics metrics, with different names (``resolve`` sees to that). Each
-    torchmetrics metric is copied, so that train and val do not share a state; the copy goes to the device of
-    the outputs on first use. Metrics with the same ``sums`` (precision, recall and f1, say) share them.
+    metrics: as ``resolve`` gives them. Each torchmetrics metric is copied, so that train and val do not share
+    a state; the copy goes to the device of the outputs on first use. What metrics with the same ``sums``
+    (precision, recall and f1, say) count in a batch is counted once.
 
     >>> from epochal.metrics.named import resolve
     >>> stream = Stream(resolve(["accuracy"], loss="cross_entropy"))
@@ -197,23 +184,13 @@ class Stream:
     {'accuracy': 0.5}
     """
 
-    def __init__(self, metrics: Sequence[Metric | Foreign | nn.Module]) -> None:
+    def __init__(self, metrics: Sequence[Metric | Foreign]) -> None:
         self._metrics = [metric if isinstance(metric, Metric) else _copied(metric) for metric in metrics]
-        own = [metric for metric in self._metrics if isinstance(metric, Metric)]
-        # For each metric, the first with the same sums: it computes them for all of these.
-        self._leader = {
-            metric.name: next(one for one in own if one.sums is metric.sums and one.merge is metric.merge)
-            for metric in own
-        }
-        self._leaders = [metric for metric in own if self._leader[metric.name] is metric]
+        self._own = [metric for metric in self._metrics if isinstance(metric, Metric)]
         self._foreign = {", ".join(_names(one)): one for one in self._metrics if isinstance(one, Foreign)}
-        self._sums: dict[str, Tensor] = {}
-        self._updates = 0
+        self._sums: dict[str, Tensor] = {}  # of each of our own metrics
+        self._is_empty = True
         self._device: torch.device | None = None
-
-    @property
-    def names(self) -> list[str]:
-        return names_of(self._metrics)
 
     @torch.no_grad()
     def update(self, outputs: Any, targets: Any) -> None:
@@ -221,12 +198,15 @@ class Stream:
         tensor = first_tensor((outputs, targets))
         if tensor is not None and tensor.device != self._device:
             self._move(tensor.device)
-        for metric in self._leaders:
-            new, old = metric.sums(outputs, targets), self._sums.get(metric.name)
+        counted: dict[int, Tensor] = {}  # by the identity of `sums`, which need not be hashable
+        for metric in self._own:
+            if id(metric.sums) not in counted:
+                counted[id(metric.sums)] = metric.sums(outputs, targets)
+            new, old = counted[id(metric.sums)], self._sums.get(metric.name)
             self._sums[metric.name] = new if old is None else _merged(metric, old, new)
         for foreign in self._foreign.values():
             foreign.metric.update(outputs, targets)
-        self._updates += 1
+        self._is_empty = False
 
     def _move(self, device: torch.device) -> None:
         self._sums = {name: _moved(sums, device) for name, sums in self._sums.items()}
@@ -237,33 +217,30 @@ class Stream:
     @torch.no_grad()
     def compute(self) -> dict[str, float | list]:
         """Name -> value; a value that is not a scalar is a (nested) list. All NaN before the first update."""
-        if self._updates == 0:  # torchmetrics would warn
-            return dict.fromkeys(self.names, math.nan)
+        if self._is_empty:  # torchmetrics would warn
+            return dict.fromkeys(names_of(self._metrics), math.nan)
         row: dict[str, float | list] = {}
         for metric in self._metrics:
             if isinstance(metric, Metric):
-                row[metric.name] = _plain(metric.value(self._sums[self._leader[metric.name].name].cpu()))
+                row[metric.name] = _plain(metric.value(self._sums[metric.name].cpu()))
                 continue
             value = metric.metric.compute()
-            parts = _flat(value, metric.name) if isinstance(value, Mapping) else [(metric.label, value)]
-            for key, part in parts:
+            for key, part in _flat(metric.name if isinstance(value, Mapping) else metric.label, value):
                 row[key if key not in row else f"{metric.label}_{key}"] = _plain(part)
         return row
 
     def reset(self) -> None:
         self._sums.clear()
-        self._updates = 0
+        self._is_empty = True
         for foreign in self._foreign.values():
             foreign.metric.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and dicts only. Later updates do not change it (merging makes new sums)."""
-        if self._updates == 0:
-            return {"updates": 0, "sums": {}, "foreign": {}}
+        foreign = {} if self._is_empty else self._foreign
         return {
-            "updates": self._updates,
-            "sums": {name: self._sums[leader.name] for name, leader in self._leader.items()},
-            "foreign": {name: _foreign_state(foreign.metric) for name, foreign in self._foreign.items()},
+            "sums": dict(self._sums),
+            "foreign": {name: _foreign_state(one.metric) for name, one in foreign.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -273,25 +250,24 @@ class Stream:
         cover only a part of the epoch. (A state before the first update fits any stream.)
         """
         self.reset()
-        if state["updates"] == 0:
+        saved, mine = {*state["sums"], *state["foreign"]}, {*(metric.name for metric in self._own), *self._foreign}
+        if not saved:
             return
-        saved, mine = {*state["sums"], *state["foreign"]}, {*self._leader, *self._foreign}
         if saved != mine:
             raise CheckpointError(
-                f"the checkpoint lies inside an epoch that counts the metrics {', '.join(sorted(saved)) or 'none'};"
+                f"the checkpoint lies inside an epoch that counts the metrics {', '.join(sorted(saved))};"
                 f" this run has {', '.join(sorted(mine)) or 'none'}.",
                 where="metrics",
                 fix="resume with the same metrics, and change them at the end of an epoch",
             )
-        self._sums = {metric.name: state["sums"][metric.name] for metric in self._leaders}
+        self._sums = dict(state["sums"])
         for name, foreign in self._foreign.items():
             _load_foreign(foreign.metric, state["foreign"][name])
-        self._updates = state["updates"]
+        self._is_empty = False
         self._device = None  # what was loaded may lie elsewhere: the next update moves it
 
 
-def _copied(metric: Foreign | nn.Module) -> Foreign:
-    foreign = metric if isinstance(metric, Foreign) else Foreign(metric)
+def _copied(foreign: Foreign) -> Foreign:
     module = copy.deepcopy(foreign.metric)
     module.reset()  # the user may have tried it out
     return Foreign(module, foreign.name)
@@ -299,68 +275,49 @@ def _copied(metric: Foreign | nn.Module) -> Foreign:
 
 def _merged(metric: Metric, old: Tensor, new: Tensor) -> Tensor:
     if old.shape != new.shape:  # would broadcast, or fail with a message of torch's
-        raise DataError(
-            f"the sums of the metric {metric.name!r} changed shape from {tuple(old.shape)} to {tuple(new.shape)}.",
-            where="metrics",
-            fix="give the outputs of every batch the same number of classes or columns",
-        )
+        what = f"the sums of the metric {metric.name!r} changed shape from {tuple(old.shape)} to {tuple(new.shape)}."
+        fix = "give the outputs of every batch the same number of classes or columns"
+        raise DataError(what, where="metrics", fix=fix)
     return metric.merge(old, new)
 
 
-def _flat(value: Mapping, prefix: str | None) -> Iterable[tuple[str, Any]]:
-    for key, part in value.items():
-        name = f"{prefix}_{key}" if prefix else str(key)
-        if isinstance(part, Mapping):
-            yield from _flat(part, name)
-        else:
-            yield name, part
+def _flat(name: str | None, value: Any) -> Iterable[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        return [(str(name), value)]
+    return [pair for key in value for pair in _flat(f"{name}_{key}" if name else str(key), value[key])]
 
 
 def _plain(value: Any) -> float | list:
-    if isinstance(value, Tensor):
-        return float(value) if value.ndim == 0 else value.tolist()
     if isinstance(value, (list, tuple)):
-        return [_plain(part) if isinstance(part, (Tensor, tuple)) else part for part in value]
-    return float(value)
+        return [part if isinstance(part, int) else _plain(part) for part in value]
+    return value.tolist() if isinstance(value, Tensor) and value.ndim else float(value)
 
 
-def _foreign_state(metric: Any) -> dict[str, Any]:
-    """The states of a torchmetrics metric and of those inside it, by their paths.
+def _foreign_state(metric: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a torchmetrics metric and those inside it have counted: path -> attribute -> value.
 
-    ``metric_state`` is public. Some metrics keep more beside it: tensors (``MinMaxMetric.min_val``) and
-    counters (``_update_count``, ``Running._num_vals_seen``), without which they do not go on as they were.
+    Their own ``state_dict`` leaves out the number of updates, the place in the window of ``Running``, the
+    extremes of ``MinMaxMetric``; so this takes whatever attribute is a tensor, a list of tensors, or an int.
     """
     return {
-        path: {
-            "tensors": {name: _snapshot(value) for name, value in _tensors(part).items()},
-            "counters": {name: n for name, n in vars(part).items() if type(n) is int and name.startswith("_")},
-        }
-        for path, part in _parts(metric)
+        path: {name: _snapshot(value) for name, value in vars(part).items() if _is_state(value)}
+        for path, part in metric.named_modules()
     }
 
 
-def _parts(metric: Any) -> list[tuple[str, Any]]:
-    return [pair for pair in metric.named_modules() if is_foreign(pair[1]) and not isinstance(pair[1], nn.ModuleDict)]
+def _is_state(value: Any) -> bool:
+    parts = value if isinstance(value, list) else [value]
+    return type(value) is int or all(isinstance(part, Tensor) for part in parts)
 
 
-def _tensors(part: Any) -> dict[str, Any]:
-    beside = {name: value for name, value in vars(part).items() if isinstance(value, Tensor) and name[0] != "_"}
-    return beside | part.metric_state
+def _snapshot(value: Tensor | list[Tensor] | int) -> Tensor | dict[str, Tensor] | int:
+    if isinstance(value, list):  # it only ever grows at its end, so its tensors need no copy
+        return {str(i): part for i, part in enumerate(value)}  # a state holds no lists
+    return value.clone() if isinstance(value, Tensor) else value
 
 
-def _snapshot(value: Tensor | list) -> Any:
-    # A list state only ever grows at its end, so its tensors need no copy; a dict, as a state holds no lists.
-    return value.clone() if isinstance(value, Tensor) else {str(i): part for i, part in enumerate(value)}
-
-
-def _load_foreign(metric: Any, state: dict[str, Any]) -> None:
-    for path, part in _parts(metric):
-        saved, device = state[path], part.device
-        for name, value in saved["tensors"].items():
-            if isinstance(value, Mapping):
-                restored = [value[str(i)].to(device) for i in range(len(value))]
-            else:
-                restored = value.to(device, copy=True)
-            setattr(part, name, restored)
-        for name, number in saved["counters"].items():
-            setattr(part, name, number)
+def _load_foreign(metric: nn.Module, state: dict[str, dict[str, Any]]) -> None:
+    for path, part in metric.named_modules():
+        for name, value in state[path].items():
+            is_list = isinstance(value, Mapping)
+            setattr(part, name, [value[str(i)] for i in range(len(value))] if is_list else _snapshot(value))

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from epochal.errors import DataError, PlanError, UnknownNameError
 from epochal.metrics import classes, regression
@@ -18,9 +18,7 @@ from epochal.metrics.metric import Foreign, Metric, first_tensor, is_foreign, na
 NAMES = ("accuracy", "top5", "precision", "recall", "f1", "confusion", "mae", "mse", "rmse", "r2")
 
 
-def resolve(
-    metrics: Any, *, loss: str | None, ignore_index: int = -100, where: str = "metrics"
-) -> list[Metric | Foreign | nn.Module]:
+def resolve(metrics: Any, *, loss: str | None, ignore_index: int = -100) -> list[Metric | Foreign]:
     """Turns ``metrics=`` into metrics with different names.
 
     metrics: None, one item, a list of items, or a dict of name to item. An item is one of ``NAMES``, a
@@ -35,86 +33,65 @@ def resolve(
     """
     if metrics is None:
         return []
+    items = metrics if isinstance(metrics, (list, tuple, Mapping)) else [metrics]
+    pairs = items.items() if isinstance(items, Mapping) else [(None, item) for item in items]
     known = _named(loss, ignore_index)
-    if isinstance(metrics, Mapping):
-        resolved = [_resolve_item(item, known, where, name) for name, item in metrics.items()]
-    else:
-        items = metrics if isinstance(metrics, (list, tuple)) else [metrics]
-        resolved = [_resolve_item(item, known, where) for item in items]
-    seen: set[str] = set()
-    for name in names_of(resolved):
-        if name in seen:
-            raise PlanError(
-                f"two metrics have the name {name!r}.",
-                where=where,
-                fix='name them yourself: metrics={"first": ..., "second": ...}',
-            )
-        if name == "loss":
-            raise PlanError(
-                "a metric cannot have the name 'loss'.",
-                where=where,
-                fix="give it another name; train_loss and val_loss are the loss itself",
-            )
-        seen.add(name)
+    resolved = [_resolve_item(item, known, name) for name, item in pairs]
+    names = names_of(resolved)
+    for name in names:
+        if names.count(name) > 1:
+            fix = 'name them yourself: metrics={"first": ..., "second": ...}'
+            raise PlanError(f"two metrics have the name {name!r}.", where="metrics", fix=fix)
+    if "loss" in names:
+        fix = "give it another name; train_loss and val_loss are the loss itself"
+        raise PlanError("a metric cannot have the name 'loss'.", where="metrics", fix=fix)
     return resolved
 
 
-def _resolve_item(item: Any, known: Mapping[str, Metric], where: str, name: Any = None) -> Metric | Foreign | nn.Module:
+def _resolve_item(item: Any, known: Mapping[str, Metric], name: Any) -> Metric | Foreign:
     if name is not None and not (isinstance(name, str) and name):
-        raise PlanError(f"the name of a metric is a string; {name!r} is not one.", where=where, fix="give it a name")
+        what = f"the name of a metric is a string; {name!r} is not one."
+        raise PlanError(what, where="metrics", fix="give it a name")
     if isinstance(item, str):
         if item not in known:
-            raise UnknownNameError.of_name("metric", item, known, where=where)
+            raise UnknownNameError.of_name("metric", item, known, where="metrics")
         item = known[item]
     if isinstance(item, Metric):
         return dataclasses.replace(item, name=name) if name else item
     if is_foreign(item):
-        return Foreign(item, name) if name else item
+        return Foreign(item, name)
     if isinstance(item, type):
-        raise PlanError(f"{item.__name__} is a class, not a metric.", where=where, fix=f"write {item.__name__}(...)")
+        fix = f"write {item.__name__}(...)"
+        raise PlanError(f"{item.__name__} is a class, not a metric.", where="metrics", fix=fix)
     if not callable(item):
-        raise PlanError(
-            f"{item!r} is not a metric.",
-            where=where,
-            fix="give a name, an epochal.Metric, a torchmetrics metric, or a function f(outputs, targets)",
-        )
-    return _metric_of(item, name, where)
+        fix = "give a name, an epochal.Metric, a torchmetrics metric, or a function f(outputs, targets)"
+        raise PlanError(f"{item!r} is not a metric.", where="metrics", fix=fix)
+    return _metric_of(item, name)
 
 
-def _metric_of(function: Callable[[Any, Any], Any], name: str | None, where: str) -> Metric:
+def _metric_of(function: Callable[[Any, Any], Any], name: str | None) -> Metric:
     name = name or getattr(function, "__name__", "<lambda>")
     if name == "<lambda>":
-        raise PlanError(
-            "a metric function needs a name, and this one has none.",
-            where=where,
-            fix='give a dict: metrics={"name": function}',
-        )
+        what, fix = "a metric function needs a name, and this one has none.", 'give a dict: metrics={"name": function}'
+        raise PlanError(what, where="metrics", fix=fix)
     try:
         inspect.signature(function).bind(None, None)
     except ValueError:  # some functions written in C have no signature
         pass
     except TypeError as error:
-        raise PlanError(
-            f"the metric function {name!r} cannot be called with (outputs, targets): {error}.",
-            where=where,
-            fix="give it exactly two required parameters",
-        ) from None
+        what = f"the metric function {name!r} cannot be called with (outputs, targets): {error}."
+        raise PlanError(what, where="metrics", fix="give it exactly two required parameters") from None
     return Metric(name, sums=partial(_weighted_scalar, function, name), value=ratio)
 
 
-def mode_of(metric: Metric | Foreign | nn.Module, key: str | None = None) -> str | None:
-    """The better direction of a metric: "max", "min", or None where it does not say.
-
-    key: for a MetricCollection, which of its keys (as ``names_of`` gives them).
+def mode_of(metric: Metric | Foreign) -> str | None:
+    """The better direction of a metric: "max", "min", or None where it does not say (no collection does).
 
     >>> mode_of(resolve("mae", loss="mse")[0])
     'min'
     """
-    one: Any = metric.metric if isinstance(metric, Foreign) else metric
-    if isinstance(one, nn.ModuleDict):  # what a MetricCollection is
-        one = dict(zip(names_of([metric]), one.values())).get(key or "")
-    higher_is_better = getattr(one, "higher_is_better", None)
-    return None if higher_is_better is None else "max" if higher_is_better else "min"
+    higher = getattr(metric.metric if isinstance(metric, Foreign) else metric, "higher_is_better", None)
+    return None if higher is None else "max" if higher else "min"
 
 
 def _named(loss: str | None, ignore_index: int) -> dict[str, Metric]:
@@ -140,11 +117,8 @@ def _weighted_scalar(function: Callable[[Any, Any], Any], name: str, outputs: An
     counted = first_tensor((outputs, targets))
     value = torch.as_tensor(function(outputs, targets))
     if value.numel() != 1 or value.is_complex():
-        raise DataError(
-            f"the metric function {name!r} gave {value.dtype} {tuple(value.shape)}, not one real number.",
-            where="metrics",
-            fix="return the mean over the batch",
-        )
+        what = f"the metric function {name!r} gave {value.dtype} {tuple(value.shape)}, not one real number."
+        raise DataError(what, where="metrics", fix="return the mean over the batch")
     samples = len(counted) if counted is not None and counted.ndim else 1
     device = value.device if counted is None else counted.device
     value = value.detach().reshape(()).to(device, widest_float(device)) * samples

@@ -16,22 +16,13 @@ from epochal.errors import DataError
 from epochal.metrics.metric import check_tensors, ratio, shapes, widest_float, with_count
 
 
-def _difference(outputs: Any, targets: Any) -> Tensor:
-    """|outputs − targets| in the widest float; complex numbers by their modulus."""
-    outputs, targets = _same_shape(outputs, targets)
-    return (outputs - targets).abs()
-
-
-def _same_shape(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+def _widened(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
     check_tensors(outputs, targets)
     if outputs.shape != targets.shape:
-        same_size = outputs.numel() == targets.numel()
-        raise DataError(
-            "a metric compares outputs and targets of different shapes.",
-            where=f"metrics; {shapes(outputs, targets)}",
-            fix=f"give targets the shape {tuple(outputs.shape)}"
-            + (f", for example targets.reshape{tuple(outputs.shape)}" if same_size else ""),
-        )
+        shape = tuple(outputs.shape)
+        reshape = f", for example targets.reshape{shape}" if outputs.numel() == targets.numel() else ""
+        what = "a metric compares outputs and targets of different shapes."
+        raise DataError(what, where=shapes(outputs, targets), fix=f"give targets the shape {shape}{reshape}")
     wide = widest_float(outputs.device)
     if outputs.is_complex() or targets.is_complex():
         wide = wide.to_complex()
@@ -45,25 +36,22 @@ def root_ratio(sums: Tensor) -> float:
 
 def absolute_sums(outputs: Any, targets: Any) -> Tensor:
     """(sum of |outputs − targets|, elements); float64."""
-    difference = _difference(outputs, targets)
-    return with_count(difference.sum(), difference.numel())
+    outputs, targets = _widened(outputs, targets)
+    return with_count((outputs - targets).abs().sum(), targets.numel())
 
 
 def square_sums(outputs: Any, targets: Any) -> Tensor:
     """(sum of |outputs − targets|², elements); float64."""
-    difference = _difference(outputs, targets)
-    return with_count(difference.square().sum(), difference.numel())
+    outputs, targets = _widened(outputs, targets)
+    return with_count((outputs - targets).abs().square().sum(), targets.numel())  # of complex numbers the modulus
 
 
 def r2_sums(outputs: Any, targets: Any) -> Tensor:
     """(rows, mean, M2, squared errors): M2 is the sum of squares about the mean, each for every column; (4·K,)."""
-    outputs, targets = _same_shape(outputs, targets)
+    outputs, targets = _widened(outputs, targets)
     if outputs.is_complex():
-        raise DataError(
-            "r2 is for real numbers.",
-            where=f"metrics; {shapes(outputs, targets)}",
-            fix="take mse, or give torch.view_as_real of both",
-        )
+        fix = "take mse, or give torch.view_as_real of both"
+        raise DataError("r2 is for real numbers.", where=shapes(outputs, targets), fix=fix)
     rows = targets.shape[0] if targets.ndim else 1
     columns = math.prod(targets.shape[1:])
     outputs, targets = outputs.reshape(rows, columns), targets.reshape(rows, columns)

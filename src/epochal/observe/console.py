@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
@@ -17,7 +18,6 @@ from epochal.observe.overfitting import overfitting_since
 FIRST_LINES, SECONDS_A_LINE = 10, 2.0  # off a terminal: so many lines as they come, then one in so many seconds
 SECONDS_A_REFRESH, SECONDS_A_LOSS = 0.1, 0.5  # of the live line; reading the loss waits for the device
 CLEAR = "\r\x1b[2K"  # to the start of the line, and empty it
-RECENT = 4.0  # seconds of training over which samples/s is taken; older ones count half, a quarter, ...
 STRONG, GOOD, FAINT, ODD = "bold", "green", "bright_black", "yellow"
 LOWER_IS_BETTER = ("loss", "mse", "mae", "rmse", "error", "perplexity")
 HIGHER_IS_BETTER = ("accuracy", "top5", "precision", "recall", "f1", "r2", "auc")
@@ -29,10 +29,9 @@ Paint = Callable[[str, str], str]  # (text, style) -> the text with the style's 
 class Line(NamedTuple):
     """What the table says of one evaluation. ``leading``: the columns whose value is the best so far."""
 
-    number: int
     row: Row
     is_best: bool
-    leading: frozenset[str]
+    leading: set[str]
 
 
 @final
@@ -56,7 +55,7 @@ class Console:
             fix = "give a whole number, for example 10 for every tenth evaluation"
             raise PlanError(f"every must be at least 1, and is {every!r}.", where="Console(every=...)", fix=fix)
         self._given, self._every, self._clock = stream, every, clock
-        self._begin(None)
+        self._has_begun = False
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, StepDone):  # first, for it comes most often
@@ -67,17 +66,16 @@ class Console:
         elif isinstance(event, Started):
             self._begin(event)
             if event.facts:
-                self._write(aligned(event.facts, self._paint) + "\n")
-        elif isinstance(event, Ended):
+                self._write(aligned(event.facts, self._paint, self._width) + "\n")
+        elif isinstance(event, Ended) and self._has_begun:  # a loop that was only prepared has nothing to tell
             self._ended(event)
 
-    def _begin(self, started: Started | None) -> None:
-        self._silent = False
+    def _begin(self, started: Started) -> None:
+        self._has_begun, self._started = True, started
+        self._stream = sys.stderr if self._given is None else self._given
         self._terminal = is_terminal(self._stream)
         self._paint = painter(self._stream, self._terminal)
-        self._epochs, self._steps = (started.epochs, started.steps) if started else (None, None)
-        self._monitor = started.monitor if started else None
-        self._by_step = started is not None and "step" in str(started.config.get("evaluate_every"))
+        self._by_step = "epoch" not in str(started.config.get("evaluate_every", "1 epoch"))
         # What was evaluated and told.
         self._rows: list[Row] = []
         self._leaders: dict[str, float] = {}  # the best value of each column so far
@@ -85,81 +83,57 @@ class Console:
         self._told, self._told_at = 0, -math.inf
         self._withheld: Line | None = None  # the last one, where not told yet
         # The live line and what it counts.
-        self._live = ""
-        self._start = self._evaluated_at = self._stepped_at = self._counted_at = self._clock()
+        self._live = self._loss = ""
         self._refreshed_at = self._loss_at = -math.inf
-        self._steps_here = 0  # a resumed run took its earlier ones elsewhere
-        self._epoch: int | None = None
-        self._epoch_start = 0  # its first step
-        self._steps_an_epoch: int | None = None  # as many as the one before had
-        self._seen = self._counted = 0  # samples in all, at the last step and at the last count
-        self._samples = self._seconds = 0.0  # of late
-        self._loss = ""
+        self._start = self._evaluated_at = self._rated_at = self._clock()
+        self._steps = 0  # a resumed run took its earlier ones elsewhere
+        self._samples = self._rated = 0  # in all, at the last step and where samples/s began to be counted
 
     @property
-    def _stream(self) -> TextIO | None:
-        return sys.stderr if self._given is None else self._given
+    def _width(self) -> int | None:
+        return terminal_width(self._stream) if self._terminal else None
 
     def _write(self, text: str, live: str = "") -> None:
         """Puts the text where the live line was, and a live line below it, in one write."""
-        stream = self._stream
-        if self._silent or stream is None:
+        if self._stream is None:
             return
         text = (CLEAR if self._live else "") + text + live
-        if encoding := getattr(stream, "encoding", None):  # an old terminal may not know every letter of a path
+        if encoding := getattr(self._stream, "encoding", None):  # an old terminal may not know every letter of a path
             text = text.encode(encoding, "replace").decode(encoding)
         self._live = live
         try:
-            stream.write(text)
-            stream.flush()
-        except OSError:  # a broken pipe, a terminal that hung up, a full disk
-            self._silent = True
-        except ValueError:
-            if not getattr(stream, "closed", False):
-                raise
-            self._silent = True
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):  # a broken pipe, a terminal that hung up, a full disk, a closed file
+            self._stream = None
 
     # -- the live line --
 
     def _step_done(self, event: StepDone) -> None:
-        self._steps_here += 1
-        if event.epoch != self._epoch:
-            self._steps_an_epoch = event.step - self._epoch_start if self._epoch is not None else None
-            self._epoch, self._epoch_start = event.epoch, event.step
-        self._stepped_at = now = self._clock()
-        self._seen = event.samples
-        if self._steps_here == 1:  # slower than the others: it warms up, or compiles
-            self._counted, self._counted_at = self._seen, now
+        now = self._clock()
+        self._steps += 1
+        self._samples = event.samples
+        if self._steps == 1:  # slower than the others: it warms up, or compiles
+            self._rated_at, self._rated = now, event.samples
         if now - self._refreshed_at >= SECONDS_A_REFRESH:
             self._refreshed_at = now
-            self._count_samples()
             self._write("", live=self._progress(event, now))
-
-    def _count_samples(self) -> None:
-        """Adds what came since the last count, up to the last step: evaluation does not slow the samples/s."""
-        self._seconds += max(0.0, self._stepped_at - self._counted_at)
-        self._samples += self._seen - self._counted
-        self._counted_at, self._counted = self._stepped_at, self._seen
-        if self._seconds > RECENT:
-            self._seconds, self._samples = self._seconds / 2, self._samples / 2
 
     def _progress(self, event: StepDone, now: float) -> str:
         """The live line, with as much of it as the terminal is wide."""
         if now - self._loss_at >= SECONDS_A_LOSS:
-            loss = event.result.loss
-            self._loss, self._loss_at = number(loss.item() if hasattr(loss, "item") else loss), now
-        elapsed = now - self._start
-        parts = [f"epoch {event.epoch}" + (f"/{self._epochs}" if self._epochs else "")]
-        parts.append(f"step {event.step:,}" + (f"/{self._steps:,}" if self._steps else ""))
-        parts.append(f"{stopwatch(elapsed)} elapsed")
-        steps = self._steps
-        if not steps and self._epochs and self._steps_an_epoch:
-            steps = self._epoch_start - 1 + self._steps_an_epoch * (self._epochs - event.epoch + 1)
+            self._loss, self._loss_at = number(event.result.loss.item()), now
+        epochs, steps, elapsed = self._started.epochs, self._started.steps, now - self._start
+        parts = [
+            f"epoch {event.epoch}" + (f"/{epochs}" if epochs else ""),
+            f"step {event.step:,}" + (f"/{steps:,}" if steps else ""),
+            f"{stopwatch(elapsed)} elapsed",
+        ]
         if steps:
-            parts.append(f"{stopwatch(elapsed / self._steps_here * max(0, steps - event.step))} left")
+            parts.append(f"{stopwatch(elapsed / self._steps * max(0, steps - event.step))} left")
         parts.append(f"loss {self._loss}")
-        if self._seconds > 0:
-            parts.append(f"{self._samples / self._seconds:,.0f} samples/s")
+        if now > self._rated_at:
+            parts.append(f"{(event.samples - self._rated) / (now - self._rated_at):,.0f} samples/s")
         width = terminal_width(self._stream) - 1  # a full line would wrap, and could not be emptied
         while len(parts) > 1 and len("   ".join(parts)) > width:
             parts.pop()
@@ -169,37 +143,35 @@ class Console:
 
     def _evaluated(self, event: Evaluated) -> None:
         now = self._clock()
-        self._count_samples()
-        if self._rows and event.row.get("epoch") == self._rows[-1].get("epoch"):
-            self._by_step = True
         self._rows.append(event.row)
         row = {name: value for name, value in event.row.items() if isinstance(value, Real)}
         row |= {"dur": now - self._evaluated_at}
-        self._evaluated_at = self._counted_at = now
-        line = Line(len(self._rows), row, event.is_best, self._new_leaders(row, event.is_best))
+        self._evaluated_at = self._rated_at = now  # the evaluation itself must not slow the samples/s
+        self._rated = self._samples
+        line = Line(row, event.is_best, self._new_leaders(row, event.is_best))
         soon = not self._terminal and self._told >= FIRST_LINES and now - self._told_at < SECONDS_A_LINE
-        if line.number % self._every or soon:
+        if len(self._rows) % self._every or soon:
             self._withheld = line
             return
-        self._told, self._told_at = self._told + 1, now
-        self._withheld = None
+        self._told, self._told_at, self._withheld = self._told + 1, now, None
         self._write(self._text(line), live=self._live)
 
-    def _new_leaders(self, row: Row, is_best: bool) -> frozenset[str]:
+    def _new_leaders(self, row: Row, is_best: bool) -> set[str]:
         """The columns whose value is better than all before; what is better is known for the monitored one."""
-        leading = {self._monitor} if is_best and self._monitor else set()
+        monitor = self._started.monitor
+        leading = {monitor} if is_best else set()
         for name, value in row.items():
             sign = -1 if name.endswith(LOWER_IS_BETTER) else 1 if name.endswith(HIGHER_IS_BETTER) else 0
-            if sign and name != self._monitor and sign * value > self._leaders.get(name, -math.inf):
+            if sign and name != monitor and sign * value > self._leaders.get(name, -math.inf):
                 self._leaders[name] = sign * value
                 leading.add(name)
-        return frozenset(leading)
+        return leading
 
     def _text(self, line: Line) -> str:
         names = self._names(line.row)
         if not self._terminal:
             return self._plain(line, names)
-        layout = fitting(names, terminal_width(self._stream), self._monitor)
+        layout = fitting(names, terminal_width(self._stream), self._started.monitor)
         header = ""
         if layout != self._layout:
             self._layout = layout
@@ -212,7 +184,7 @@ class Console:
         """The columns in their order: when, the losses, each metric of train and val, how."""
         first = ["epoch", "step", "train_loss", "val_loss"] if self._by_step else ["epoch", "train_loss", "val_loss"]
         metrics = [name for name in row if name not in (*first, "step", "time", "lr", "dur")]
-        stems = list(dict.fromkeys(map(stem, metrics)))
+        stems = [stem(name) for name in metrics]
         metrics.sort(key=lambda name: (stems.index(stem(name)), name.startswith("val_")))
         return [name for name in (*first, *metrics, "lr", "dur") if name in row]
 
@@ -223,14 +195,10 @@ class Console:
         return self._paint(text, ODD) if text.endswith(("nan", "inf")) else text
 
     def _plain(self, line: Line, names: list[str]) -> str:
-        epochs = str(self._epochs or "")
-        parts = []
-        for name in names:
-            text = value_text(name, line.row[name])
-            if name == "epoch":
-                parts.append(f"epoch {text:>{len(epochs)}}" + (f"/{epochs}" if epochs else ""))
-                continue
-            text += "s" * (name == "dur")
+        epochs = str(self._started.epochs or "")
+        parts = [f"epoch {line.row['epoch']:>{len(epochs)}}" + (f"/{epochs}" if epochs else "")]
+        for name in names[1:]:
+            text = value_text(name, line.row[name]) + "s" * (name == "dur")
             parts.append(f"{name} {text:<8}" if name == "lr" else f"{name} {text:>6}")
         if line.is_best:
             parts.append(self._paint("best", GOOD))
@@ -239,14 +207,15 @@ class Console:
     # -- the end --
 
     def _ended(self, event: Ended) -> None:
+        self._has_begun = False
         told = self._text(self._withheld) if self._withheld else ""
-        self._withheld = None
-        self._write(f"{told}\n{aligned(summary(event, self._rows, self._by_step), self._paint)}")
+        facts = summary(event, self._rows, self._by_step)
+        self._write(f"{told}\n{aligned(facts, self._paint, self._width)}")
 
 
 def summary(ended: Ended, rows: list[Row], by_step: bool = False) -> dict[str, str]:
     """The lines of the summary, label to text; ``by_step`` where an epoch has several evaluations."""
-    lines = {"ended": ended.message or ended.reason.message}
+    lines = {"ended": (ended.message or ended.reason.message).removesuffix(".")}  # an error's is a sentence
     best = ended.best
     if best is not None:
         at = f"epoch {best.epoch}" + (f", step {best.step:,}" if by_step else "")
@@ -263,20 +232,26 @@ def summary(ended: Ended, rows: list[Row], by_step: bool = False) -> dict[str, s
     return lines
 
 
-def aligned(facts: Mapping[str, str], paint: Paint | None = None) -> str:
-    """One line a fact, the texts below one another.
+def as_it_is(text: str, style: str) -> str:
+    return text
 
-    >>> print(aligned({"model": "MLP", "parameters": "4,810"}), end="")
+
+def aligned(facts: Mapping[str, str], paint: Paint = as_it_is, width: int | None = None) -> str:
+    """One line a fact, the texts below one another, wrapped between words where a width (in letters) is given.
+
+    >>> print(aligned({"model": "MLP", "parameters": "4,810 in three layers"}, width=32), end="")
     model       MLP
-    parameters  4,810
+    parameters  4,810 in three
+                layers
     """
-    width = max(map(len, facts), default=0)
-    paint = paint or as_it_is
-    return "".join(
-        f"{paint(label.ljust(width), STRONG)}  {indented}\n"
-        for label, text in facts.items()
-        for indented in [str(text).replace("\n", "\n" + " " * (width + 2))]
-    )
+    column = max(map(len, facts), default=0) + 2
+    lines = []
+    for label, text in facts.items():
+        if width:
+            room = max(20, width - column)
+            text = textwrap.fill(text, room, break_long_words=False, break_on_hyphens=False)
+        lines.append(paint(label.ljust(column - 2), STRONG) + "  " + text.replace("\n", "\n" + " " * column) + "\n")
+    return "".join(lines)
 
 
 def number(value: Any) -> str:
@@ -327,14 +302,15 @@ def width_of(name: str) -> int:
     return WIDTHS.get(name, max(9, len(name)))
 
 
-def fitting(names: Iterable[str], width: int, monitor: str | None) -> tuple[str, ...]:
+def fitting(names: Iterable[str], width: int, monitor: str) -> tuple[str, ...]:
     """The columns that fit: train metrics leave first, then the lr, then others from the right."""
+    ranks = {"lr": 1, "dur": 2, "train_loss": 4, "val_loss": 5, "epoch": 6, monitor: 6}
+
+    def rank(name: str) -> int:
+        return ranks.get(name, 0 if name.startswith("train_") else 3)
+
     left = list(names)
-    kept = ("epoch", "train_loss", "val_loss", monitor)
-    leaving = [name for name in reversed(left) if name.startswith("train_") and name not in kept]
-    leaving += [name for name in ("lr", "dur") if name in left]
-    leaving += [name for name in reversed(left) if name not in (*leaving, *kept)]
-    leaving += [name for name in ("train_loss", "val_loss") if name in left and name != monitor]
+    leaving = sorted((name for name in reversed(left) if rank(name) < 6), key=rank)
     while leaving and sum(width_of(name) + 2 for name in left) + 1 > width:
         left.remove(leaving.pop(0))
     return tuple(left)
@@ -357,18 +333,13 @@ def terminal_width(stream: TextIO | None) -> int:
         return 80
 
 
-def as_it_is(text: str, style: str) -> str:
-    return text
-
-
 def painter(stream: TextIO | None, terminal: bool) -> Paint:
     """Colours on a terminal or with ``FORCE_COLOR``, where rich finds the stream able; never with ``NO_COLOR``."""
     if os.environ.get("NO_COLOR") or not (terminal or os.environ.get("FORCE_COLOR")):
         return as_it_is
-    from rich.color import ColorSystem
     from rich.console import Console as RichConsole
     from rich.style import Style
 
     if RichConsole(file=stream).color_system is None:
         return as_it_is
-    return lambda text, style: Style.parse(style).render(text, color_system=ColorSystem.STANDARD)
+    return lambda text, style: Style.parse(style).render(text)

@@ -46,7 +46,8 @@ class Recorder:
             self._end(event)
 
     def _start(self, event: Started) -> None:
-        replace_bytes(self.folder / "config.toml", tomlkit.dumps(dict(event.config)).encode())
+        if not (self.folder / "config.toml").exists():  # a run that is continued keeps the record of its start
+            replace_bytes(self.folder / "config.toml", tomlkit.dumps(dict(event.config)).encode())
         self._append({"event": "started", "done": event.done})
         self._note(
             status="running", started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), reason=None, best=None,
@@ -103,13 +104,13 @@ def _claim(folder: Path, resume: bool) -> None:
         raise RunFolderError(
             f"the run folder cannot be used: {error.strerror or error}.",
             where=str(folder),
-            fix="choose a folder that can be written with run=",
+            fix="choose a folder that can be written",
         ) from error
     if held and not resume:
         raise RunFolderError(
             "the run folder is not empty, and a run is never overwritten.",
             where=f"{folder}: {', '.join(held[:4])}{' ...' if len(held) > 4 else ''}",
-            fix="choose another name with run=, or continue this run with resume=True",
+            fix="choose another name for the run, or continue this one with resume=True (--set resume=true)",
         )
 
 

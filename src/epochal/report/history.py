@@ -6,13 +6,13 @@ import csv
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, final, overload
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, final
 
 from epochal.checkpoint.files import replace_bytes
 from epochal.errors import TableError, UnknownNameError
 from epochal.events import Best, Row
-from epochal.report.rows import columns, scalar, scalar_columns
+from epochal.report.rows import columns, row_of, scalar, scalar_columns
 
 if TYPE_CHECKING:
     import polars as pl
@@ -63,12 +63,11 @@ class History(Sequence[dict[str, Any]]):
         """The best evaluation; None where nothing is monitored or no value of it was finite."""
         if self._best is not None or self.monitor is None:
             return self._best
-        values = [(scalar(row.get(self.monitor)), row) for row in self.rows]
-        known = [(value, row) for value, row in values if value is not None and math.isfinite(value)]
+        known = [row for row in self.rows if math.isfinite(scalar(row.get(self.monitor), math.nan))]
         if not known:
             return None
-        value, row = (min if self.mode == "min" else max)(known, key=lambda pair: pair[0])
-        return Best(row.get("epoch", 0), row.get("step", 0), self.monitor, value)
+        row = (min if self.mode == "min" else max)(known, key=lambda row: row[self.monitor])
+        return Best(row["epoch"], row.get("step", 0), self.monitor, row[self.monitor])
 
     def _column(self, name: str) -> list[Any]:
         known = {*self.columns, *_ALWAYS}
@@ -85,20 +84,12 @@ class History(Sequence[dict[str, Any]]):
         except UnknownNameError as error:
             raise AttributeError(str(error)) from None
 
-    @overload
-    def __getitem__(self, key: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, key: slice) -> list[dict[str, Any]]: ...
-    @overload
-    def __getitem__(self, key: str) -> list[Any]: ...
     def __getitem__(self, key: int | slice | str) -> Any:
+        """A row by its number, several by a slice, a column by its name."""
         return self._column(key) if isinstance(key, str) else self.rows[key]
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.rows)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self.columns, *_ALWAYS})
@@ -106,16 +97,12 @@ class History(Sequence[dict[str, Any]]):
     def __repr__(self) -> str:
         if not self.rows:
             return "History: no rows"
-        first, last, best = self.rows[0], self.rows[-1], self.best
-        count = "1 row" if len(self) == 1 else f"{len(self)} rows"
-        epochs = list(dict.fromkeys(str(row["epoch"]) for row in (first, last) if "epoch" in row))
-        span = f", epoch{'s' * (len(epochs) > 1)} {' to '.join(epochs)}" if epochs else ""
-        lines = [f"History: {count}{span}", f"  last  {_line(last)}"]
-        if best is not None:
-            row = next(
-                (row for row in self.rows if (row.get("epoch"), row.get("step", 0)) == (best.epoch, best.step)), {}
-            )
-            lines.append(f"  best  {_line({'epoch': best.epoch, best.metric: best.value} | row)}")
+        epochs = list(dict.fromkeys(self.rows[n]["epoch"] for n in (0, -1)))
+        span = f"{len(self)} row{'s' * (len(self) > 1)}, epoch{'s' * (len(epochs) > 1)} {' to '.join(map(str, epochs))}"
+        lines = [f"History: {span}", f"  last  {_line(self.rows[-1])}"]
+        if best := self.best:
+            told = {"epoch": best.epoch, best.metric: best.value, **row_of(self.rows, best)}
+            lines.append(f"  best  {_line(told)}")
         return "\n".join(lines)
 
     def to_polars(self) -> pl.DataFrame:
@@ -131,30 +118,29 @@ class History(Sequence[dict[str, Any]]):
         """
         names = scalar_columns(self.rows)
         text = io.StringIO()
-        if names:
-            writer = csv.writer(text, lineterminator="\n")
-            writer.writerow(names)
-            for row in self.rows:
-                values = (scalar(row.get(name)) for name in names)
-                writer.writerow("" if value is None else repr(value) for value in values)
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(names)
+        for row in self.rows:
+            writer.writerow(scalar(row.get(name), "") for name in names)
         replace_bytes(path, text.getvalue().encode())
 
     @classmethod
-    def from_csv(cls, path: str | os.PathLike[str], monitor: str | None = None, mode: str = "min") -> History:
+    def from_csv(cls, path: str | os.PathLike[str]) -> History:
         """Reads what ``to_csv`` wrote. Raises ``TableError`` for a file that is missing or is not such a table."""
+        rows = []
         try:
             with open(path, encoding="utf-8", newline="") as file:
-                lines = list(csv.reader(file))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise TableError(
-                f"the history cannot be read: {reason}.",
-                where=os.fspath(path),
-                fix="name a results.csv that epochal has written",
-            ) from error
-        names = lines[0] if lines else []
-        rows = [_parsed(names, line, f"{os.fspath(path)}, line {n}") for n, line in enumerate(lines[1:], 2)]
-        return cls(rows, monitor, mode)
+                lines = csv.reader(file)
+                names = next(lines, [])
+                for line in lines:
+                    rows.append({name: _number(text) for name, text in zip(names, line, strict=True) if text})
+        except OSError as error:
+            what, fix = f"the history cannot be read: {error.strerror}.", "name a results.csv that epochal has written"
+            raise TableError(what, where=os.fspath(path), fix=fix) from error
+        except (ValueError, csv.Error) as error:
+            what, where = "the line is not one of numbers, one a column.", f"{os.fspath(path)}, line {len(rows) + 2}"
+            raise TableError(what, where=where, fix="mend or remove the line") from error
+        return cls(rows)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draws the curves (see ``plots.draw``); saves them too when a path (.png, .svg, .pdf) is given."""
@@ -168,24 +154,10 @@ class History(Sequence[dict[str, Any]]):
 
 def _line(row: Row) -> str:
     """The losses and metrics of a row in short, without what one rarely looks for."""
-    names = [name for name in row if name not in ("epoch", "step", "lr", "time")]
-    numbers = [(name, scalar(row[name])) for name in names]
-    told = [f"{name} {value:.4g}" for name, value in numbers if value is not None]
-    return "  ".join([f"epoch {row['epoch']}"] * ("epoch" in row) + told)
+    numbers = {name: scalar(value) for name, value in row.items() if name not in ("epoch", "step", "lr", "time")}
+    told = [f"{name} {value:.4g}" for name, value in numbers.items() if value is not None]
+    return "  ".join([f"epoch {row['epoch']}", *told])
 
 
-def _parsed(names: list[str], line: list[str], where: str) -> dict[str, int | float]:
-    if len(line) != len(names):
-        raise TableError(
-            f"the table has {len(names)} columns, and the line {len(line)}.", where=where, fix="mend or remove the line"
-        )
-    return {name: _number(text, f"{where}, column {name!r}") for name, text in zip(names, line) if text}
-
-
-def _number(text: str, where: str) -> int | float:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    raise TableError(f"{text!r} is not a number.", where=where, fix="mend or remove the line")
+def _number(text: str) -> int | float:
+    return int(text) if text.lstrip("-").isdecimal() else float(text)

@@ -1,7 +1,7 @@
 """The curves of a run as a picture. The only file that imports matplotlib, and only when it draws.
 
-Nothing here touches pyplot or leaves a changed setting behind: figures are built from their classes
-over the Agg canvas, under settings that are put back.
+Nothing here touches pyplot or leaves a changed setting behind: figures are built from their classes,
+under settings that are put back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from epochal.checkpoint.files import replace_bytes
 from epochal.errors import UnknownNameError
 from epochal.events import Best, Row
-from epochal.report.rows import columns, scalar, scalar_columns
+from epochal.report.rows import row_of, scalar, scalar_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,39 +35,26 @@ NOT_CURVES = ("epoch", "step", "time", "lr")
 SUFFIXES = (".png", ".svg", ".pdf")
 
 STYLE = {
-    "font.size": 9,
+    "font.size": 8.5,
     "text.color": INK,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.edgecolor": LINE,
     "axes.labelcolor": FAINT,
-    "axes.labelsize": 8.5,
-    "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.grid.axis": "y",
-    "axes.axisbelow": True,
     "axes.formatter.useoffset": False,
     "grid.color": PALE,
-    "grid.linewidth": 0.7,
     "xtick.color": LINE,
     "ytick.color": LINE,
     "xtick.labelcolor": FAINT,
     "ytick.labelcolor": FAINT,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
     "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "xtick.major.size": 3,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
     "legend.borderaxespad": 0.1,
-    "legend.borderpad": 0.1,
-    "legend.columnspacing": 1.3,
-    "legend.handlelength": 1.5,
-    "legend.handletextpad": 0.5,
     "svg.hashsalt": "epochal",  # the same rows give the same file
 }
 
@@ -80,32 +67,28 @@ def draw(rows: Sequence[Row], *, best: Best | None = None, title: str | None = N
     leaves a gap. Of what is not a number only the last confusion matrix (rows: targets, columns:
     predictions) is drawn. 150 dots an inch.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    panels, confusion = _panels(rows), _last_confusion(rows)
+    panels, confusion, x = _panels(rows), _last_confusion(rows), _places(rows)
     count = max(1, len(panels) + (confusion is not None))
     across = min(count, PANELS_IN_A_ROW)
     down = math.ceil(count / across)
     with _style():
         size = (PANEL_WIDTH * across, PANEL_HEIGHT * down + (0.35 if title else 0))
         figure = Figure(figsize=size, dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1), facecolor="white")
-        FigureCanvasAgg(figure)
         if title:
             figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
-        grid = figure.add_gridspec(down, across)
-        cells = iter([figure.add_subplot(grid[n // across, n % across]) for n in range(count)])
-        where = _places(rows)
-        for name, curves in panels.items():
-            _draw_panel(next(cells), name, curves, rows, where, best)
+        cells = [figure.add_subplot(down, across, n + 1) for n in range(count)]
+        for axes, (name, curves) in zip(cells, panels.items()):
+            _draw_panel(axes, name, curves, rows, x, best)
         if panels:
-            _draw_rate(figure.axes[0], rows, where)
+            _draw_rate(cells[0], _values(rows, "lr"), x)
         if confusion is not None:
-            _draw_confusion(next(cells), *confusion)
-        for axes in cells:
-            axes.set_axis_off()
-            axes.text(0.5, 0.5, "no evaluation yet", ha="center", transform=axes.transAxes, color=FAINT)
+            _draw_confusion(cells[-1], *confusion)
+        elif not panels:
+            cells[0].set_axis_off()
+            cells[0].text(0.5, 0.5, "no evaluation yet", ha="center", transform=cells[0].transAxes, color=FAINT)
     # A notebook asks for this; without pyplot nothing else would have told it how to show a figure.
     figure._repr_png_ = functools.partial(_picture, figure, "png")  # pyrefly: ignore
     return figure
@@ -151,35 +134,31 @@ def _panels(rows: Sequence[Row]) -> dict[str, list[str]]:
     return dict(sorted(panels.items(), key=lambda panel: panel[0] != "loss"))
 
 
-def _places(rows: Sequence[Row]) -> dict[tuple[Any, Any], float]:
-    """Where each (epoch, step) lies on the x-axis.
+def _places(rows: Sequence[Row]) -> list[float]:
+    """Where each row lies on the x-axis.
 
     With one row an epoch, at its epoch. With several, at ``step / n``: a step of the epoch in hand e lies
     in ((e-1)·n, e·n], so the number of steps in an epoch n is at least step/e for every row, and equal to
     it as soon as one row lies at an epoch's end.
     """
-    points: list[tuple[Any, Any]] = [
-        (row.get("epoch"), row.get("step")) for row in rows if row.get("epoch") is not None
-    ]
-    epochs = [epoch for epoch, _ in points]
-    if len(set(epochs)) == len(epochs) or any(step is None for _, step in points):
-        return {(epoch, step): float(epoch) for epoch, step in points}
-    n = max(step / epoch for epoch, step in points)
-    return {(epoch, step): min(max(step / n, epoch - 1.0), float(epoch)) for epoch, step in points}
+    epochs = [float(row["epoch"]) for row in rows]
+    if len(set(epochs)) == len(epochs):
+        return epochs
+    n = max(row["step"] / epoch for row, epoch in zip(rows, epochs))
+    return [min(max(row["step"] / n, epoch - 1), epoch) for row, epoch in zip(rows, epochs)]
 
 
 def _values(rows: Sequence[Row], name: str) -> list[float]:
     """A column with nan for all that cannot be drawn: missing, infinite."""
-    values = (scalar(row.get(name)) for row in rows)
-    return [float(value) if value is not None and math.isfinite(value) else math.nan for value in values]
+    values = (scalar(row.get(name), math.nan) for row in rows)
+    return [value if math.isfinite(value) else math.nan for value in values]
 
 
 def _marked(values: Sequence[float]) -> list[int]:
     """The indices to mark: all of a few, and those of many that stand alone, which no line would show."""
-    known = [math.isfinite(value) for value in values]
+    known = [False, *map(math.isfinite, values), False]
     few = len(values) <= FEW_ROWS
-    edged = [False, *known, False]
-    return [n for n, here in enumerate(known) if here and (few or not (edged[n] or edged[n + 2]))]
+    return [n for n in range(len(values)) if known[n + 1] and (few or not (known[n] or known[n + 2]))]
 
 
 def _spans_widely(values: Sequence[float]) -> bool:
@@ -187,81 +166,60 @@ def _spans_widely(values: Sequence[float]) -> bool:
     return bool(known) and min(known) > 0 and max(known) > WIDE * min(known)
 
 
-def _draw_panel(axes: Axes, name: str, curves: list[str], rows, where, best: Best | None) -> None:
-    x = [where.get((row.get("epoch"), row.get("step")), math.nan) for row in rows]
-    axes.set_title(name, pad=20)
-    axes.set_xlabel("epoch")
-    for curve in curves:
-        values = _values(rows, curve)
+def _draw_panel(axes: Axes, name: str, curves: list[str], rows, x: list[float], best: Best | None) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    columns = {curve: _values(rows, curve) for curve in curves}
+    for curve, values in columns.items():
         side, _, measured = curve.partition("_")
-        label = side if measured == name else curve
-        train = side == "train" and len(curves) > 1
         empty = not any(map(math.isfinite, values))
+        train = side == "train" and len(curves) > 1  # the paler and finer one, behind
         axes.plot(
             *(x, values),
-            label=f"{label} (all nan)" if empty else label,
+            label=(side if measured == name else curve) + " (all nan)" * empty,
             color=TRAIN if side == "train" else VAL,
             linewidth=1.2 if train else 1.9,
             zorder=3 if train else 4,
             marker="o",
             markersize=2.4 if train else 3.2,
             markevery=_marked(values),
-            solid_joinstyle="round",
         )
-    everything = [value for curve in curves for value in _values(rows, curve)]
-    if not any(map(math.isfinite, everything)):
-        axes.set_yticks([])
+    everything = [value for values in columns.values() for value in values]
     if name.endswith(("loss", "mse", "mae", "rmse")) and _spans_widely(everything):
         axes.set_yscale("log")
     if best is not None:
-        _mark_best(axes, curves, rows, where, best)
-    _set_range(axes, x)
+        row = row_of(rows, best)
+        _mark_best(axes, curves, row, x[rows.index(row)] if row else best.epoch, best)
+    edge = 0.03 * (max(x) - min(x)) or 0.5
+    axes.set_xlim(min(x) - edge, max(x) + edge)  # the same epochs on every panel
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    axes.set_title(name, pad=20)
+    axes.set_xlabel("epoch")
     _put_legend(axes)
 
 
-def _set_range(axes: Axes, x: Sequence[float]) -> None:
-    """The same epochs on every panel, whole ones where there is room for two of them."""
-    from matplotlib.ticker import MaxNLocator
-
-    known = [place for place in x if math.isfinite(place)]
-    if known:
-        first, last = min(known), max(known)
-        edge = 0.03 * (last - first) or 0.5
-        axes.set_xlim(first - edge, last + edge)
-        if last - first >= 2 or first == last:
-            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
-    axes.margins(y=0.07)
-
-
-def _mark_best(axes: Axes, curves: list[str], rows, where, best: Best) -> None:
+def _mark_best(axes: Axes, curves: list[str], row: Row, x: float, best: Best) -> None:
     """A line at the best epoch; a full dot on the monitored curve, an open one on the others."""
-    x = where.get((best.epoch, best.step), float(best.epoch))
     axes.axvline(x, color=BEST, linewidth=0.8, linestyle=(0, (1, 2)), zorder=2)
     if best.metric in curves:
-        dot, y, label = BEST, best.value, f"best {best.value:.4g} at epoch {best.epoch}"
+        fill, y, label = BEST, best.value, f"best {best.value:.4g} at epoch {best.epoch}"
     else:
-        row = next((row for row in rows if (row.get("epoch"), row.get("step")) == (best.epoch, best.step)), {})
-        y = scalar(row.get(curves[-1]))
-        if y is None or not math.isfinite(y):
-            return
-        dot, label = "white", f"{y:.4g} at the best epoch"
-    axes.plot(
-        [x], [y], "o", color=BEST, markerfacecolor=dot, markersize=5.5, markeredgewidth=1.2, label=label, zorder=6
-    )
+        fill, y = "white", scalar(row.get(curves[-1]), math.nan)
+        label = f"{y:.4g} at the best epoch"
+    if math.isfinite(y):
+        axes.plot([x], [y], "o", color=BEST, markerfacecolor=fill, markersize=5.5, label=label, zorder=6)
 
 
-def _draw_rate(axes: Axes, rows: Sequence[Row], where) -> None:
+def _draw_rate(axes: Axes, rates: list[float], x: list[float]) -> None:
     """The learning rate over the loss panel: a curve where it changes, a word where it does not."""
-    rates = _values(rows, "lr")
-    known = sorted({rate for rate in rates if math.isfinite(rate)})
-    if not known:
-        return
+    known = {rate for rate in rates if math.isfinite(rate)}
     if len(known) == 1:
-        axes.set_title(f"lr {known[0]:.4g}", loc="right", pad=20, color=FAINT, fontsize=8.5, fontweight="normal")
+        title = f"lr {known.pop():.4g}"
+        axes.set_title(title, loc="right", pad=20, color=FAINT, fontsize=8.5, fontweight="normal")
+    if len(known) <= 1:
         return
-    x = [where.get((row.get("epoch"), row.get("step")), math.nan) for row in rows]
     second = axes.twinx()
-    (line,) = second.plot(x, rates, color=RATE, linewidth=1.0, linestyle=(0, (4, 2)), label="lr", zorder=1)
+    (line,) = second.plot(x, rates, color=RATE, linewidth=1.0, linestyle=(0, (4, 2)), label="lr")
     second.set_ylabel("lr", color=FAINT)
     second.grid(False)
     if _spans_widely(rates):
@@ -280,45 +238,26 @@ def _put_legend(axes: Axes, more: Sequence[Any] = ()) -> None:
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=len(handles))
 
 
-def _last_confusion(rows: Sequence[Row]) -> tuple[str, Sequence[Sequence[float]]] | None:
+def _last_confusion(rows: Sequence[Row]) -> tuple[str, list[list[float]]] | None:
     """The title and the counts of the last confusion matrix, that of val where there is one."""
-    names = sorted((name for name in columns(rows) if name.endswith("confusion")), reverse=True)
-    for name in names:
-        for row in reversed(rows):
-            matrix = row.get(name)
-            matrix = matrix.tolist() if hasattr(matrix, "tolist") else matrix
-            if (
-                isinstance(matrix, Sequence)
-                and matrix
-                and all(isinstance(line, Sequence) and len(line) == len(matrix) for line in matrix)
-            ):
-                side = name.removesuffix("confusion").strip("_")
-                return f"confusion ({side + ', ' if side else ''}epoch {row.get('epoch')})", matrix
-    return None
+    found = [(name, row) for row in rows for name in row if name.endswith("confusion") and isinstance(row[name], list)]
+    if not found:
+        return None
+    name, row = sorted(found, key=lambda one: one[0].startswith("val_"))[-1]
+    return f"confusion ({name.partition('_')[0]}, epoch {row['epoch']})", row[name]
 
 
-def _draw_confusion(axes: Axes, title: str, matrix: Sequence[Sequence[float]]) -> None:
+def _draw_confusion(axes: Axes, title: str, matrix: list[list[float]]) -> None:
     """Counts as text, the share of each target's row as colour."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    sums = [sum(line) for line in matrix]
-    shares = [[value / total if total else 0.0 for value in line] for line, total in zip(matrix, sums)]
-    blues = LinearSegmentedColormap.from_list("epochal", ["#ffffff", "#9fc5e8", VAL])
-    image = axes.imshow(shares, cmap=blues, vmin=0, vmax=1)
-    axes.set_title(title)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("target")
+    shares = [[value / (sum(line) or 1) for value in line] for line in matrix]
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(title=title, xlabel="predicted", ylabel="target")
     axes.grid(False)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
     if len(matrix) > FEW_CLASSES:
-        axes.figure.colorbar(image, ax=axes, shrink=0.8, label="share of the target's samples").outline.set_visible(
-            False
-        )
+        axes.figure.colorbar(image, ax=axes, shrink=0.8, label="share of the target's samples")
         return
-    axes.set_xticks(range(len(matrix)))
-    axes.set_yticks(range(len(matrix)))
+    axes.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
     for i, line in enumerate(matrix):
         for j, value in enumerate(line):
-            color = "white" if shares[i][j] > 0.55 else INK if value else "#c4c4c4"
+            color = "white" if shares[i][j] > 0.55 else INK if value else LINE
             axes.text(j, i, f"{value:g}", ha="center", va="center", fontsize=10 - len(matrix) / 3, color=color)

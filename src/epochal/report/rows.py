@@ -6,20 +6,23 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
-from epochal.events import Row
+from epochal.events import Best, Row
 
 
-def scalar(value: Any) -> int | float | None:
-    """The value as a plain number, None for anything else (a matrix, a text, nothing).
+def scalar(value: Any, otherwise: Any = None) -> Any:
+    """The value as a plain int or float; ``otherwise`` for anything else (a matrix, a text, nothing).
 
     >>> scalar(3), scalar(0.5), scalar([1, 2])
     (3, 0.5, None)
     """
     if isinstance(value, Integral):
         return int(value)
-    if isinstance(value, Real):
-        return float(value)
-    return None
+    return float(value) if isinstance(value, Real) else otherwise
+
+
+def row_of(rows: Iterable[Row], best: Best) -> Row:
+    """The row of the best evaluation; an empty one where the rows do not hold it."""
+    return next((row for row in rows if (row["epoch"], row.get("step", 0)) == (best.epoch, best.step)), {})
 
 
 def columns(rows: Iterable[Row]) -> tuple[str, ...]:
