@@ -178,7 +178,7 @@ ModelError: the model has parameters without a shape.
     case(net(), (X, Y), **MSE, epoch=3, text="""
 UnknownNameError: 'epoch' is not a known option.
   where: epoch=
-  fix:   did you mean 'epochs'? known: accumulate, batch_size, clip, compile, device, early_stopping, epochs, evaluate_every, loss, lr, max_steps, max_time, metrics, monitor, nonfinite, objective, observers, optimizer, patience, precision, restore_best, resume, run, save, schedule, seed, shuffle, step, strategy, target, weight_decay, workers"""),
+  fix:   did you mean 'epochs'? known: accumulate, batch_size, clip, compile, device, early_stopping, epochs, evaluate_every, loss, lr, max_steps, max_time, metrics, model, monitor, nonfinite, objective, observers, optimizer, patience, precision, restore_best, resume, run, save, schedule, seed, shuffle, step, strategy, target, train, val, weight_decay, workers"""),
     case(net(), (X, Y), **MSE, metrics=["acuracy"], text="""
 UnknownNameError: 'acuracy' is not a known metric.
   where: metrics
@@ -242,7 +242,7 @@ PlanError: resume needs a run folder.
     case(net(), (X, Y), **MSE, run="/proc/nowhere", text="""
 RunFolderError: the run folder cannot be used: No such file or directory.
   where: /proc/nowhere
-  fix:   choose a folder that can be written with run="""),
+  fix:   choose a folder that can be written"""),
 ]  # fmt: skip
 
 
@@ -308,7 +308,7 @@ def test_a_run_folder_is_never_overwritten(tmp_path):
     assert caught.value.describe() == (
         "RunFolderError: the run folder is not empty, and a run is never overwritten.\n"
         "  where: runs/x: checkpoints, config.toml, metrics.jsonl, model.safetensors ...\n"
-        "  fix:   choose another name with run=, or continue this run with resume=True"
+        "  fix:   choose another name for the run, or continue this one with resume=True (--set resume=true)"
     )
     assert before == {path: path.read_bytes() for path in (tmp_path / "runs/x").rglob("*") if path.is_file()}
 
@@ -331,7 +331,7 @@ def test_an_unwritable_folder_is_known_before_training(tmp_path):
     assert caught.value.describe() == (
         "RunFolderError: the run folder cannot be used: Permission denied.\n"
         f"  where: {tmp_path}/locked/run\n"
-        "  fix:   choose a folder that can be written with run="
+        "  fix:   choose a folder that can be written"
     )
     assert torch.equal(model[0].weight, before)
 
@@ -364,7 +364,9 @@ def test_nothing_written_before_is_lost_when_training_fails(tmp_path):
         return nn.functional.mse_loss(model(x if len(calls) > 6 else x.nan_to_num()), y)
 
     with pytest.raises(epochal.EpochalError, match="not finite"):
-        epochal.fit(net(), (bad, Y), objective=objective, epochs=9, observers=(), run="runs/x", shuffle=False)
+        epochal.fit(
+            net(), (bad, Y), objective=objective, epochs=9, observers=(), run="runs/x", save="1 epoch", shuffle=False
+        )
     folder = tmp_path / "runs/x"
     rows = (folder / "results.csv").read_text().splitlines()
     assert len(rows) == 1 + 3

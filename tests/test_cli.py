@@ -306,7 +306,7 @@ def test_a_run_folder_is_never_overwritten(command):
         """\
 RunFolderError: the run folder is not empty, and a run is never overwritten.
   where: runs/demo-1: checkpoints, config.toml, metrics.jsonl, model.safetensors ...
-  fix:   choose another name with run=, or continue this run with resume=True
+  fix:   choose another name for the run, or continue this one with resume=True (--set resume=true)
 """,
     )
     assert {path: path.read_bytes() for path in before} == before
@@ -321,7 +321,7 @@ def test_a_folder_that_cannot_be_made(command):
         """\
 RunFolderError: the run folder cannot be used: Not a directory.
   where: file/run
-  fix:   choose a folder that can be written with run=
+  fix:   choose a folder that can be written
 """,
     )
     Path("runs").write_text("")

@@ -511,7 +511,7 @@ def test_a_run_folder_in_use(command):
         """\
 RunFolderError: the run folder is not empty, and a run is never overwritten.
   where: mine: thesis.txt
-  fix:   choose another name with run=, or continue this run with resume=True
+  fix:   choose another name for the run, or continue this one with resume=True (--set resume=true)
 """
     )
     assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]

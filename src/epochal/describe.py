@@ -68,7 +68,9 @@ def _optimizer(optimizer: Optimizer | None) -> str:
     if optimizer is None:
         return "in the step"
     # A schedule has already set the rate of the first step; what the user gave is beside it.
-    rates = sorted({float(group.get("max_lr", group.get("initial_lr", group["lr"]))) for group in optimizer.param_groups})
+    rates = sorted(
+        {float(group.get("max_lr", group.get("initial_lr", group["lr"]))) for group in optimizer.param_groups}
+    )
     return f"{type(optimizer).__name__}, lr {' and '.join(f'{rate:g}' for rate in rates)}"
 
 

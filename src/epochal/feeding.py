@@ -171,7 +171,7 @@ def _refuse_negative(targets: Tensor | None, loss: Any) -> None:
     """A negative class can be known before there is a model; one that is too large only with its outputs."""
     if targets is None or targets.is_floating_point() or targets.numel() == 0:
         return
-    wrong = (targets < 0) & (targets != getattr(loss, "ignore_index", -100))
+    wrong = (targets < 0) & (targets != losses.ignore_index(loss))
     if wrong.any():
         at = int(wrong.flatten().nonzero()[0])
         raise LossError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from epochal.errors import LossError, LossShapeError, UnknownNameError
 
@@ -23,7 +24,11 @@ NAMES: dict[str, type[nn.Module]] = {
 ELEMENTWISE = frozenset({"mse", "l1", "smooth_l1", "huber", "bce", "bce_with_logits"})
 CLASS_INDEX = frozenset({"cross_entropy", "nll"})
 _OTHER_INTEGERS = frozenset({torch.bool, torch.int8, torch.int16, torch.int32})
-_KINDS = {cls: name for name, cls in NAMES.items()}
+_FUNCTIONS: dict[Any, str] = {
+    functional.mse_loss: "mse", functional.l1_loss: "l1", functional.smooth_l1_loss: "smooth_l1",
+    functional.huber_loss: "huber", functional.cross_entropy: "cross_entropy", functional.nll_loss: "nll",
+    functional.binary_cross_entropy: "bce", functional.binary_cross_entropy_with_logits: "bce_with_logits",
+}  # fmt: skip
 
 
 def resolve(loss: str | Callable) -> Callable[[Any, Any], Tensor]:
@@ -61,18 +66,21 @@ def resolve(loss: str | Callable) -> Callable[[Any, Any], Tensor]:
 
 
 def kind(loss: Any) -> str | None:
-    """The short name of a known loss, None for any other.
+    """The short name of a known loss: torch's module, one derived from it, or the function. None for any other.
 
     >>> kind(nn.HuberLoss()), kind(print)
     ('huber', None)
     """
-    return _KINDS.get(type(loss))
+    if not isinstance(loss, nn.Module):
+        return next((name for function, name in _FUNCTIONS.items() if function is loss), None)
+    named = (name for name, known in NAMES.items() if isinstance(loss, known) and type(loss).forward is known.forward)
+    return next(named, None)
 
 
 def describe(loss: Any) -> str:
     """The loss in words: ``nn.MSELoss``, or the name of the function."""
     if isinstance(loss, nn.Module):
-        return f"nn.{type(loss).__name__}" if type(loss) in _KINDS else type(loss).__name__
+        return f"nn.{type(loss).__name__}" if type(loss) in NAMES.values() else type(loss).__name__
     return getattr(loss, "__name__", type(loss).__name__)
 
 
@@ -82,12 +90,17 @@ def weight_of(loss: Any, targets: Any, samples: int) -> float | Tensor:
     ``nn.CrossEntropyLoss`` and ``nn.NLLLoss`` leave out the targets that equal ``ignore_index`` and
     weigh the others by class weight (torch's documentation of both), so their means are weighted so too.
     """
-    if kind(loss) not in CLASS_INDEX or not isinstance(targets, Tensor) or targets.is_floating_point():
+    if not isinstance(targets, Tensor) or targets.is_floating_point():
         return samples
-    if loss.weight is None:
-        return (targets != loss.ignore_index).sum()
-    counted = targets != loss.ignore_index
+    counted = targets != ignore_index(loss)
+    if getattr(loss, "weight", None) is None:
+        return counted.sum()
     return (loss.weight[torch.where(counted, targets, 0)] * counted).sum()
+
+
+def ignore_index(loss: Any) -> int:
+    """The class index that does not count; torch's default is -100."""
+    return getattr(loss, "ignore_index", -100)
 
 
 def check_shapes(loss: Any, outputs: Tensor, targets: Tensor) -> None:
@@ -142,7 +155,7 @@ def check_classes(loss: Any, outputs: Any, targets: Any, *, of: str) -> None:
             fix="drop the dimension of size 1, for example y.squeeze(1)",
         )
     classes = outputs.shape[1] if outputs.dim() > 1 else outputs.shape[0]
-    wrong = ((targets < 0) | (targets >= classes)) & (targets != loss.ignore_index)
+    wrong = ((targets < 0) | (targets >= classes)) & (targets != ignore_index(loss))
     if wrong.any():
         first = wrong.flatten().nonzero()[0].item()
         counts_from_one = targets.min() == 1 and targets.max() == classes

@@ -196,12 +196,33 @@ def _watchers(plan: Plan) -> None:
             where=f"observers={observers!r:.80}",
             fix="give a list of callables",
         )
-    if plan.step is not None and not callable(plan.step):
+    if any(isinstance(one, EarlyStopping) for one in observers or ()):
+        raise PlanError(
+            "early stopping is not an observer of its own here.",
+            where="observers",
+            fix="give it as early_stopping=, so that it shares the notion of best",
+        )
+    if plan.step is not None:
+        _step(plan)
+
+
+def _step(plan: Plan) -> None:
+    if not callable(plan.step):
         raise PlanError(
             f"step is a {type(plan.step).__name__}, not a function.",
             where=f"step={plan.step!r:.60}",
             fix="give f(state, window) -> StepResult",
         )
+    rates = {"lr": plan.lr, "weight_decay": plan.weight_decay} if plan.optimizer is None else {}
+    unused = {**rates, "clip": plan.clip, "precision": plan.precision, "nonfinite": plan.nonfinite}
+    defaults = {"precision": "fp32", "nonfinite": "stop"}
+    for name, value in unused.items():
+        if value != defaults.get(name):
+            raise PlanError(
+                f"{name} belongs to epochal's own update, which step= replaces.",
+                where=f"step=, {name}={value!r}",
+                fix=f"do in the step what {name} asks for" + (", or give optimizer=" if name in rates else ""),
+            )
 
 
 def _choices(plan: Plan) -> None:

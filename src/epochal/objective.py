@@ -26,6 +26,7 @@ class Supervised:
     def __init__(self, loss: Callable, *, target: Sequence[str] = (), all_targets: Any = None):
         self.loss, self.target = loss, target
         self._compares_shapes = losses.kind(loss) in losses.ELEMENTWISE
+        self._counts_classes = losses.kind(loss) in losses.CLASS_INDEX
         self._all_targets = all_targets
         self._examined = False
 
@@ -41,7 +42,10 @@ class Supervised:
         value = self.loss(outputs, targets)
         if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
             losses.check_scalar(value, f"loss {losses.describe(self.loss)}")
-        return Loss(value, losses.weight_of(self.loss, targets, size(batch, self.target)), outputs, targets)
+        weight = size(batch, self.target)
+        if self._counts_classes:
+            weight = losses.weight_of(self.loss, targets, weight)
+        return Loss(value.reshape(()) if value.dim() else value, weight, outputs, targets)
 
     def _examine(self, outputs: Any, targets: Any) -> None:
         if self._compares_shapes and not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
@@ -74,6 +78,8 @@ class Custom:
         given = self.objective(forward, batch)
         loss = given if isinstance(given, Loss) else Loss(given)
         losses.check_scalar(loss.value, f"objective {losses.describe(self.objective)}")
+        if loss.value.dim():
+            loss = loss._replace(value=loss.value.reshape(()))
         return loss if loss.weight is not None else loss._replace(weight=size(batch, self.target))
 
 

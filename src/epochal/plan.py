@@ -23,6 +23,7 @@ from epochal.optim.schedules import Schedule
 from epochal.prepare import prepare
 from epochal.result import Result
 from epochal.run import Run
+from epochal.runtime.seeding import generator_states, set_generator_states
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +102,19 @@ class Plan:
     def check(self) -> None:
         """Looks for mistakes without training: prepares everything but the run folder.
 
-        Raises the error that ``fit`` would raise before its first step.
+        Raises the error that ``fit`` would raise before its first step. The random generators and the settings of
+        an optimizer are left as they were; the model is moved to the device.
         """
-        prepare(self.replace(run=None, resume=False, save=None, observers=()))
+        states = generator_states()
+        groups = self.optimizer.param_groups if isinstance(self.optimizer, Optimizer) else []
+        settings = [dict(group) for group in groups]
+        try:
+            prepare(self.replace(run=None, resume=False, save=None, observers=()))
+        finally:
+            set_generator_states(states)
+            for group, before in zip(groups, settings):
+                group.clear()
+                group.update(before)
 
     def replace(self, **changes: Any) -> Plan:
         """The plan with some options changed, checked anew."""

@@ -58,7 +58,7 @@ def prepare(plan: Plan) -> Run:
     with mistakes:
         optimizer = _optimizer(plan, modules)
     with mistakes:
-        metrics = named.resolve(plan.metrics, loss=losses.kind(loss), ignore_index=getattr(loss, "ignore_index", -100))
+        metrics = named.resolve(plan.metrics, loss=losses.kind(loss), ignore_index=losses.ignore_index(loss))
         best = _best(plan, metrics, modules)
     mistakes.tell()
 
@@ -183,10 +183,10 @@ def _watch(plan: Plan, run: Run) -> None:
     stopping = plan.early_stopping or (EarlyStopping(patience=plan.patience) if plan.patience else None)
     observers: list[Observer] = [stopping.fresh()] if stopping else []
     is_first = world().is_first
-    observers += plan.observers if plan.observers is not None else ([Console()] if is_first else [])
-    if folder is not None and is_first:
+    if folder is not None and is_first:  # the recorder comes first: another observer's error does not silence it
         observers.append(Recorder(folder, run.state.model, resume=plan.resume))
         run.checkpoints, run.saving = Checkpoints(folder / "checkpoints", saving.keep), saving
+    observers += plan.observers if plan.observers is not None else ([Console()] if is_first else [])
     run.observers = observers
     extras = {f"observers.{i}": one for i, one in enumerate(observers) if isinstance(one, Stateful)}
     if isinstance(plan.step, Stateful):

@@ -80,12 +80,15 @@ class Run:
     _last_saving: float = field(default_factory=time.perf_counter, init=False)
     _spent_saving: float = field(default=0.0, init=False)
     _modes: list[tuple[nn.Module, bool]] = field(default_factory=list, init=False)
+    _train_modes: list[tuple[nn.Module, bool]] = field(default_factory=list, init=False)
 
     def __iter__(self) -> Iterator[Event]:
         """The whole run, in the order in which things happen."""
         state, progress = self.state, self.state.progress
         self._begin()
         yield self._tell(self.started)
+        if progress.windows and self._evaluation_is_due(at_epoch_end=False):
+            yield self._tell(self._evaluate())  # the state was taken between a step and its evaluation
         for result in loop.steps(state, self.step, self._windows, self._is_over):
             at_epoch_end = result is None
             if result is not None:
@@ -113,8 +116,11 @@ class Run:
 
     @property
     def result(self) -> Result:
-        """What the run left; once it has ended."""
-        ended = self.ended or self._end(StopReason.CLOSED, "")
+        """What the run left; PlanError as long as it has not ended."""
+        if (ended := self.ended) is None:
+            raise PlanError(
+                "the run has not ended.", where="Run.result", fix="iterate it to its end, or leave its with"
+            )
         history = History(self.state.rows, self.best.monitor, self.best.mode, self.best.best)
         return Result(
             self.state.model, history, ended.best, ended.reason, ended.message, ended.restored, self.started.run,
@@ -129,8 +135,15 @@ class Run:
             # A model in train mode is left as it is: a backbone that was put to eval mode stays so.
             if not module.training:
                 module.train()
+        self._train_modes = [(part, part.training) for part, _ in self._modes]
+        if isinstance(self.train, Loader):
+            self.train.seed = self.state.seed  # that of a resumed run
 
     def _windows(self, progress: Progress) -> Iterator[Window]:
+        """The windows of the epoch in hand that are still to come; what an observer left in eval mode trains again."""
+        if not all(module.training for module in self.state.modules):
+            for part, training in self._train_modes:
+                part.training = training
         batches = self.train.batches(progress.epoch, progress.windows * self.accumulate)
         return windows(batches, self.accumulate, self.setting.target)
 
@@ -212,7 +225,7 @@ class Run:
     def _end(self, reason: StopReason, message: str) -> Ended:
         """Puts the best weights and the modules' modes back, and tells."""
         progress = self.state.progress
-        restored = self.best.restore(progress.step)
+        restored = self.best.restore()
         for part, training in self._modes:
             part.training = training
         seconds = self._seconds()

@@ -46,10 +46,13 @@ class Update:
         self._moves = devices.moves(device)
         # torch's own losses give a gradient of 0 where nothing is counted; what a user divides by is not known.
         self._divides_by_itself = isinstance(objective, Custom)
+        self._homes: list[tuple[dict[str, Any], str]] | None = None  # where the buffers are, looked up once
+        self._buffers: list[Tensor] = []
         self._one, self._found = torch.ones((), device=device), torch.zeros((), device=device)
 
     def __call__(self, state: TrainState, window: Window) -> StepResult:
         _clear_gradients(state.optimizer)
+        self._keep_buffers(state)
         alone = len(window.batches) == 1
         total: Any = 0.0
         seen, weights = [], 0.0
@@ -78,12 +81,12 @@ class Update:
             total = total / weights if isinstance(total, Tensor) else torch.full((), math.nan)
             _rescale(state, window.samples, weights)
         if not self._is_finite(state, total):
-            return self._not_finite(state, total)
+            return self._not_finite(state, total, weights)
         norm = None if self.clip is None else _clip(state, self.clip)
         return StepResult(total, weights, seen, grad_norm=norm, applied=self._move_weights(state))
 
     def _is_finite(self, state: TrainState, loss: Tensor) -> bool:
-        """Whether the loss and all gradients are finite; one pass over the gradients, and one read on the host."""
+        """Whether the loss and all gradients are finite; one pass over the gradients, and two reads on the host."""
         if state.scaler is not None:
             # An fp16 gradient may overflow: its scaler sees that, skips the update and scales down.
             state.scaler.unscale_(state.optimizer)
@@ -92,9 +95,27 @@ class Update:
             torch._amp_foreach_non_finite_check_and_unscale_(_dense_gradients(state), self._found, self._one)
         return math.isfinite(loss.item()) and self._found.item() == 0.0
 
-    def _not_finite(self, state: TrainState, loss: Tensor) -> StepResult:
+    def _keep_buffers(self, state: TrainState) -> None:
+        """Copies the running statistics, which a forward pass moves before anything can be said of its batch."""
+        if self._homes is None:
+            parts = [part for module in state.modules for part in module.modules()]
+            places = [(part._buffers, name) for part in parts for name in part._buffers]
+            self._homes = [(home, name) for home, name in places if home[name] is not None]
+        if not self._homes:
+            return
+        buffers = [home[name] for home, name in self._homes]
+        if [buffer.shape for buffer in buffers] == [buffer.shape for buffer in self._buffers]:
+            torch._foreach_copy_(self._buffers, buffers)
+        else:
+            self._buffers = [buffer.detach().clone() for buffer in buffers]
+
+    def _not_finite(self, state: TrainState, loss: Tensor, weights: float | Tensor) -> StepResult:
         self._found.zero_()
-        if not self.skip_nonfinite:
+        with torch.no_grad():
+            for (home, name), before in zip(self._homes or (), self._buffers):
+                home[name].copy_(before)
+        nothing_counted = not weights  # all targets ignored, say: the mean over nothing is not a number
+        if not self.skip_nonfinite and not nothing_counted:
             raise _non_finite(state, loss)
         if state.scaler is not None:
             state.scaler.update()
@@ -122,9 +143,14 @@ def _gradients(state: TrainState) -> list[Tensor]:
 
 
 def _dense_gradients(state: TrainState) -> list[Tensor]:
-    """The gradients as dense real tensors: of a sparse one its entries, of a complex one both parts."""
-    values = [g.coalesce().values() if g.is_sparse else g for g in _gradients(state)]
-    return [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in values]
+    return [_dense(gradient) for gradient in _gradients(state)]
+
+
+def _dense(gradient: Any) -> Tensor:
+    """A gradient as a dense real tensor: of a sparse one its entries, of a complex one both parts."""
+    if gradient.is_sparse:
+        gradient = gradient.coalesce().values()
+    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 
 def _clear_gradients(optimizer: Optimizer) -> None:
@@ -148,8 +174,11 @@ def _rescale(state: TrainState, samples: int, weights: float | Tensor) -> None:
 
 def _clip(state: TrainState, clip: float) -> Tensor:
     """Clips as ``torch.nn.utils.clip_grad_norm_`` does, sparse gradients too; gives the norm before."""
-    norm = torch.nn.utils.get_total_norm(_dense_gradients(state))
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    held = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    # In the model's order, as clip_grad_norm_(model.parameters()) adds up: the order decides the last bits.
+    order = {id(p): place for place, p in enumerate(p for module in state.modules for p in module.parameters())}
+    parameters = sorted(held, key=lambda p: order.get(id(p), len(order)))
+    norm = torch.nn.utils.get_total_norm([_dense(p.grad) for p in parameters])
     torch.nn.utils.clip_grads_with_norm_([p for p in parameters if not p.grad.is_sparse], clip, norm)
     coefficient = torch.clamp(clip / (norm + 1e-6), max=1.0)  # the same formula, for what torch leaves out
     for p in parameters:

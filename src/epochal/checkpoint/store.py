@@ -59,8 +59,6 @@ class Checkpoints:
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Commits a checkpoint: written aside, synced, renamed into place; then the oldest ones are removed."""
         final = self.folder / f"step-{step:08d}"
-        if final.exists():
-            return final
         aside = self.folder / f".{final.name}.{os.getpid()}.tmp"
         try:
             aside.mkdir(parents=True)
@@ -70,6 +68,8 @@ class Checkpoints:
             manifest = {"format": FORMAT, "step": step, "files": {p.name: _facts(p) for p in sorted(aside.iterdir())}}
             replace_bytes(aside / "manifest.json", json.dumps(manifest, indent=1).encode())
             sync(aside)
+            if final.exists():  # the same step, later: an evaluation or a decision has come since
+                os.rename(final, aside.with_suffix(".old"))
             os.rename(aside, final)
             sync(self.folder)
         except OSError as error:
@@ -80,6 +80,7 @@ class Checkpoints:
             ) from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(aside.with_suffix(".old"), ignore_errors=True)
         for old in self.all()[: -self.keep]:
             shutil.rmtree(old)
         return final

@@ -28,7 +28,11 @@ def ls(folder: Annotated[Path, Parameter(help="Where the run folders are.")] = R
     if not folder.is_dir():
         fix = "name a folder of runs, or make a first one with epochal demo"
         raise RunFolderError("there is no such folder.", where=str(folder), fix=fix)
-    found = [_read(path) for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".") and path.name != "checkpoints"]
+    found = [
+        _read(path)
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and not path.name.startswith(".") and path.name != "checkpoints"
+    ]
     found.sort(key=lambda facts: facts["started"] or "")
     if json:
         print(text.dumps(found, indent=1))

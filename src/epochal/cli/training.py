@@ -47,7 +47,7 @@ def _trained(plan: Plan, folder: Path, files: Mapping[str, str]) -> Result:
             with suppress(EpochalError):  # what ended the run matters more than a picture that cannot be written
                 run.result.history.plot(folder / "results.png")
         if isinstance(error, KeyboardInterrupt) and run is not None:
-            error.add_note(f"{folder} holds what was trained so far; --run {folder} --set resume=true goes on from there")
+            error.add_note(f"{folder} holds what was trained so far")
         raise
     run.result.history.plot(folder / "results.png")
     return run.result

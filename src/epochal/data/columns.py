@@ -196,7 +196,9 @@ def _refuse_value(values: np.ndarray, row: int, name: str, where: str) -> None:
 
 
 def reason_to_drop(column: pl.Series, where: str) -> str | None:
-    """Why a column cannot teach anything, or None. Raises TableError for lists and the like."""
+    """Why a column cannot teach anything, or None. Raises TableError for lists, and for numbers with a few words."""
+    import polars as pl
+
     kind = kind_of(column)
     if kind not in (*LEARNABLE, "dates or times"):
         fix = "make it text or numbers, one value a row, or drop the column"
@@ -214,9 +216,11 @@ def reason_to_drop(column: pl.Series, where: str) -> str | None:
         return None
     different = known.n_unique()
     long = known.str.len_chars().to_numpy().mean() > 40 or known.str.count_matches(r"\S+").to_numpy().mean() > 6
-    if (spelled := known.cast(pl.Float64, strict=False)).null_count() < 0.1 * len(known) < len(known) - 1:
-        wrong = column[int((column.is_not_null() & column.cast(pl.Float64, strict=False).is_null()).arg_max())]
-        raise TableError("", where=where)
+    wrong = column.is_not_null() & column.str.strip_chars().cast(pl.Float64, strict=False).is_null()
+    if 0 < wrong.sum() <= 0.1 * len(known):
+        row = int(wrong.arg_max() or 0)
+        what = f"the column {column.name!r} holds numbers, but {column[row]!r} in row {row + 1}."
+        raise TableError(what, where=where, fix="mend the value, leave it empty, or leave the column out (--drop)")
     if long and (different > 20 or different == len(known)):  # a survey's few long answers are categories
         return "free text is not a category"
     if different == len(known) or different > max(MOST_CATEGORIES, len(known) / 2):

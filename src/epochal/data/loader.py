@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from itertools import count
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from epochal.data.order import AUGMENTATION, batch_indices, epoch_order
 from epochal.data.sources import Arrays, Samples, Source, Stream, open_source
-from epochal.errors import PlanError
+from epochal.errors import DataError, PlanError
 from epochal.runtime.seeding import derive, seeded
 
 
@@ -70,7 +70,7 @@ class Loader:
             device = self._arrays.tensors[0].device
             order = epoch_order(len(self._arrays), seed=self.seed, epoch=epoch, shuffle=self.shuffle).to(device)
             return map(self._arrays.take, batch_indices(order, self.batch_size, start))
-        self._epoch.number, self._epoch.start = epoch, start
+        self._epoch.number, self._epoch.start, self._epoch.seed = epoch, start, self.seed
         return iter(self._torch_loader)
 
 
@@ -98,7 +98,19 @@ class GivenLoader:
         for sampler in (self.loader.sampler, self.loader.batch_sampler):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
-        return islice(iter(self.loader), start, None)
+        number = -1
+        for number, batch in enumerate(self.loader):
+            if number >= start:
+                yield batch
+        sized = type(self.loader.batch_sampler) is BatchSampler and self.samples is not None
+        if sized and number + 1 < len(self.loader):
+            raise _ended_early(f"batch {number + 1} of {len(self.loader)} of the DataLoader")
+
+
+def _ended_early(where: str) -> DataError:
+    return DataError(
+        "the data ended before their end.", where=where, fix="look for a StopIteration that the data set lets out"
+    )
 
 
 class _Epoch:
@@ -131,7 +143,10 @@ class _Batches(Dataset):
         with seeded(seed):
             if isinstance(self.source, Arrays):
                 return self.source.take(torch.as_tensor(indices))
-            return self.source.take(indices)
+            try:
+                return self.source.take(indices)
+            except StopIteration as error:  # it would end the epoch without a word
+                raise _ended_early(f"samples {indices[0]} to {indices[-1]} of the data set") from error
 
 
 class _StreamedBatches(IterableDataset):

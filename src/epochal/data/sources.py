@@ -106,7 +106,7 @@ def open_source(data: Any, *, where: str, target: Sequence[str] = (), dtype: tor
     if isinstance(data, IterableDataset):
         return Stream(data)
     if type(data) is TensorDataset:
-        return _not_empty(Arrays(tuple(data.tensors)), where)
+        return _not_empty(Arrays(tuple(tensor.detach() for tensor in data.tensors)), where)
     if isinstance(data, Dataset):
         return _samples(data, where)
     if hasattr(data, "__array__"):

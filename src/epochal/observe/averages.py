@@ -26,7 +26,7 @@ class TrainAverages:
 
     def take(self) -> dict[str, Any]:
         """The means so far, by column name; a new row begins."""
-        found = {"loss": self.loss.compute(), **{name: mean.compute() for name, mean in self.values.items()}}
+        found = {**{name: mean.compute() for name, mean in self.values.items()}, "loss": self.loss.compute()}
         columns = {f"train_{name}": value for name, value in {**found, **self.stream.compute()}.items()}
         if self.skipped:
             columns["skipped"] = self.skipped

@@ -60,9 +60,9 @@ class BestSoFar:
             self.weights = [_snapshot(module.state_dict()) for module in self.modules]
         return True
 
-    def restore(self, step: int) -> bool:
-        """Puts the best weights back into the modules, unless ``step`` is already their step."""
-        if self.weights is None or self.best is None or self.best.step == step:
+    def restore(self) -> bool:
+        """Puts the best weights back into the modules, if there are any; True if they hold them now."""
+        if self.weights is None:
             return False
         for module, weights in zip(self.modules, self.weights, strict=True):
             module.load_state_dict(weights)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tomlkit
-from torch import nn
+from torch import Tensor, nn
 
 from epochal.checkpoint.files import replace_bytes, unwritable
 from epochal.checkpoint.weights import save_weights
@@ -31,6 +31,8 @@ class Recorder:
     def __init__(self, folder: str | Path, model: nn.Module, *, resume: bool = False):
         self.folder, self.model = Path(folder), model
         self._facts: dict[str, Any] = {}
+        self._rows: list[dict[str, Any]] = _rows_of(self.folder / "results.csv") if resume else []
+        self._columns: list[str] = list(self._rows[0]) if self._rows else []
         _claim(self.folder, resume)
 
     def __call__(self, event: Event) -> None:
@@ -39,7 +41,8 @@ class Recorder:
         elif isinstance(event, Evaluated):
             self._append({"event": "evaluated", **event.row, "best": event.is_best})
             self._append_row(event.row)
-            self._note(best=_plain_best(event.best))
+            if event.is_best:
+                self._note(best=_plain_best(event.best))
         elif isinstance(event, Saved):
             self._append({"event": "saved", "step": event.step, "path": event.path.name})
         elif isinstance(event, Ended):
@@ -55,7 +58,8 @@ class Recorder:
         )  # fmt: skip
 
     def _end(self, event: Ended) -> None:
-        save_weights(self.model.state_dict(), self.folder / "model.safetensors")
+        weights = {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
+        save_weights(weights, self.folder / "model.safetensors")  # any extra state is in the checkpoints
         ended = {**asdict(event), "reason": event.reason.name.lower(), "best": _plain_best(event.best)}
         self._append({"event": "ended", **ended})
         self._note(status="ended", **ended)
@@ -69,21 +73,19 @@ class Recorder:
             file.write(json.dumps(_strict(entry)) + "\n")
 
     def _append_row(self, row: Row) -> None:
-        """Adds a line to results.csv; a row with a new column rewrites the file with all columns."""
-        path = self.folder / "results.csv"
+        """Adds a line to results.csv; a row with a new column writes the file anew, with all columns."""
         row = {name: value for name, value in row.items() if not isinstance(value, list)}
-        old = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
-        columns = list(old[0]) if old else list(row)
-        if set(row) <= set(columns) and old:
+        self._rows.append(row)
+        if set(row) <= set(self._columns):
             with self._open("results.csv", "a") as file:
-                csv.DictWriter(file, columns, lineterminator="\n").writerow(row)
+                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
             return
-        columns += [name for name in row if name not in columns]
+        self._columns += [name for name in row if name not in self._columns]
         text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*old, row])
-        replace_bytes(path, text.getvalue().encode())
+        writer.writerows(self._rows)
+        replace_bytes(self.folder / "results.csv", text.getvalue().encode())
 
     def _open(self, name: str, mode: str) -> Any:
         try:
@@ -112,6 +114,13 @@ def _claim(folder: Path, resume: bool) -> None:
             where=f"{folder}: {', '.join(held[:4])}{' ...' if len(held) > 4 else ''}",
             fix="choose another name for the run, or continue this one with resume=True (--set resume=true)",
         )
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _plain_best(best: Best | None) -> dict[str, Any] | None:

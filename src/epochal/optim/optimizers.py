@@ -40,7 +40,7 @@ def build(
     Raises ModelError if no parameter requires a gradient, UnknownNameError, or PlanError if the optimizer
     belongs to another model.
     """
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    parameters = list(dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad))
     if not parameters:
         raise ModelError(
             "the model has no parameter to train.",
