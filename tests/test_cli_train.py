@@ -293,7 +293,10 @@ def test_no_recipe(command):
             "UnknownNameError: 'mze' is not a known loss.\n  where: loss='mze'\n  fix:   did you mean 'mse'?",
         ),
         (["--set", "observers=console"], "PlanError: observers are functions that take an event.\n"),
-        (["--epocs", "3"], "PlanError: Unknown option: --epocs. Did you mean --epochs?\n  where: epochal train digits.py\n"),
+        (
+            ["--epocs", "3"],
+            "PlanError: Unknown option: --epocs. Did you mean --epochs?\n  where: epochal train digits.py\n",
+        ),
         (["--hidden", "3"], "PlanError: Unknown option: --hidden.\n"),
     ],
 )

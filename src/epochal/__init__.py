@@ -12,7 +12,20 @@ if TYPE_CHECKING:
     from epochal.checkpoint.store import Saving as Saving
     from epochal.data.loader import Loader as Loader
     from epochal.data.window import Window as Window
+    from epochal.errors import CheckpointError as CheckpointError
+    from epochal.errors import DataError as DataError
     from epochal.errors import EpochalError as EpochalError
+    from epochal.errors import FileError as FileError
+    from epochal.errors import LossError as LossError
+    from epochal.errors import LossShapeError as LossShapeError
+    from epochal.errors import MissingPackageError as MissingPackageError
+    from epochal.errors import ModelError as ModelError
+    from epochal.errors import NonFiniteError as NonFiniteError
+    from epochal.errors import PlanError as PlanError
+    from epochal.errors import RecipeError as RecipeError
+    from epochal.errors import RunFolderError as RunFolderError
+    from epochal.errors import TableError as TableError
+    from epochal.errors import UnknownNameError as UnknownNameError
     from epochal.events import Ended as Ended
     from epochal.events import Evaluated as Evaluated
     from epochal.events import Saved as Saved
@@ -38,18 +51,29 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CheckpointError": "errors",
     "Console": "observe.console",
+    "DataError": "errors",
     "EarlyStopping": "observe.early_stopping",
     "Ended": "events",
     "EpochalError": "errors",
     "Evaluated": "events",
+    "FileError": "errors",
     "History": "report.history",
     "Loader": "data.loader",
     "Loss": "protocols",
+    "LossError": "errors",
+    "LossShapeError": "errors",
     "Metric": "metrics.metric",
+    "MissingPackageError": "errors",
+    "ModelError": "errors",
+    "NonFiniteError": "errors",
     "Plan": "plan",
+    "PlanError": "errors",
+    "RecipeError": "errors",
     "Result": "result",
     "Run": "run",
+    "RunFolderError": "errors",
     "Saved": "events",
     "Saving": "checkpoint.store",
     "Schedule": "optim.schedules",
@@ -58,7 +82,9 @@ _HOMES = {
     "StepResult": "protocols",
     "Stop": "events",
     "StopReason": "events",
+    "TableError": "errors",
     "TrainState": "state",
+    "UnknownNameError": "errors",
     "Window": "data.window",
     "evaluate": "result",
     "fit": "plan",

@@ -64,6 +64,8 @@ def _rebuild(kind: type[EpochalError], what: str, where: str | None, fix: str | 
 
 
 class PlanError(EpochalError):
+    """An option of the plan cannot be right; ``mistakes`` lists them where there are several."""
+
     exit_code = 2
     mistakes: Sequence[EpochalError] = ()
 
@@ -80,6 +82,8 @@ class PlanError(EpochalError):
 
 
 class UnknownNameError(PlanError):
+    """A name that is not among the known ones."""
+
     @classmethod
     def of_name(cls, kind: str, given: object, known: Iterable[str], *, where: str | None = None) -> UnknownNameError:
         """Names the nearest known name and lists all of them."""
@@ -90,47 +94,49 @@ class UnknownNameError(PlanError):
 
 
 class DataError(EpochalError):
-    pass
+    """The data are empty, ragged, of the wrong type, or cannot be read."""
 
 
 class TableError(DataError):
-    pass
+    """A table, or a column of it, cannot be used."""
 
 
 class ModelError(EpochalError):
-    pass
+    """The model and what it was given do not fit together."""
 
 
 class LossError(EpochalError):
-    pass
+    """The loss cannot be computed, or is not a mean."""
 
 
 class LossShapeError(LossError):
-    pass
+    """Outputs and targets have different shapes."""
 
 
 class NonFiniteError(EpochalError):
+    """A NaN or an infinity reached the loss or the gradients."""
+
     exit_code = 3
 
 
 class CheckpointError(EpochalError):
-    pass
+    """A file of weights or a checkpoint cannot be read, or belongs to something else."""
 
 
 class FileError(EpochalError):
-    pass
+    """A file cannot be written."""
 
 
 class RunFolderError(EpochalError):
-    pass
+    """The run folder cannot be used."""
 
 
 class RecipeError(EpochalError):
-    pass
+    """A recipe raised, or does not define ``plan``."""
 
 
 class MissingPackageError(EpochalError):
-    pass
+    """An optional package is needed and not installed."""
 
 
 class Mistakes:

@@ -121,6 +121,8 @@ class Scheduled:
         if self._warmup:
             self._warmup.load_state_dict(state["warmup"])
         self._steps = state["steps"]
+        if self._steps:  # the updates were made in another process; torch would warn that there were none
+            self.scheduler.optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def build(schedule: Any, optimizer: Optimizer, *, epochs: int | None, steps: int | None, mode: str) -> Scheduled:
