@@ -185,9 +185,10 @@ def fit(*arguments: Any, **options: Any) -> Result:
     Data
         batch_size (32), shuffle (True for ``train``), workers (0), target: for epochal's own loader.
     What is seen
-        metrics: ``accuracy top5 precision recall f1 confusion mae mse rmse r2``, ``f(outputs, targets)``,
-        ``epochal.Metric`` or a torchmetrics metric. evaluate_every: ``"1 epoch"``, ``"500 steps"``. observers:
-        callables that take an event and may answer ``Stop``; by default the console, ``()`` for silence.
+        metrics: ``accuracy top5 precision recall f1 confusion mae mse rmse r2``, ``f(outputs, targets)`` (its
+        mean over batches, weighted by samples), ``epochal.Metric`` or a torchmetrics metric. evaluate_every:
+        ``"1 epoch"``, ``"500 steps"``. observers: callables that take an event and may answer ``Stop``; by
+        default the console, ``()`` for silence.
     Where
         device (``"auto"``), precision (``fp32 bf16 fp16``), compile, strategy. seed: seeds python, numpy and
         torch at the start. run: a folder for everything; resume: continue it; save: ``epochal.Saving(...)``.

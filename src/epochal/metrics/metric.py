@@ -29,8 +29,9 @@ class Metric:
     merge: two vectors -> a new one, in any order: over batches, devices and processes.
 
     >>> def bias_sums(outputs, targets):
-    ...     return with_count((outputs - targets).double().sum(), targets.numel())
-    >>> bias = Metric("bias", bias_sums, ratio)
+    ...     errors = (outputs - targets).double()
+    ...     return torch.stack([errors.sum(), torch.ones_like(errors).sum()])
+    >>> bias = Metric("bias", bias_sums, value=lambda sums: float(sums[0] / sums[1]))
     >>> bias.value(bias.sums(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 2.0])))
     0.5
     """

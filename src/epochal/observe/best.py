@@ -18,8 +18,8 @@ from epochal.events import Best, Row
 def improves(value: float, best: float | None, *, mode: str = "min", min_delta: float = 0.0) -> bool:
     """Whether ``value`` is a new best: not worse than ``best`` once ``min_delta`` is taken off it.
 
-    The rule of the seed's early stopping: a value equal to the best one counts as an improvement when
-    ``min_delta`` is 0. A NaN never does.
+    The rule of the early stopping on PyTorch's training page: a value equal to the best one counts as an
+    improvement when ``min_delta`` is 0. A NaN never does.
 
     >>> improves(0.5, None), improves(0.5, 0.5), improves(0.49, 0.5, min_delta=0.1), improves(float("nan"), None)
     (True, True, False, False)

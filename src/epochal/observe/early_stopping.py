@@ -1,4 +1,4 @@
-"""Early stopping, with the semantics of the seed."""
+"""Early stopping, with the rule of PyTorch's training page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from epochal.observe.best import improves
 class EarlyStopping:
     """Stops after ``patience`` evaluations in a row without a new best.
 
-    In a run it is an observer. Alone, it is called with a value, as in the seed:
+    In a run it is an observer. Alone, it is called with a value, as on that page:
 
     >>> stopping = EarlyStopping(patience=2)
     >>> for loss in (1.0, 0.9, 0.95, 0.91):

@@ -64,13 +64,13 @@ def draw(rows: Sequence[Row], *, best: Best | None = None, title: str | None = N
 
     The best epoch is a line through every panel and a dot on the monitored curve; the learning rate has
     an axis of its own on the loss panel. With several rows an epoch the epochs are fractional. A nan
-    leaves a gap. Of what is not a number only the last confusion matrix (rows: targets, columns:
+    leaves a gap. Of what is not a number only one confusion matrix, of the best epoch (rows: targets, columns:
     predictions) is drawn. 150 dots an inch.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    panels, confusion, x = _panels(rows), _last_confusion(rows), _places(rows)
+    panels, confusion, x = _panels(rows), _confusion(rows, best), _places(rows)
     count = max(1, len(panels) + (confusion is not None))
     across = min(count, PANELS_IN_A_ROW)
     down = math.ceil(count / across)
@@ -238,8 +238,9 @@ def _put_legend(axes: Axes, more: Sequence[Any] = ()) -> None:
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=len(handles))
 
 
-def _last_confusion(rows: Sequence[Row]) -> tuple[str, list[list[float]]] | None:
-    """The title and the counts of the last confusion matrix, that of val where there is one."""
+def _confusion(rows: Sequence[Row], best: Best | None) -> tuple[str, list[list[float]]] | None:
+    """The title and the counts of the best epoch's confusion matrix, or the last; that of val where there is one."""
+    rows = [row for row in rows if best and row.get("step") == best.step] or rows
     found = [(name, row) for row in rows for name in row if name.endswith("confusion") and isinstance(row[name], list)]
     if not found:
         return None
