@@ -419,3 +419,18 @@ def test_a_table_trains_a_model_in_the_unit_of_its_target():
     predicted = result.predict(frame)
     assert 120 < predicted.mean() < 180
     assert result.history.rows[-1]["val_mae"] == pytest.approx(result.history.val_loss[-1], rel=1e-5)
+
+
+def test_rows_of_numbers_are_predicted_one_by_one():
+    X, y = line()
+    result = epochal.fit(nn.Linear(1, 1), (X, y), loss="mse", epochs=1, **QUIET)
+    assert torch.equal(result.predict([[0.1], [0.2], [0.3]]), result.predict(torch.tensor([[0.1], [0.2], [0.3]])))
+
+
+def test_a_stream_that_knows_its_length_can_have_a_schedule():
+    class Sized(Stream):
+        def __len__(self):
+            return 70
+
+    result = epochal.fit(nn.Linear(64, 10), Sized(), loss="cross_entropy", schedule="linear", epochs=2, **QUIET)
+    assert result.history.rows[-1]["lr"] == pytest.approx(0)

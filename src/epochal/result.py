@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -85,6 +86,8 @@ class Setting:
     dtype: torch.dtype | None = None
 
     def predict(self, data: Any, batch_size: int | None = None) -> Any:
+        if isinstance(data, list) and data and isinstance(data[0], list):
+            data = np.asarray(data)  # rows of numbers; a list of arrays would be columns
         return loop.predict(
             self.forward,
             self._batches(data, batch_size, with_targets=False),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from epochal.errors import LossError, NonFiniteError
@@ -46,8 +47,9 @@ class Update:
         self._moves = devices.moves(device)
         # torch's own losses give a gradient of 0 where nothing is counted; what a user divides by is not known.
         self._divides_by_itself = isinstance(objective, Custom)
-        self._homes: list[tuple[dict[str, Any], str]] | None = None  # where the buffers are, looked up once
-        self._buffers: list[Tensor] = []
+        self._homes: list[tuple[dict[str, Any], str, bool]] | None = None  # where the buffers are, looked up once
+        self._buffers: dict[int, Tensor] = {}
+        self._versions: dict[int, tuple[int, int]] = {}
         self._one, self._found = torch.ones((), device=device), torch.zeros((), device=device)
 
     def __call__(self, state: TrainState, window: Window) -> StepResult:
@@ -96,24 +98,27 @@ class Update:
         return math.isfinite(loss.item()) and self._found.item() == 0.0
 
     def _keep_buffers(self, state: TrainState) -> None:
-        """Copies the running statistics, which a forward pass moves before anything can be said of its batch."""
+        """Copies the running statistics, which a forward pass moves before anything can be said of its batch.
+
+        What never changes (masks, tables) is copied once: a change shows in the version of a tensor. Only batch
+        norm's kernels move theirs without a new version.
+        """
         if self._homes is None:
             parts = [part for module in state.modules for part in module.modules()]
-            places = [(part._buffers, name) for part in parts for name in part._buffers]
-            self._homes = [(home, name) for home, name in places if home[name] is not None]
-        if not self._homes:
-            return
-        buffers = [home[name] for home, name in self._homes]
-        if [buffer.shape for buffer in buffers] == [buffer.shape for buffer in self._buffers]:
-            torch._foreach_copy_(self._buffers, buffers)
-        else:
-            self._buffers = [buffer.detach().clone() for buffer in buffers]
+            places = [(part._buffers, name, isinstance(part, _NormBase)) for part in parts for name in part._buffers]
+            self._homes = [place for place in places if place[0][place[1]] is not None]
+        with torch.no_grad():
+            for number, (home, name, always) in enumerate(self._homes):
+                version = (id(home[name]), home[name]._version)
+                if always or self._versions.get(number) != version:
+                    self._buffers[number], self._versions[number] = home[name].clone(), version
 
     def _not_finite(self, state: TrainState, loss: Tensor, weights: float | Tensor) -> StepResult:
         self._found.zero_()
         with torch.no_grad():
-            for (home, name), before in zip(self._homes or (), self._buffers):
-                home[name].copy_(before)
+            for number, (home, name, always) in enumerate(self._homes or ()):
+                if always or self._versions[number] != (id(home[name]), home[name]._version):
+                    home[name].copy_(self._buffers[number])
         nothing_counted = not weights  # all targets ignored, say: the mean over nothing is not a number
         if not self.skip_nonfinite and not nothing_counted:
             raise _non_finite(state, loss)

@@ -56,8 +56,10 @@ class Loader:
 
     @property
     def samples(self) -> int | None:
-        """How many samples an epoch has; None for a stream."""
-        return None if isinstance(self.source, Stream) else len(self.source)
+        """How many samples an epoch has; None for a stream that does not say."""
+        if isinstance(self.source, Stream):
+            return len(self.source.dataset) if hasattr(self.source.dataset, "__len__") else None
+        return len(self.source)
 
     def __len__(self) -> int:
         if self.samples is None:
