@@ -267,3 +267,72 @@ def test_saving_by_default_takes_a_small_share_of_the_time(tmp_path):
     epochal.fit(nn.Linear(4, 1), (X, Y), loss="mse", epochs=20, run="s", save="1 epoch", **QUIET)
     events = [json.loads(line) for line in (tmp_path / "s/metrics.jsonl").read_text().splitlines()]
     assert sum(event["event"] == "saved" for event in events) == 21
+
+
+class Restless(nn.Module):
+    """Buffers that do what buffers can: be assigned anew, change their shape, vanish."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(1))
+        self.register_buffer("gone", torch.ones(2))
+        self.register_buffer("mask", torch.ones(3))
+        with torch.inference_mode():
+            self.register_buffer("frozen", torch.ones(2))
+
+    def forward(self, x):
+        y = self.layer(x)
+        for _ in range(3):
+            self.mean = 0.5 * self.mean + 0.5 * y.detach().mean()
+        self.last = y.detach().flatten()
+        self.gone = None
+        return y
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_buffers_of_every_kind_are_put_back(accumulate):
+    bad = X.clone()
+    bad[25] = torch.nan
+    model = Restless()
+    given = {**QUIET, "shuffle": False, "accumulate": accumulate, "batch_size": 8}
+    result = epochal.fit(model, (bad, Y), loss="mse", nonfinite="skip", epochs=2, **given)
+    assert result.history.rows[0]["skipped"] == 1
+    assert torch.isfinite(model.mean) and torch.isfinite(model.last).all()
+    assert torch.equal(model.mask, torch.ones(3))
+
+
+def test_a_sampler_may_give_less_than_its_length():
+    class Short(torch.utils.data.Sampler):
+        def __len__(self):
+            return 40
+
+        def __iter__(self):
+            return iter(range(20))
+
+    loader = DataLoader(TensorDataset(X, Y), batch_size=10, sampler=Short())
+    result = epochal.fit(nn.Linear(4, 1), loader, loss="mse", epochs=2, observers=())
+    assert [row["step"] for row in result.history] == [2, 4]
+
+
+def test_chained_streams():
+    class Some(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(zip(X[:20], Y[:20]))
+
+    result = epochal.fit(nn.Linear(4, 1), Some() + Some(), loss="mse", epochs=1, **QUIET)
+    assert result.history.rows[0]["step"] == 4
+
+
+def test_results_are_not_doubled_when_a_run_goes_on(tmp_path):
+    def stopping(event):
+        if isinstance(event, epochal.Evaluated) and event.row["epoch"] == 9:
+            raise ValueError("enough")
+
+    given = {"loss": "mse", "epochs": 12, "run": "r", "batch_size": 10, "seed": 0}
+    with pytest.raises(ValueError, match="enough"):
+        epochal.fit(nn.Linear(4, 1), (X, Y), observers=[stopping], **given)
+    epochal.fit(nn.Linear(4, 1), (X, Y), observers=(), resume=True, **given)
+    lines = (tmp_path / "r/results.csv").read_text().splitlines()
+    assert [int(line.split(",")[0]) for line in lines[1:]] == list(range(1, 13))

@@ -56,7 +56,8 @@ class Started:
 
     ``facts`` are the lines of the header, label to text, in order; ``config`` is the plan as resolved
     (only strings, numbers, booleans and lists); ``epochs`` and ``steps`` are how many are planned,
-    None where that is not known; ``done`` is how many epochs were done before (after a resume).
+    None where that is not known; ``done`` and ``step`` are how many epochs and updates were done before (after a
+    resume).
     """
 
     facts: Mapping[str, str]
@@ -66,6 +67,7 @@ class Started:
     monitor: str
     run: Path | None = None
     done: int = 0
+    step: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -86,6 +86,7 @@ class Run:
         """The whole run, in the order in which things happen."""
         state, progress = self.state, self.state.progress
         self._begin()
+        self.started = replace(self.started, done=progress.epoch, step=progress.step)
         yield self._tell(self.started)
         if progress.windows and self._evaluation_is_due(at_epoch_end=False):
             yield self._tell(self._evaluate())  # the state was taken between a step and its evaluation

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from epochal.buffers import Buffers
 from epochal.errors import LossError, NonFiniteError
 from epochal.objective import Custom, Objective, relocate
 from epochal.protocols import StepResult
@@ -47,14 +47,15 @@ class Update:
         self._moves = devices.moves(device)
         # torch's own losses give a gradient of 0 where nothing is counted; what a user divides by is not known.
         self._divides_by_itself = isinstance(objective, Custom)
-        self._homes: list[tuple[dict[str, Any], str, bool]] | None = None  # where the buffers are, looked up once
-        self._buffers: dict[int, Tensor] = {}
-        self._versions: dict[int, tuple[int, int]] = {}
+        self._buffers: Buffers | None = None
+        self._order: dict[int, int] = {}  # the place of each parameter in the model
         self._one, self._found = torch.ones((), device=device), torch.zeros((), device=device)
 
     def __call__(self, state: TrainState, window: Window) -> StepResult:
         _clear_gradients(state.optimizer)
-        self._keep_buffers(state)
+        if self._buffers is None:
+            self._buffers = Buffers(state.modules)
+        self._buffers.keep()
         alone = len(window.batches) == 1
         total: Any = 0.0
         seen, weights = [], 0.0
@@ -84,7 +85,7 @@ class Update:
             _rescale(state, window.samples, weights)
         if not self._is_finite(state, total):
             return self._not_finite(state, total, weights)
-        norm = None if self.clip is None else _clip(state, self.clip)
+        norm = None if self.clip is None else self._clip(state, self.clip)
         return StepResult(total, weights, seen, grad_norm=norm, applied=self._move_weights(state))
 
     def _is_finite(self, state: TrainState, loss: Tensor) -> bool:
@@ -97,34 +98,34 @@ class Update:
             torch._amp_foreach_non_finite_check_and_unscale_(_dense_gradients(state), self._found, self._one)
         return math.isfinite(loss.item()) and self._found.item() == 0.0
 
-    def _keep_buffers(self, state: TrainState) -> None:
-        """Copies the running statistics, which a forward pass moves before anything can be said of its batch.
-
-        What never changes (masks, tables) is copied once: a change shows in the version of a tensor. Only batch
-        norm's kernels move theirs without a new version.
-        """
-        if self._homes is None:
-            parts = [part for module in state.modules for part in module.modules()]
-            places = [(part._buffers, name, isinstance(part, _NormBase)) for part in parts for name in part._buffers]
-            self._homes = [place for place in places if place[0][place[1]] is not None]
-        with torch.no_grad():
-            for number, (home, name, always) in enumerate(self._homes):
-                version = (id(home[name]), home[name]._version)
-                if always or self._versions.get(number) != version:
-                    self._buffers[number], self._versions[number] = home[name].clone(), version
-
     def _not_finite(self, state: TrainState, loss: Tensor, weights: float | Tensor) -> StepResult:
         self._found.zero_()
-        with torch.no_grad():
-            for number, (home, name, always) in enumerate(self._homes or ()):
-                if always or self._versions[number] != (id(home[name]), home[name]._version):
-                    home[name].copy_(self._buffers[number])
+        if self._buffers is not None:
+            self._buffers.put_back()
         nothing_counted = not weights  # all targets ignored, say: the mean over nothing is not a number
         if not self.skip_nonfinite and not nothing_counted:
             raise _non_finite(state, loss)
         if state.scaler is not None:
             state.scaler.update()
         return StepResult(loss, weight=0.0, applied=False)
+
+    def _clip(self, state: TrainState, clip: float) -> Tensor:
+        """Clips as ``torch.nn.utils.clip_grad_norm_`` does, sparse gradients too; gives the norm before.
+
+        In the model's order, as ``clip_grad_norm_(model.parameters())`` adds up: it decides the last bits.
+        """
+        if not self._order:
+            every = (p for module in state.modules for p in module.parameters())
+            self._order = {id(p): place for place, p in enumerate(every)}
+        held = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = sorted(held, key=lambda p: self._order.get(id(p), len(self._order)))
+        norm = torch.nn.utils.get_total_norm([_dense(p.grad) for p in parameters])
+        torch.nn.utils.clip_grads_with_norm_([p for p in parameters if not p.grad.is_sparse], clip, norm)
+        coefficient = torch.clamp(clip / (norm + 1e-6), max=1.0)  # the same formula, for what torch leaves out
+        for p in parameters:
+            if p.grad.is_sparse:
+                p.grad.mul_(coefficient)
+        return norm
 
     def _move_weights(self, state: TrainState) -> bool:
         if state.scaler is None:
@@ -175,21 +176,6 @@ def _rescale(state: TrainState, samples: int, weights: float | Tensor) -> None:
     factor = samples / (weights.double() if isinstance(weights, Tensor) else weights)
     for gradient in _gradients(state):
         gradient.mul_(factor)
-
-
-def _clip(state: TrainState, clip: float) -> Tensor:
-    """Clips as ``torch.nn.utils.clip_grad_norm_`` does, sparse gradients too; gives the norm before."""
-    held = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
-    # In the model's order, as clip_grad_norm_(model.parameters()) adds up: the order decides the last bits.
-    order = {id(p): place for place, p in enumerate(p for module in state.modules for p in module.parameters())}
-    parameters = sorted(held, key=lambda p: order.get(id(p), len(order)))
-    norm = torch.nn.utils.get_total_norm([_dense(p.grad) for p in parameters])
-    torch.nn.utils.clip_grads_with_norm_([p for p in parameters if not p.grad.is_sparse], clip, norm)
-    coefficient = torch.clamp(clip / (norm + 1e-6), max=1.0)  # the same formula, for what torch leaves out
-    for p in parameters:
-        if p.grad.is_sparse:
-            p.grad.mul_(coefficient)
-    return norm
 
 
 def _detached(value: Any) -> Any:

@@ -73,6 +73,8 @@ class Checkpoints:
             os.rename(aside, final)
             sync(self.folder)
         except OSError as error:
+            if not final.exists() and aside.with_suffix(".old").exists():
+                os.rename(aside.with_suffix(".old"), final)
             raise CheckpointError(
                 f"the checkpoint cannot be written: {error.strerror or error}.",
                 where=str(final),

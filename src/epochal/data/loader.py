@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from epochal.data.order import AUGMENTATION, batch_indices, epoch_order
 from epochal.data.sources import Arrays, Samples, Source, Stream, open_source
@@ -58,7 +58,10 @@ class Loader:
     def samples(self) -> int | None:
         """How many samples an epoch has; None for a stream that does not say."""
         if isinstance(self.source, Stream):
-            return len(self.source.dataset) if hasattr(self.source.dataset, "__len__") else None
+            try:
+                return len(self.source.dataset)
+            except (TypeError, NotImplementedError):
+                return None
         return len(self.source)
 
     def __len__(self) -> int:
@@ -104,7 +107,9 @@ class GivenLoader:
         for number, batch in enumerate(self.loader):
             if number >= start:
                 yield batch
-        sized = type(self.loader.batch_sampler) is BatchSampler and self.samples is not None
+        # Only torch's own parts are sure to have the length that they tell.
+        plain = type(self.loader).__iter__ is DataLoader.__iter__ and type(self.loader.batch_sampler) is BatchSampler
+        sized = plain and type(self.loader.sampler) in (SequentialSampler, RandomSampler) and self.samples is not None
         if sized and number + 1 < len(self.loader):
             raise _ended_early(f"batch {number + 1} of {len(self.loader)} of the DataLoader")
 

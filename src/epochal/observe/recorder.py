@@ -41,7 +41,7 @@ class Recorder:
         elif isinstance(event, Evaluated):
             self._append({"event": "evaluated", **event.row, "best": event.is_best})
             self._append_row(event.row)
-            if event.is_best:
+            if event.is_best or self._facts.get("best") is None:
                 self._note(best=_plain_best(event.best))
         elif isinstance(event, Saved):
             self._append({"event": "saved", "step": event.step, "path": event.path.name})
@@ -51,7 +51,11 @@ class Recorder:
     def _start(self, event: Started) -> None:
         if not (self.folder / "config.toml").exists():  # a run that is continued keeps the record of its start
             replace_bytes(self.folder / "config.toml", tomlkit.dumps(dict(event.config)).encode())
-        self._append({"event": "started", "done": event.done})
+        self._append({"event": "started", "done": event.done, "step": event.step})
+        kept = [row for row in self._rows if int(row["step"]) <= event.step]
+        if len(kept) < len(self._rows):  # evaluations after the checkpoint will be made again
+            self._rows = kept
+            self._write_rows()
         self._note(
             status="running", started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), reason=None, best=None,
             monitor=event.monitor, seed=event.config.get("seed"), header=dict(event.facts), environment=environment(),
@@ -81,6 +85,9 @@ class Recorder:
                 csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
             return
         self._columns += [name for name in row if name not in self._columns]
+        self._write_rows()
+
+    def _write_rows(self) -> None:
         text = io.StringIO()
         writer = csv.DictWriter(text, self._columns, lineterminator="\n")
         writer.writeheader()
