@@ -48,7 +48,7 @@ VARIANTS = {
     "cosine with warm-up": lambda: {"schedule": epochal.Schedule("cosine", warmup=3)},
     "onecycle": lambda: {"schedule": "onecycle"},
     "a step an epoch": lambda: {"schedule": epochal.Schedule("step", step_size=1)},
-    "early stopping": lambda: {"patience": 2, "lr": 0.5},
+    "early stopping": lambda: {"early_stopping": epochal.EarlyStopping(patience=2, min_delta=100.0), "epochs": 5},
     "accumulation": lambda: {"accumulate": 2},
     "fp16": lambda: {"precision": "fp16"},
     "bf16 and clipping": lambda: {"precision": "bf16", "clip": 0.1},
