@@ -38,13 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exception(error.__cause__ or error)
         print(error.describe(), file=sys.stderr)
         return error.exit_code
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(f"FileError: stdout cannot be written: {error.strerror}.", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # stdout's: a file's is a FileError
+            print(f"FileError: stdout cannot be written: {error.strerror}.", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         traceback.print_exc()
         print(UNEXPECTED, file=sys.stderr)
         return 1
