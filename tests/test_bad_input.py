@@ -123,7 +123,7 @@ LossError: the loss is a float, not a tensor.
   fix:   return the scalar tensor itself, not its .item()"""),
     case(net(), (X, Y), loss=lambda outputs, targets: (outputs.detach() - targets).mean(), text="""
 LossError: the loss does not depend on any parameter that can be trained.
-  where: step 0; loss.requires_grad is False
+  where: step 0, batch 0 of train; loss.requires_grad is False
   fix:   do not detach() the outputs, and do not compute the loss under torch.no_grad()"""),
     case(net(), (X, Y), loss=nn.MSELoss(reduction="sum"), text="""
 LossError: the loss gives a sum and not the mean.
@@ -142,9 +142,9 @@ PlanError: there is nothing to minimise.
   where: loss=None, objective=None
   fix:   give loss="mse", loss="cross_entropy", a function f(outputs, targets), or objective=f(model, batch)"""),
     case(net(), (torch.where(X > 2, torch.nan, X), Y), **MSE, shuffle=False, text="""
-NonFiniteError: the loss is not finite; the weights were not touched.
-  where: step 0, epoch 1, batch 0; loss nan, gradient norm nan, lr 0.001
-  fix:   look for NaN in the data, lower lr, set clip=1.0, or use nonfinite="skip\""""),
+NonFiniteError: the inputs hold a value that is not finite; the weights were not touched.
+  where: step 0, epoch 1, batch 0; rows 4, 5, 6, 8, 27; loss nan, gradient norm nan, lr 0.001
+  fix:   mend or leave out these rows, or use nonfinite="skip\""""),
     # the model
     case(net(), ((X * 10).long(), Y), **MSE, text="""
 ModelError: integer inputs reach a layer whose weights are float32.
@@ -307,8 +307,8 @@ def test_a_run_folder_is_never_overwritten(tmp_path):
         epochal.fit(net(), (X, Y), **given)
     assert caught.value.describe() == (
         "RunFolderError: the run folder is not empty, and a run is never overwritten.\n"
-        "  where: runs/x: checkpoints, config.toml, metrics.jsonl, model.safetensors ...\n"
-        "  fix:   choose another name for the run, or continue this one with resume=True (--set resume=true)"
+        "  where: runs/x: checkpoints, config.toml, journal.jsonl, metrics.jsonl ...\n"
+        "  fix:   choose another name for the run, or continue this one with resume=True (epochal resume runs/x)"
     )
     assert before == {path: path.read_bytes() for path in (tmp_path / "runs/x").rglob("*") if path.is_file()}
 
@@ -365,8 +365,9 @@ def test_nothing_written_before_is_lost_when_training_fails(tmp_path):
 
     with pytest.raises(epochal.EpochalError, match="not finite"):
         epochal.fit(
-            net(), (bad, Y), objective=objective, epochs=9, observers=(), run="runs/x", save="1 epoch", shuffle=False
-        )
+            net(), (bad, Y), objective=objective, epochs=9, observers=(), run="runs/x", shuffle=False,
+            save=epochal.Saving("1 epoch", share=None),
+        )  # fmt: skip
     folder = tmp_path / "runs/x"
     rows = (folder / "results.csv").read_text().splitlines()
     assert len(rows) == 1 + 3

@@ -29,12 +29,13 @@ import sys
 from epochal.__main__ import main
 from epochal.cli import COMMANDS
 commands = (["--help"], ["--version"], [], ["fit", "--help"], ["demo", "--help"], ["predict", "--help"],
-            ["train", "--help"], ["runs", "ls"], ["runs", "show", "runs/x-1"], ["config", "show"])
+            ["train", "--help"], ["resume", "--help"], ["export", "--help"],
+            ["runs", "ls"], ["runs", "show", "runs/x-1"], ["config", "show"])
 print([main(command) for command in commands], file=sys.stderr)
 print([name for name in ("torch", "polars", "matplotlib") if name in sys.modules], file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stderr == "[0, 0, 0, 0, 0, 0, 0, 0, 0, 0]\n[]\n"
+    assert done.stderr == "[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]\n[]\n"
 
 
 def test_help_has_one_line_for_each_command(command, monkeypatch):
@@ -49,15 +50,19 @@ Usage: epochal COMMAND
 The complete training loop for PyTorch.
 
 ╭─ Commands ───────────────────────────────────────────────────────────────────╮
-│ demo         Train a small network on handwritten digits, in seconds.        │
-│ fit          Train a network on a table, from a file to a run folder.        │
-│ predict      Predict the target of a run of fit for new rows.                │
-│ eval         Measure a run of fit on a table with the target.                │
-│ train        Train what a recipe plans: plan(...) in a Python file.          │
-│ runs         List run folders, or show one.                                  │
-│ config       Show what a command would run with.                             │
-│ --help (-h)  Display this message and exit.                                  │
-│ --version    Display application version.                                    │
+│ demo               Train a small network on handwritten digits, in seconds.  │
+│ fit                Train a network on a table, from a file to a run folder.  │
+│ predict            Predict the target of a run of fit for new rows.          │
+│ eval               Measure a run of fit on a table with the target.          │
+│ train              Train what a recipe plans: plan(...) in a Python file.    │
+│ resume             Go on with an interrupted run, or train one further.      │
+│ verify-resume      Prove that a recipe can be killed and resumed to the bit. │
+│ export             Write the weights of a run as one file.                   │
+│ import-checkpoint  Begin a run folder with the weights of a .pt file.        │
+│ runs               List run folders, or show one.                            │
+│ config             Show what a command would run with.                       │
+│ --help (-h)        Display this message and exit.                            │
+│ --version          Display application version.                              │
 ╰──────────────────────────────────────────────────────────────────────────────╯
 
 A flag --some-flag can also be given as EPOCHAL_SOME_FLAG in the environment, or
@@ -93,7 +98,8 @@ def test_version(command):
         (
             ["fti"],
             """\
-PlanError: Unknown command "fti". Did you mean "fit"? Available commands: demo, fit, predict, eval, train, runs, config.
+PlanError: Unknown command "fti". Did you mean "fit"? Available commands: demo, fit, predict, eval, train, resume, \
+verify-resume, export, ...
   where: epochal
   fix:   epochal --help shows what can be given
 """,
@@ -280,9 +286,9 @@ def test_demo_reads_digits_in_well_under_a_minute(tmp_path):
     assert time.monotonic() - began < 60
     assert done.returncode == 0, done.stderr
 
-    files = "checkpoints/, config.toml, metrics.jsonl, model.safetensors, results.csv, results.png, run.json"
+    files = "checkpoints/, config.toml, demo.toml, journal.jsonl, metrics.jsonl, model.safetensors, results.csv"
     results, *others = done.stdout.splitlines()
-    assert others == [f"files    runs/demo-1: {files}", "next     epochal runs show runs/demo-1"]
+    assert others == [f"files    runs/demo-1: {files}, results.png, run.json", "next     epochal runs show runs/demo-1"]
     best = json.loads(Path("runs/demo-1/run.json").read_text())["best"]
     accuracy = accuracies("runs/demo-1")[best["epoch"] - 1]
     assert accuracy > 0.975
@@ -305,8 +311,8 @@ def test_a_run_folder_is_never_overwritten(command):
         "",
         """\
 RunFolderError: the run folder is not empty, and a run is never overwritten.
-  where: runs/demo-1: checkpoints, config.toml, metrics.jsonl, model.safetensors ...
-  fix:   choose another name for the run, or continue this one with resume=True (--set resume=true)
+  where: runs/demo-1: checkpoints, config.toml, demo.toml, journal.jsonl ...
+  fix:   choose another name for the run, or continue this one with resume=True (epochal resume runs/demo-1)
 """,
     )
     assert {path: path.read_bytes() for path in before} == before
@@ -349,15 +355,18 @@ def test_an_interrupted_run_ends_properly(tmp_path):
     )
     results = Path("runs/demo-1/results.csv")
     for _ in range(600):
-        if results.exists() or run.poll() is not None:
+        if (results.exists() and results.stat().st_size) or run.poll() is not None:
             break
         time.sleep(0.1)
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=60)
     assert (run.returncode, out) == (130, "")
-    assert err.endswith("\ninterrupted; runs/demo-1 holds what was trained so far\n")
-    assert "Traceback" not in err
     facts = json.loads(Path("runs/demo-1/run.json").read_text())
+    assert err.endswith(
+        f"Interrupted: SIGINT ended the run after step {facts['steps']}; a checkpoint is saved.\n"
+        "  where: runs/demo-1\n  fix:   epochal resume runs/demo-1\n"
+    )
+    assert "Traceback" not in err
     assert (facts["status"], facts["reason"]) == ("ended", "interrupted")
     assert Path("runs/demo-1/model.safetensors").exists() and Path("runs/demo-1/results.png").exists()
 

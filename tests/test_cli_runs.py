@@ -60,7 +60,7 @@ runs/d-damaged     damaged
 runs/e-damaged     damaged
 runs/f-incomplete  incomplete
 runs/a-1           early stopping  epoch 2, val_loss 0.2500  2026-03-01 12:30
-runs/b-1           running                                   2026-03-02 08:00
+runs/b-1           stopped                                   2026-03-02 08:00
 """,
         "",
     )
@@ -71,7 +71,7 @@ def test_ls_as_json(command, runs):
     listed = {one["run"]: one for one in json.loads(out)}
     assert code == 0 and len(listed) == 6
     told = ("status", "reason", "message", "started", "best", "monitor", "epochs", "steps", "seconds", "seed", "header")
-    assert listed["runs/a-1"] == {"run": "runs/a-1", **{name: RUN[name] for name in told}}
+    assert listed["runs/a-1"] == {"run": "runs/a-1", "command": None, **{name: RUN[name] for name in told}}
     assert {name: one["message"] for name, one in listed.items() if one["status"] != "ended"} == {
         "runs/b-1": None,
         "runs/c-damaged": "run.json cannot be read: JSONDecodeError('Expecting property name enclosed in double"
@@ -139,7 +139,7 @@ def test_show_as_json(command, runs):
         ),
         (
             "b-1",
-            "run      runs/b-1\nstatus   running\nstarted  2026-03-02 08:00\nmodel    MLP, 17 parameters\n"
+            "run      runs/b-1\nstatus   stopped\nstarted  2026-03-02 08:00\nmodel    MLP, 17 parameters\n"
             "files    results.csv, run.json\n",
         ),
     ],

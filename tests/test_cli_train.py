@@ -66,12 +66,13 @@ def test_a_recipe_is_trained_into_a_run_folder_of_its_name(command, recipe):
     path = recipe(DIGITS)
     code, out, err = command("train", path)
     assert code == 0, err
-    files = (
-        "checkpoints/, config.toml, metrics.jsonl, model.safetensors, recipe.py, recipe.toml, results.csv, results.png"
-    )
+    files = "checkpoints/, config.toml, journal.jsonl, metrics.jsonl, model.safetensors, recipe.py, recipe.toml"
     results, *others = out.splitlines()
     assert results.startswith("results  epoch 2: val_loss ")
-    assert others == [f"files    runs/digits-1: {files}, run.json", "next     epochal runs show runs/digits-1"]
+    assert others == [
+        f"files    runs/digits-1: {files}, results.csv, results.png, run.json",
+        "next     epochal runs show runs/digits-1",
+    ]
     assert Path("runs/digits-1/recipe.py").read_text() == path.read_text()
     assert calls() == [(16, "relu", 16, True, None)]
     assert "train      1,438 samples" in err
@@ -292,7 +293,7 @@ def test_no_recipe(command):
             ["--set", "loss=mze"],
             "UnknownNameError: 'mze' is not a known loss.\n  where: loss='mze'\n  fix:   did you mean 'mse'?",
         ),
-        (["--set", "observers=console"], "PlanError: observers are functions that take an event.\n"),
+        (["--set", "observers=console"], "PlanError: observers must be functions that take an event.\n"),
         (
             ["--epocs", "3"],
             "PlanError: Unknown option: --epocs. Did you mean --epochs?\n  where: epochal train digits.py\n",
@@ -315,7 +316,7 @@ def test_a_value_that_is_not_finite_ends_with_3_and_a_record(command, recipe):
     recipe(LINEAR.replace("torch.ones(8, 1)", "torch.full((8, 1), float('nan'))"))
     code, out, err = command("train", "digits.py")
     assert (code, out) == (3, "")
-    assert "NonFiniteError: the loss is not finite; the weights were not touched.\n" in err
+    assert "NonFiniteError: the targets hold a value that is not finite; the weights were not touched.\n" in err
     facts = json.loads(Path("runs/digits-1/run.json").read_text())
     assert (facts["status"], facts["reason"]) == ("ended", "nonfinite")
 

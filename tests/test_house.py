@@ -20,9 +20,10 @@ RANKS = {
     "errors": 0, "protocols": 0, "cadence": 1,
     "runtime": 10,
     "data": 20, "losses": 20, "optim": 20, "metrics": 20, "checkpoint": 20,
-    "events": 30, "buffers": 30, "state": 31, "objective": 31, "step": 32, "loop": 32,
+    "events": 30, "buffers": 30, "state": 31, "objective": 31, "nonfinite": 31, "step": 32, "loop": 32,
     "observe": 40, "report": 40,
-    "feeding": 50, "mistakes": 50, "result": 50, "describe": 51, "run": 51, "prepare": 52, "plan": 53,
+    "feeding": 50, "mistakes": 50, "result": 50, "describe": 51, "run": 51, "resuming": 52, "prepare": 53,
+    "plan": 54,
     "tutorial": 60, "cli": 60, "__init__": 61, "__main__": 61,
 }  # fmt: skip
 

@@ -529,8 +529,10 @@ def test_run_writes_a_folder_and_nothing_is_written_without_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
     result = fit(nn.Linear(64, 10), (X, Y), val=0.2, metrics=["accuracy", "confusion"], run="runs/one", epochs=3)
     folder = tmp_path / "runs" / "one"
-    names = ["checkpoints", "config.toml", "metrics.jsonl", "model.safetensors", "results.csv", "run.json"]
-    assert sorted(path.name for path in folder.iterdir()) == names
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock", "checkpoints", "config.toml", "journal.jsonl", "metrics.jsonl", "model.safetensors", "results.csv",
+        "run.json",
+    ]  # fmt: skip
     facts = json.loads((folder / "run.json").read_text())
     assert (facts["status"], facts["reason"], facts["best"]["epoch"]) == ("ended", "epochs", result.best.epoch)
     assert facts["environment"]["torch"] == torch.__version__
@@ -538,8 +540,10 @@ def test_run_writes_a_folder_and_nothing_is_written_without_it(tmp_path):
     assert (config["model"], config["loss"], config["epochs"]) == ("Linear", "cross_entropy", 3)
     rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
     assert [float(row["val_loss"]) for row in rows] == result.history.val_loss
-    events = [json.loads(line)["event"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [event for event in events if event != "saved"] == ["started", *["evaluated"] * 3, "ended"]
+    events = [json.loads(line)["event"] for line in (folder / "journal.jsonl").read_text().splitlines()]
+    assert (events[:2], events[-2:]) == (["started", "saved"], ["saved", "ended"])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{name: value for name, value in row.items() if name != "time"} for row in result.history]
     assert torch.equal(load_file(folder / "model.safetensors")["weight"], result.model.weight)
 
 
@@ -553,7 +557,7 @@ def test_save_and_resume_at_the_edge_of_an_epoch(tmp_path):
         "loss": "cross_entropy", "seed": 3, "observers": (),
     }  # fmt: skip
     straight = epochal.fit(model(), (X, Y), epochs=6, run="runs/straight", **given)
-    epochal.fit(model(), (X, Y), epochs=3, run="runs/broken", save=epochal.Saving("1 epoch", keep=2), **given)
+    epochal.fit(model(), (X, Y), epochs=3, run="runs/broken", save=epochal.Saving("1 epoch", keep=2, share=None), **given)
     assert len(list((tmp_path / "runs/broken/checkpoints").iterdir())) == 2
     resumed = epochal.fit(model(), (X, Y), epochs=6, run="runs/broken", resume=True, **given)
     for one, two in zip(straight.model.state_dict().values(), resumed.model.state_dict().values()):
@@ -562,11 +566,13 @@ def test_save_and_resume_at_the_edge_of_an_epoch(tmp_path):
     assert plain[0] == plain[1]
 
 
-def test_save_every_steps_as_text(tmp_path):
-    fit(nn.Linear(64, 10), (X, Y), run="r", save="5 steps", epochs=2)
+def test_save_every_steps(tmp_path):
+    fit(nn.Linear(64, 10), (X, Y), run="r", save=epochal.Saving("5 steps", share=None), epochs=2)
     assert sorted(path.name for path in (tmp_path / "r/checkpoints").iterdir()) == [
         "step-00000005", "step-00000010", "step-00000014"
     ]  # fmt: skip
+    fit(nn.Linear(64, 10), (X, Y), run="s", save="5 steps", epochs=2)  # as far as it costs little time
+    assert (tmp_path / "s/checkpoints/step-00000014").is_dir()
 
 
 def test_observers_see_every_event_and_may_stop():

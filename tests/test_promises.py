@@ -262,11 +262,11 @@ def test_one_word_among_numbers_is_an_error_and_not_a_lost_column():
 
 def test_saving_by_default_takes_a_small_share_of_the_time(tmp_path):
     epochal.fit(nn.Linear(4, 1), (X, Y), loss="mse", epochs=200, run="r", **QUIET)
-    events = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (tmp_path / "r/journal.jsonl").read_text().splitlines()]
     assert 1 <= sum(event["event"] == "saved" for event in events) < 100
-    epochal.fit(nn.Linear(4, 1), (X, Y), loss="mse", epochs=20, run="s", save="1 epoch", **QUIET)
-    events = [json.loads(line) for line in (tmp_path / "s/metrics.jsonl").read_text().splitlines()]
-    assert sum(event["event"] == "saved" for event in events) == 21
+    epochal.fit(nn.Linear(4, 1), (X, Y), loss="mse", epochs=20, run="s", save=epochal.Saving("1 epoch", share=None), **QUIET)
+    events = [json.loads(line) for line in (tmp_path / "s/journal.jsonl").read_text().splitlines()]
+    assert sum(event["event"] == "saved" for event in events) == 21  # the start, and each epoch
 
 
 class Restless(nn.Module):

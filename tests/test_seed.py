@@ -479,7 +479,7 @@ def test_train_epoch_says_what_is_wrong():
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(epochal.EpochalError) as nan:
         tutorial.train_epoch(model, [(torch.ones(2, 1), torch.full((2, 1), math.nan))], nn.MSELoss(), optimizer)
-    assert nan.value.what == "the loss is not finite; the weights were not touched."
+    assert nan.value.what == "the targets hold a value that is not finite; the weights were not touched."
     assert all(torch.equal(model.state_dict()[name], weights[name]) for name in weights)
     with pytest.raises(epochal.EpochalError) as shapes:
         tutorial.train_epoch(model, [(torch.ones(2, 1), torch.ones(2))], nn.MSELoss(), optimizer)
@@ -635,7 +635,7 @@ def test_checkpoint_of_something_else():
     assert refused("model.pt") == (
         "the file is not a checkpoint of a model and its optimizer.\n"
         "  where: model.pt; a dict with epoch, model_state_dict, optimizer_state_dict, loss is expected\n"
-        "  fix:   load a plain state dict with model.load_state_dict(torch.load(path, weights_only=True))"
+        "  fix:   let torch read a plain state dict, with weights_only=True, and give it to model.load_state_dict"
     )
     torch.save({"epoch": 1, "model_state_dict": 2, "optimizer_state_dict": 3, "loss": 4}, "numbers.pt")
     assert refused("numbers.pt").startswith("the file is not a checkpoint of a model and its optimizer.\n")

@@ -107,5 +107,9 @@ def test_a_checkpoint_of_another_model_is_told(tmp_path):
     epochal.fit(nn.Linear(4, 1), data(20, 0), epochs=1, **given)
     with pytest.raises(epochal.EpochalError) as caught:
         epochal.fit(nn.Sequential(nn.Linear(4, 1)), data(20, 0), epochs=2, resume=True, **given)
-    assert caught.value.what == "the checkpoint does not fit the plan."
-    assert "Missing key(s) in state_dict" in caught.value.where
+    assert caught.value.describe() == (
+        "CheckpointError: these weights belong to another model.\n"
+        "  where: r/checkpoints/step-00000001; the model of the saved state; "
+        "missing: 0.bias, 0.weight; unexpected: bias, weight\n"
+        "  fix:   build the model as it was when they were saved"
+    )

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from epochal.data.window import Window as Window
     from epochal.errors import CheckpointError as CheckpointError
     from epochal.errors import DataError as DataError
+    from epochal.errors import DiskFullError as DiskFullError
     from epochal.errors import EpochalError as EpochalError
     from epochal.errors import FileError as FileError
+    from epochal.errors import Interrupted as Interrupted
     from epochal.errors import LossError as LossError
     from epochal.errors import LossShapeError as LossShapeError
     from epochal.errors import MissingPackageError as MissingPackageError
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
     from epochal.errors import RunFolderError as RunFolderError
     from epochal.errors import TableError as TableError
     from epochal.errors import UnknownNameError as UnknownNameError
+    from epochal.errors import WorkerError as WorkerError
     from epochal.events import Ended as Ended
     from epochal.events import Evaluated as Evaluated
+    from epochal.events import Noted as Noted
     from epochal.events import Saved as Saved
     from epochal.events import Started as Started
     from epochal.events import StepDone as StepDone
@@ -50,46 +54,26 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "CheckpointError": "errors",
-    "Console": "observe.console",
-    "DataError": "errors",
-    "EarlyStopping": "observe.early_stopping",
-    "Ended": "events",
-    "EpochalError": "errors",
-    "Evaluated": "events",
-    "FileError": "errors",
-    "History": "report.history",
-    "Loader": "data.loader",
-    "Loss": "protocols",
-    "LossError": "errors",
-    "LossShapeError": "errors",
-    "Metric": "metrics.metric",
-    "MissingPackageError": "errors",
-    "ModelError": "errors",
-    "NonFiniteError": "errors",
-    "Plan": "plan",
-    "PlanError": "errors",
-    "RecipeError": "errors",
-    "Result": "result",
-    "Run": "run",
-    "RunFolderError": "errors",
-    "Saved": "events",
-    "Saving": "checkpoint.store",
-    "Schedule": "optim.schedules",
-    "Started": "events",
-    "StepDone": "events",
-    "StepResult": "protocols",
-    "Stop": "events",
-    "StopReason": "events",
-    "TableError": "errors",
-    "TrainState": "state",
-    "UnknownNameError": "errors",
-    "Window": "data.window",
-    "evaluate": "result",
-    "fit": "plan",
-    "predict": "result",
+_ROOMS = {
+    "checkpoint.store": "Saving",
+    "data.loader": "Loader",
+    "data.window": "Window",
+    "errors": """CheckpointError DataError DiskFullError EpochalError FileError Interrupted LossError LossShapeError
+        MissingPackageError ModelError NonFiniteError PlanError RecipeError RunFolderError TableError UnknownNameError
+        WorkerError""",
+    "events": "Ended Evaluated Noted Saved Started StepDone Stop StopReason",
+    "metrics.metric": "Metric",
+    "observe.console": "Console",
+    "observe.early_stopping": "EarlyStopping",
+    "optim.schedules": "Schedule",
+    "plan": "Plan fit",
+    "protocols": "Loss StepResult",
+    "report.history": "History",
+    "result": "Result evaluate predict",
+    "run": "Run",
+    "state": "TrainState",
 }
+_HOMES = dict(sorted((name, room) for room, names in _ROOMS.items() for name in names.split()))
 
 __all__ = sorted(_HOMES)
 

@@ -1,4 +1,4 @@
-"""The buffers of a model, kept before an update so that they can be put back if the update is left out."""
+"""What a forward pass moves, kept before an update so that it can be put back if the update is left out."""
 
 from __future__ import annotations
 
@@ -23,18 +23,30 @@ class Buffers:
 
     What never changes (masks, tables) is copied once: a change shows in the version of a tensor. Only the kernels
     of batch and instance norm move theirs without a new version, so theirs are copied every time, in one call.
+
+    torch's generators on the host and on ``device``, from which dropout draws, are kept and put back too; python's
+    and numpy's, which hardly a model uses, are not.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]):
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device):
         parts = [part for module in modules for part in module.modules()]
         places = [(part, name) for part in parts for name in part._buffers if part._buffers[name] is not None]
         self._norms = [(part._buffers, name) for part, name in places if isinstance(part, _NormBase)]
         self._others = [(part._buffers, name) for part, name in places if not isinstance(part, _NormBase)]
         self._statistics: list[Tensor] = []
         self._kept: dict[int, Kept] = {}
+        self._cuda = device if device.type == "cuda" else None
+        self._generators: list[Tensor] = []
+
+    def keep(self) -> None:
+        self._generators = [torch.get_rng_state()]
+        if self._cuda is not None:
+            self._generators.append(torch.cuda.get_rng_state(self._cuda))
+        if self._norms or self._others:
+            self._keep_buffers()
 
     @torch.no_grad()
-    def keep(self) -> None:
+    def _keep_buffers(self) -> None:
         statistics: list[Any] = [home.get(name) for home, name in self._norms]
         try:
             if statistics:
@@ -50,6 +62,9 @@ class Buffers:
 
     @torch.no_grad()
     def put_back(self) -> None:
+        torch.set_rng_state(self._generators[0])
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._generators[1], self._cuda)
         for (home, name), values in zip(self._norms, self._statistics):
             if (now := home.get(name)) is not None:
                 now.copy_(values)

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from epochal.cadence import Every
 from epochal.checkpoint.store import Saving
-from epochal.data.loader import GivenLoader, Loader
+from epochal.data.given import GivenLoader
+from epochal.data.loader import Loader
 from epochal.events import Started
 from epochal.feeding import Data, steps_of
 from epochal.optim.schedules import Schedule
@@ -26,25 +27,25 @@ if TYPE_CHECKING:
 def started(plan: Plan, state: TrainState, data: Data, device: torch.device, monitor: str, objective: str) -> Started:
     """The event that opens a run."""
     steps = steps_of(data.train, plan.accumulate, plan.epochs, plan.max_steps)
+    each = f" × {plan.accumulate} a step" if plan.accumulate > 1 else ""
+    each += f", {data.encoding.width} features" if data.encoding is not None else ""
     facts = {
         "model": f"{type(plan.model).__name__}, {_parameters(plan.model)}",
-        "train": _samples(data.train, data.batch_size)
-        + (f" × {plan.accumulate} a step" if plan.accumulate > 1 else ""),
+        "train": _samples(data.train, data.batch_size) + each,
         "val": _samples(data.val, data.batch_size) if data.val is not None else "none",
         "loss": objective,
         "optimizer": _optimizer(state.optimizer),
         "device": f"{devices.describe(device)}, {plan.precision}{', compiled' if plan.compile else ''}",
         "until": _until(plan, monitor),
     }
-    if data.encoding is not None:
-        facts["train"] += f", {data.encoding.width} features"
     if plan.seed is not None:
         facts["seed"] = str(plan.seed)
     if plan.run is not None:
         facts["run"] = str(plan.run)
+        if data.train.exactness is not None:
+            facts["resume"] = data.train.exactness
     folder = Path(plan.run) if plan.run is not None else None
-    size = data.train.loader.batch_size if isinstance(data.train, GivenLoader) else data.batch_size
-    resolved = {**config(plan), "device": str(device), "batch_size": size or 0}
+    resolved = {**config(plan), "device": str(device), "batch_size": _batch_size(data.train, data.batch_size) or 0}
     return Started(facts, resolved, plan.epochs, steps, monitor, folder, state.progress.epoch)
 
 
@@ -54,8 +55,12 @@ def _parameters(model: nn.Module) -> str:
     return f"{count:,} parameters" + (f" ({frozen:,} frozen)" if frozen else "")
 
 
+def _batch_size(loader: Loader | GivenLoader, batch_size: int) -> int | None:
+    return loader.loader.batch_size if isinstance(loader, GivenLoader) else batch_size
+
+
 def _samples(loader: Loader | GivenLoader, batch_size: int) -> str:
-    size = loader.loader.batch_size if isinstance(loader, GivenLoader) else batch_size
+    size = _batch_size(loader, batch_size)
     if loader.samples is not None:
         return f"{loader.samples:,} samples in batches of {size}"
     try:
@@ -68,10 +73,8 @@ def _optimizer(optimizer: Optimizer | None) -> str:
     if optimizer is None:
         return "in the step"
     # A schedule has already set the rate of the first step; what the user gave is beside it.
-    rates = sorted(
-        {float(group.get("max_lr", group.get("initial_lr", group["lr"]))) for group in optimizer.param_groups}
-    )
-    return f"{type(optimizer).__name__}, lr {' and '.join(f'{rate:g}' for rate in rates)}"
+    rates = {float(group.get("max_lr", group.get("initial_lr", group["lr"]))) for group in optimizer.param_groups}
+    return f"{type(optimizer).__name__}, lr {' and '.join(f'{rate:g}' for rate in sorted(rates))}"
 
 
 def _until(plan: Plan, monitor: str) -> str:

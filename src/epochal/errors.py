@@ -4,16 +4,19 @@
     ├── PlanError                an option of the plan cannot be right (several at once: ``.mistakes``)
     │   └── UnknownNameError     a name that is not among the known ones
     ├── DataError                the data are empty, ragged, of the wrong type, or cannot be read
-    │   └── TableError           a table or a column of it
+    │   ├── TableError           a table or a column of it
+    │   └── WorkerError          a process that loads data died or hangs
     ├── ModelError               the model and what it was given do not fit together
     ├── LossError                the loss cannot be computed, or is not a mean
     │   └── LossShapeError       outputs and targets of different shapes
     ├── NonFiniteError           a NaN or an infinity reached the loss or the gradients
     ├── CheckpointError          a file of weights or a checkpoint cannot be read or written
+    │   └── DiskFullError        there is no room for a checkpoint
     ├── FileError                a file cannot be written
     ├── RunFolderError           the run folder cannot be used
     ├── RecipeError              a recipe raised, or does not define ``plan``
-    └── MissingPackageError      an optional package is needed and not installed
+    ├── MissingPackageError      an optional package is needed and not installed
+    └── Interrupted              a signal ended the run; it can be resumed
 
 ``exit_code`` is what the command line ends with.
 """
@@ -101,6 +104,10 @@ class TableError(DataError):
     """A table, or a column of it, cannot be used."""
 
 
+class WorkerError(DataError):
+    """A process that loads data died, or did not answer in time."""
+
+
 class ModelError(EpochalError):
     """The model and what it was given do not fit together."""
 
@@ -123,6 +130,10 @@ class CheckpointError(EpochalError):
     """A file of weights or a checkpoint cannot be read, or belongs to something else."""
 
 
+class DiskFullError(CheckpointError):
+    """There is no room for a checkpoint."""
+
+
 class FileError(EpochalError):
     """A file cannot be written."""
 
@@ -137,6 +148,10 @@ class RecipeError(EpochalError):
 
 class MissingPackageError(EpochalError):
     """An optional package is needed and not installed."""
+
+
+class Interrupted(EpochalError):
+    """A signal ended a run of the command line; ``exit_code`` is 128 and its number, as shells count."""
 
 
 class Mistakes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,8 +56,8 @@ class Started:
 
     ``facts`` are the lines of the header, label to text, in order; ``config`` is the plan as resolved
     (only strings, numbers, booleans and lists); ``epochs`` and ``steps`` are how many are planned,
-    None where that is not known; ``done`` and ``step`` are how many epochs and updates were done before (after a
-    resume).
+    None where that is not known; ``done`` and ``step`` are how many epochs and updates were done before, ``rows`` the
+    history until then (after a resume). ``command``: the words that began it, on the command line.
     """
 
     facts: Mapping[str, str]
@@ -68,6 +68,8 @@ class Started:
     run: Path | None = None
     done: int = 0
     step: int = 0
+    rows: Sequence[Row] = ()
+    command: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,13 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
+class Noted:
+    """Something that people should know, and that does not end the run: a sentence or two."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """After the last step; the model holds the weights it will keep."""
 
@@ -113,4 +122,4 @@ class Ended:
     seconds: float
 
 
-Event = Started | StepDone | Evaluated | Saved | Ended
+Event = Started | StepDone | Evaluated | Saved | Noted | Ended

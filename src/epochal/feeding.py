@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from epochal import losses
 from epochal.data import split, tables
 from epochal.data.batch import TARGET_KEYS
-from epochal.data.loader import GivenLoader, Loader
+from epochal.data.given import GivenLoader
+from epochal.data.loader import Loader
 from epochal.data.sources import Arrays, Source, as_tensor, encoded, learned, open_source
 from epochal.errors import LossError, PlanError
 from epochal.runtime import seeding
@@ -51,20 +52,16 @@ def read(plan: Plan, kind: str | None, device: torch.device, dtype: torch.dtype)
     seed = plan.seed if plan.seed is not None else 0
     if isinstance(plan.val, float):
         if isinstance(plan.train, DataLoader):
-            raise PlanError(
-                "a part of a DataLoader cannot be held back.", where=f"val={plan.val}", fix="give its data set as train"
-            )
+            fix = "give its data set as train"
+            raise PlanError("a part of a DataLoader cannot be held back.", where=f"val={plan.val}", fix=fix)
         train, val = _divided(plan.train, plan.val, seed, target, dtype, kind)
     else:
         train, val = _open(plan.train, "train", target, dtype, kind), None
         if plan.val is not None:
             val = _open(plan.val, "val", target, dtype, kind, encoding=getattr(train, "encoding", None))
     if val is not None and plan.loss is None and plan.objective is None:
-        raise PlanError(
-            "val has to be evaluated with something.",
-            where="loss=None, objective=None",
-            fix="give loss= or objective= beside step=",
-        )
+        fix = "give loss= or objective= beside step="
+        raise PlanError("val has to be evaluated with something.", where="loss=None, objective=None", fix=fix)
     train_targets, val_targets = _targets(train, target), _targets(val, target)
     if kind in losses.CLASS_INDEX:
         _refuse_negative(train_targets, plan.loss)
@@ -101,19 +98,17 @@ def _open(
     if isinstance(data, DataLoader):
         return data
     if tables.is_table(data):
-        if encoding is None:
-            encoding = _learn(tables.read_table(data, where=where), target, kind, where)
-        return _fitting(encoded(encoding, data, where=where, dtype=dtype), target, kind)
+        frame = tables.read_table(data, where=where)
+        encoding = encoding or learned(frame, target, where=where, task=_task_of(kind))
+        return _fitting(encoded(encoding, frame, where=where, dtype=dtype), target, kind)
     return _fitting(open_source(data, where=where, target=target, dtype=dtype), target, kind)
 
 
-def _learn(frame: Any, target: Sequence[str], kind: str | None, where: str, task: str = "auto") -> Any:
-    if kind is not None:
-        task = "regression" if kind in _REGRESSION else "classification"
-    return learned(frame, target, where=where, task=task)
-
-
-_REGRESSION = losses.ELEMENTWISE - {"bce", "bce_with_logits"}
+def _task_of(kind: str | None) -> str:
+    """What a table is learned for, as the loss says it."""
+    if kind is None:
+        return "auto"
+    return "regression" if kind in losses.ELEMENTWISE - losses.BINARY else "classification"
 
 
 def _divided(
@@ -122,7 +117,7 @@ def _divided(
     """Train and val out of one; a table is divided before anything is learned from it."""
     if tables.is_table(data):
         frame = tables.read_table(data, where="train")
-        learn = partial(_learn, target=target, kind=kind, where="train")
+        learn = partial(learned, target=target, where="train", task=_task_of(kind))
         encoding, *parts = divide_table(frame, fraction, seed, learn)
         return [_fitting(encoded(encoding, part, where="train", dtype=dtype), target, kind) for part in parts]
     source = _fitting(open_source(data, where="train", target=target, dtype=dtype), target, kind)
@@ -151,20 +146,19 @@ def _fitting(source: Source, target: Sequence[str], kind: str | None) -> Source:
         return source
     if kind in losses.CLASS_INDEX and targets.dtype != torch.int64:
         return source.map(lambda part: part.long() if part is targets else part)
-    if kind in ("bce", "bce_with_logits") and source.encoding is not None:
+    if kind in losses.BINARY and source.encoding is not None:
         return source.map(lambda part: part.to(torch.get_default_dtype())[:, None] if part is targets else part)
     return source
 
 
 def _targets(source: Any, target: Sequence[str]) -> Tensor | None:
-    if not isinstance(source, Arrays):
+    parts = source.parts if isinstance(source, Arrays) else None
+    if isinstance(parts, tuple):
+        return parts[-1] if len(parts) > 1 else None
+    if not isinstance(parts, dict):
         return None
-    if isinstance(source.parts, tuple):
-        return source.parts[-1] if len(source.parts) > 1 else None
-    if isinstance(source.parts, dict):
-        names = list(target) or [key for key in TARGET_KEYS if key in source.parts][:1]
-        return source.parts.get(names[0]) if len(names) == 1 else None
-    return None
+    names = list(target) or [key for key in TARGET_KEYS if key in parts][:1]
+    return parts.get(names[0]) if len(names) == 1 else None
 
 
 def _refuse_negative(targets: Tensor | None, loss: Any) -> None:
@@ -174,11 +168,9 @@ def _refuse_negative(targets: Tensor | None, loss: Any) -> None:
     wrong = (targets < 0) & (targets != losses.ignore_index(loss))
     if wrong.any():
         at = int(wrong.flatten().nonzero()[0])
-        raise LossError(
-            "a target is a negative class.",
-            where=f"train, target {int(targets.flatten()[at])} at position {at}",
-            fix="number the classes from 0, or give the loss with ignore_index= set to this value",
-        )
+        what = "a target is a negative class."
+        fix = "number the classes from 0, or give the loss with ignore_index= set to this value"
+        raise LossError(what, where=f"train, target {int(targets.flatten()[at])} at position {at}", fix=fix)
 
 
 def _loader(source: Source | DataLoader, device: torch.device, **options: Any) -> Loader | GivenLoader:

@@ -22,6 +22,7 @@ NAMES: dict[str, type[nn.Module]] = {
     "bce_with_logits": nn.BCEWithLogitsLoss,
 }
 ELEMENTWISE = frozenset({"mse", "l1", "smooth_l1", "huber", "bce", "bce_with_logits"})
+BINARY = frozenset({"bce", "bce_with_logits"})
 CLASS_INDEX = frozenset({"cross_entropy", "nll"})
 _OTHER_INTEGERS = frozenset({torch.bool, torch.int8, torch.int16, torch.int32})
 _FUNCTIONS: dict[Any, str] = {
@@ -44,24 +45,16 @@ def resolve(loss: str | Callable) -> Callable[[Any, Any], Tensor]:
             raise UnknownNameError.of_name("loss", loss, NAMES, where=f"loss={loss!r}")
         return NAMES[loss]()
     if isinstance(loss, type):
-        raise LossError(
-            f"the loss is the class {loss.__name__}, not an instance of it.",
-            where=f"loss={loss.__name__}",
-            fix=f"give loss={loss.__name__}()",
-        )
+        what = f"the loss is the class {loss.__name__}, not an instance of it."
+        raise LossError(what, where=f"loss={loss.__name__}", fix=f"give loss={loss.__name__}()")
     if not callable(loss):
-        raise LossError(
-            f"{type(loss).__name__} is not a loss.",
-            where=f"loss={loss!r}",
-            fix="give a name, an nn.Module or a function f(outputs, targets)",
-        )
+        fix = "give a name, an nn.Module or a function f(outputs, targets)"
+        raise LossError(f"{type(loss).__name__} is not a loss.", where=f"loss={loss!r}", fix=fix)
     reduction = getattr(loss, "reduction", "mean")
     if reduction != "mean":
-        raise LossError(
-            f"the loss gives {'a sum' if reduction == 'sum' else 'one value an element'} and not the mean.",
-            where=f"loss={describe(loss)} with reduction={reduction!r}",
-            fix='leave reduction at "mean"; with objective= you can return any scalar',
-        )
+        what = f"the loss gives {'a sum' if reduction == 'sum' else 'one value an element'} and not the mean."
+        fix = 'leave reduction at "mean"; with objective= you can return any scalar'
+        raise LossError(what, where=f"loss={describe(loss)} with reduction={reduction!r}", fix=fix)
     return loss
 
 
@@ -107,34 +100,26 @@ def check_shapes(loss: Any, outputs: Tensor, targets: Tensor) -> None:
     """Refuses outputs and targets that torch would broadcast into something else than was meant."""
     if outputs.shape == targets.shape:
         return
-    given = f"outputs {_shape(outputs)}, targets {_shape(targets)}; loss {describe(loss)}"
+    fix = "let the model give one output for each target"
     if outputs.numel() == targets.numel():
         shape = ", ".join(["-1", *map(str, outputs.shape[1:])]) if outputs.dim() else "()"
-        if outputs.dim() == targets.dim() + 1 and outputs.shape[-1] == 1:
-            fix = f"give targets the shape {_shape(outputs)}, for example y.unsqueeze({outputs.dim() - 1})"
-        else:
-            fix = f"give targets the shape {_shape(outputs)}, for example y.reshape({shape})"
+        lacks_last = outputs.dim() == targets.dim() + 1 and outputs.shape[-1] == 1
+        change = f"unsqueeze({outputs.dim() - 1})" if lacks_last else f"reshape({shape})"
+        fix = f"give targets the shape {_shape(outputs)}, for example y.{change}"
     elif not targets.is_floating_point() and targets.shape == outputs.shape[:1]:
-        fix = 'let the model give one output for each target, or give loss="cross_entropy" if these are classes'
-    else:
-        fix = "let the model give one output for each target"
-    raise LossShapeError("the loss is computed over tensors of different shapes.", where=given, fix=fix)
+        fix += ', or give loss="cross_entropy" if these are classes'
+    what = "the loss is computed over tensors of different shapes."
+    raise LossShapeError(what, where=_given(loss, outputs, targets), fix=fix)
 
 
 def check_scalar(value: Any, where: str) -> None:
     """Refuses what cannot be differentiated as a loss."""
     if not isinstance(value, Tensor):
-        raise LossError(
-            f"the loss is a {type(value).__name__}, not a tensor.",
-            where=where,
-            fix="return the scalar tensor itself, not its .item()",
-        )
+        fix = "return the scalar tensor itself, not its .item()"
+        raise LossError(f"the loss is a {type(value).__name__}, not a tensor.", where=where, fix=fix)
     if value.numel() != 1:
-        raise LossError(
-            "the loss is not a scalar.",
-            where=f"{where}; its shape is {_shape(value)}",
-            fix="return the mean, for example loss.mean()",
-        )
+        fix = "return the mean, for example loss.mean()"
+        raise LossError("the loss is not a scalar.", where=f"{where}; its shape is {_shape(value)}", fix=fix)
     if value.is_complex():
         raise LossError("the loss is complex.", where=where, fix="return a real scalar, for example loss.abs()")
 
@@ -145,53 +130,46 @@ def check_classes(loss: Any, outputs: Any, targets: Any, *, of: str) -> None:
     Waits for the device: it is for the first batch.
     """
     if kind(loss) not in CLASS_INDEX or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
-        return None
+        return
     if targets.is_floating_point():
-        return _check_probabilities(loss, outputs, targets)
+        if outputs.shape == targets.shape and kind(loss) == "cross_entropy":
+            return  # probabilities
+        where = f"targets {_type(targets)} {_shape(targets)}; loss {describe(loss)}"
+        fix = "give the class of each sample as an integer, for example y.long()"
+        raise LossError("class indices must be integers.", where=where, fix=fix)
     if outputs.dim() > 1 and targets.shape == (*outputs.shape[:1], 1, *outputs.shape[2:]):
-        raise LossShapeError(
-            "the class indices have one dimension too many.",
-            where=f"outputs {_shape(outputs)}, targets {_shape(targets)}; loss {describe(loss)}",
-            fix="drop the dimension of size 1, for example y.squeeze(1)",
-        )
+        what = "the class indices have one dimension too many."
+        fix = "drop the dimension of size 1, for example y.squeeze(1)"
+        raise LossShapeError(what, where=_given(loss, outputs, targets), fix=fix)
     classes = outputs.shape[1] if outputs.dim() > 1 else outputs.shape[0]
     wrong = ((targets < 0) | (targets >= classes)) & (targets != ignore_index(loss))
     if wrong.any():
         first = wrong.flatten().nonzero()[0].item()
-        counts_from_one = targets.min() == 1 and targets.max() == classes
-        raise LossError(
-            f"a target is outside the {classes} classes that the model gives scores for.",
-            where=f"target {targets[wrong][0].item()} at position {first} of the {of}, outputs {_shape(outputs)}",
-            fix=f"number the classes from 0 to {classes - 1}"
-            + (": they seem to start at 1, give y - 1" if counts_from_one else ", or give the model more outputs"),
-        )
-    return None
-
-
-def _check_probabilities(loss: Any, outputs: Tensor, targets: Tensor) -> None:
-    if outputs.shape == targets.shape and kind(loss) == "cross_entropy":
-        return
-    raise LossError(
-        "class indices must be integers.",
-        where=f"targets {str(targets.dtype).removeprefix('torch.')} {_shape(targets)}; loss {describe(loss)}",
-        fix="give the class of each sample as an integer, for example y.long()",
-    )
+        from_one = targets.min() == 1 and targets.max() == classes
+        more = ": they seem to start at 1, give y - 1" if from_one else ", or give the model more outputs"
+        what = f"a target is outside the {classes} classes that the model gives scores for."
+        where = f"target {targets[wrong][0].item()} at position {first} of the {of}, outputs {_shape(outputs)}"
+        raise LossError(what, where=where, fix=f"number the classes from 0 to {classes - 1}{more}")
 
 
 def check_dtype(loss: Any, targets: Any) -> None:
     """Refuses targets of a type that torch cannot compare with."""
-    if kind(loss) in CLASS_INDEX and isinstance(targets, Tensor) and targets.dtype in _OTHER_INTEGERS:
-        raise LossError(
-            "class indices must be 64-bit integers.",
-            where=f"targets {str(targets.dtype).removeprefix('torch.')}; loss {describe(loss)}",
-            fix="give y.long()",
-        )
-    if kind(loss) in ("bce", "bce_with_logits") and isinstance(targets, Tensor) and not targets.is_floating_point():
-        raise LossError(
-            f"{describe(loss)} needs floating point targets.",
-            where=f"targets {str(targets.dtype).removeprefix('torch.')}",
-            fix="give y.float()",
-        )
+    if not isinstance(targets, Tensor):
+        return
+    if kind(loss) in CLASS_INDEX and targets.dtype in _OTHER_INTEGERS:
+        where = f"targets {_type(targets)}; loss {describe(loss)}"
+        raise LossError("class indices must be 64-bit integers.", where=where, fix="give y.long()")
+    if kind(loss) in BINARY and not targets.is_floating_point():
+        what = f"{describe(loss)} needs floating point targets."
+        raise LossError(what, where=f"targets {_type(targets)}", fix="give y.float()")
+
+
+def _given(loss: Any, outputs: Tensor, targets: Tensor) -> str:
+    return f"outputs {_shape(outputs)}, targets {_shape(targets)}; loss {describe(loss)}"
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _shape(tensor: Tensor) -> str:

@@ -33,7 +33,9 @@ class Supervised:
     def __call__(self, forward: Callable, batch: Any) -> Loss:
         args, kwargs, targets = split(batch, self.target)
         if targets is None:
-            self._refuse_missing_targets(batch)
+            what = "a loss compares outputs with targets, but a batch has no targets."
+            fix = 'give (inputs, targets), name the dict entry with target="...", or use objective=f(model, batch)'
+            raise LossError(what, where=f"a batch is {describe_batch(batch)}", fix=fix)
         outputs = forward(*args, **kwargs)
         if not self._examined:
             self._examine(outputs, targets)
@@ -49,23 +51,14 @@ class Supervised:
 
     def _examine(self, outputs: Any, targets: Any) -> None:
         if self._compares_shapes and not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
-            raise LossError(
-                f"{losses.describe(self.loss)} compares two tensors.",
-                where=f"the model returned {type(outputs).__name__}, the targets are {type(targets).__name__}",
-                fix="give a loss function f(outputs, targets) that picks what it needs",
-            )
+            where = f"the model returned {type(outputs).__name__}, the targets are {type(targets).__name__}"
+            fix = "give a loss function f(outputs, targets) that picks what it needs"
+            raise LossError(f"{losses.describe(self.loss)} compares two tensors.", where=where, fix=fix)
         losses.check_dtype(self.loss, targets)
         if self._all_targets is not None and not self._all_targets.is_floating_point():
             losses.check_classes(self.loss, outputs, self._all_targets, of="data")
         losses.check_classes(self.loss, outputs, targets, of="batch")
         self._examined = True
-
-    def _refuse_missing_targets(self, batch: Any) -> None:
-        raise LossError(
-            "a loss compares outputs with targets, but a batch has no targets.",
-            where=f"a batch is {describe_batch(batch)}",
-            fix='give (inputs, targets), name the dict entry with target="...", or use objective=f(model, batch)',
-        )
 
 
 class Custom:
@@ -117,29 +110,17 @@ def _explain(error: Exception, model: nn.Module, batch: Any, place: str) -> Mode
     if from_torch and any(words in text for words in ("same dtype", "expected scalar type", "Input type")):
         return _type_mismatch(batch, model, place, first)
     if from_torch and ("cannot be multiplied" in text or ("to have" in text and "channels" in text)):
-        return ModelError(
-            f"a layer cannot take inputs of this shape: {first}.",
-            where=place,
-            fix="make the layer's input size match the data",
-        )
+        fix = "make the layer's input size match the data"
+        return ModelError(f"a layer cannot take inputs of this shape: {first}.", where=place, fix=fix)
     if "more than 1 value per channel" in text:
-        return ModelError(
-            "batch norm cannot train on a batch of one sample.",
-            where=place,
-            fix="choose a batch_size that leaves no lone sample at the end, or give a DataLoader with drop_last=True",
-        )
+        fix = "choose a batch_size that leaves no lone sample at the end, or give a DataLoader with drop_last=True"
+        return ModelError("batch norm cannot train on a batch of one sample.", where=place, fix=fix)
     if "elements of input should be between 0 and 1" in text:
-        return ModelError(
-            "nn.BCELoss needs probabilities, but the model gives other numbers.",
-            where=place,
-            fix='give loss="bce_with_logits", or end the model with a sigmoid',
-        )
+        fix = 'give loss="bce_with_logits", or end the model with a sigmoid'
+        return ModelError("nn.BCELoss needs probabilities, but the model gives other numbers.", where=place, fix=fix)
     if isinstance(error, TypeError) and "forward()" in text and "argument" in text:
-        return ModelError(
-            f"the batch does not fit the model's forward: {first}.",
-            where=place,
-            fix="(a, b, y) calls model(a, b), a dict calls model(**inputs); any other way: objective=f(model, batch)",
-        )
+        fix = "(a, b, y) calls model(a, b), a dict calls model(**inputs); any other way: objective=f(model, batch)"
+        return ModelError(f"the batch does not fit the model's forward: {first}.", where=place, fix=fix)
     return None
 
 
@@ -149,16 +130,10 @@ def _type_mismatch(batch: Any, model: nn.Module, place: str, first: str) -> Mode
     weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     name = str(weights).removeprefix("torch.")
     if types and not any(kind.is_floating_point or kind.is_complex for kind in types):
-        return ModelError(
-            f"integer inputs reach a layer whose weights are {name}.",
-            where=place,
-            fix="give X.float() (and scale it), or let an nn.Embedding take the integers",
-        )
-    return ModelError(
-        f"a layer got numbers of another type than its weights: {first}.",
-        where=place,
-        fix=f"give X.to(torch.{name}), or make the model {'double()' if torch.float64 in types else 'float()'}",
-    )
+        fix = "give X.float() (and scale it), or let an nn.Embedding take the integers"
+        return ModelError(f"integer inputs reach a layer whose weights are {name}.", where=place, fix=fix)
+    fix = f"give X.to(torch.{name}), or make the model {'double()' if torch.float64 in types else 'float()'}"
+    return ModelError(f"a layer got numbers of another type than its weights: {first}.", where=place, fix=fix)
 
 
 def _failing_module(error: Exception, model: nn.Module) -> str:

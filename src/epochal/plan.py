@@ -93,6 +93,7 @@ class Plan:
         with self.prepare() as run:
             for _ in run:
                 pass
+        run.signals.pass_on()
         return run.result
 
     def prepare(self) -> Run:
@@ -205,4 +206,5 @@ def fit(*arguments: Any, **options: Any) -> Result:
     with Plan(*arguments, **options).prepare() as run:
         for _ in run:
             pass
+    run.signals.pass_on()
     return run.result

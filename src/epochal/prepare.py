@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import nn
 
 from epochal import losses
 from epochal.cadence import Every
+from epochal.checkpoint import codec
+from epochal.checkpoint.saver import Saver
 from epochal.checkpoint.store import Checkpoints, Saving
 from epochal.data.batch import split
-from epochal.data.loader import GivenLoader
+from epochal.data.given import GivenLoader
 from epochal.data.window import Window
 from epochal.describe import started
-from epochal.errors import CheckpointError, Mistakes, ModelError, PlanError, UnknownNameError
+from epochal.errors import Mistakes, ModelError, PlanError, UnknownNameError
 from epochal.feeding import Data, read, steps_of
 from epochal.loop import evaluation_mode
 from epochal.metrics import named
@@ -26,15 +29,17 @@ from epochal.observe.averages import TrainAverages
 from epochal.observe.best import BestSoFar
 from epochal.observe.console import Console
 from epochal.observe.early_stopping import EarlyStopping
-from epochal.observe.recorder import Recorder
+from epochal.observe.recorder import Recorder, claim
 from epochal.optim import optimizers, schedules
-from epochal.protocols import Observer, Stateful, Step
+from epochal.protocols import Stateful, Step
 from epochal.result import Setting, float_type
+from epochal.resuming import about, resume, room_on_disk
 from epochal.run import Limits, Run, Validation
 from epochal.runtime import device as devices
 from epochal.runtime import precision as precisions
 from epochal.runtime import seeding
 from epochal.runtime.processes import world
+from epochal.runtime.signals import Signals
 from epochal.state import TrainState
 from epochal.step import Update
 
@@ -178,33 +183,36 @@ def _monitor(plan: Plan, stopping: EarlyStopping, metrics: list) -> tuple[str, s
 
 
 def _watch(plan: Plan, run: Run) -> None:
-    """Gives the run its observers, its folder, and what was saved before, if it is resumed."""
-    folder, saving = run.started.run, Saving.of(plan.save)
+    """Gives the run its observers and its folder, and what was saved before, if it is resumed."""
+    folder, is_first = run.started.run, world().is_first
     stopping = plan.early_stopping or (EarlyStopping(patience=plan.patience) if plan.patience else None)
-    observers: list[Observer] = [stopping.fresh()] if stopping else []
-    is_first = world().is_first
-    if folder is not None and is_first:  # the recorder comes first: another observer's error does not silence it
-        observers.append(Recorder(folder, run.state.model, resume=plan.resume))
-        run.checkpoints, run.saving = Checkpoints(folder / "checkpoints", saving.keep), saving
-    observers += plan.observers if plan.observers is not None else ([Console()] if is_first else [])
-    run.observers = observers
-    extras = {f"observers.{i}": one for i, one in enumerate(observers) if isinstance(one, Stateful)}
-    if isinstance(plan.step, Stateful):
-        extras["step"] = plan.step
-    run.state.extras.update({"best": run.best, "averages": run.averages, **extras})
-    if plan.resume and run.checkpoints is not None and run.checkpoints.all():
-        _resume(run.state, run.checkpoints)
+    chosen = plan.observers if plan.observers is not None else ([Console()] if is_first else [])
+    extras: dict[str, Any] = {
+        "best": run.best, "averages": run.averages, "data.train": run.train, "data.val": run.validation.loader,
+        "early_stopping": stopping.fresh() if stopping else None, "step": run.step,
+        **{f"observers.{i}": one for i, one in enumerate(chosen)},
+    }  # fmt: skip
+    run.state.extras.update({name: one for name, one in extras.items() if isinstance(one, Stateful)})
+    run.observers = [*([extras["early_stopping"]] if stopping else []), *chosen]
+    if folder is not None and is_first:
+        run.lock = claim(folder, resume=plan.resume)
+        try:
+            _record(plan, run, folder)
+        except BaseException:
+            run.lock.release()
+            raise
 
 
-def _resume(state: TrainState, checkpoints: Checkpoints) -> None:
-    newest = checkpoints.newest()
-    saved = checkpoints.load(newest)
-    try:
-        state.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        told = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise CheckpointError(
-            "the checkpoint does not fit the plan.",
-            where=f"{newest}; {type(error).__name__}: {' '.join(told[:2])}",
-            fix="resume with the model, the optimizer, the schedule and the metrics that the run was begun with",
-        ) from error
+def _record(plan: Plan, run: Run, folder: Path) -> None:
+    saving = Saving.of(plan.save)
+    checkpoints = Checkpoints(folder / "checkpoints", saving.keep)
+    run.about = about(plan, run)
+    run.saver, run.signals = Saver(checkpoints, saving), Signals(terminate=True)
+    recorder = Recorder(
+        folder, plan.model, environment=run.about["environment"], goes_on=saving.on_full == "continue"
+    )
+    run.observers = [recorder, *run.observers]  # first: another observer's error does not silence it
+    codec.encode(run.state.state_dict())  # what cannot be saved is known before anything is trained
+    run.notes += room_on_disk(run.state, folder, saving)
+    if plan.resume:
+        run.notes += resume(run, folder, checkpoints)

@@ -30,7 +30,8 @@ class StepResult:
 
     loss: scalar, the weighted mean over the window. weight: its weight. seen: the (outputs, targets)
     of each micro-batch, for the metrics. values: further scalars by name, averaged into the row.
-    applied: False where the update was skipped (not finite, or an fp16 overflow).
+    applied: False where the update was skipped (not finite, or an fp16 overflow). notes: what a person should know,
+    in words.
     """
 
     loss: Tensor
@@ -39,6 +40,7 @@ class StepResult:
     values: Mapping[str, Tensor] = field(default_factory=dict)
     grad_norm: Tensor | None = None
     applied: bool = True
+    notes: Sequence[str] = ()
 
 
 Step = Callable[[Any, Any], StepResult]  # (state, window) -> StepResult: one optimizer update

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch.utils.data import DataLoader
 from epochal import loop, losses
 from epochal.checkpoint.weights import is_safetensors, save_state_dict, save_weights
 from epochal.data import tables
-from epochal.data.loader import GivenLoader, Loader
+from epochal.data.given import GivenLoader
+from epochal.data.loader import Loader
 from epochal.data.sources import Arrays, as_tensor, encoded
 from epochal.errors import PlanError
 from epochal.events import Best, StopReason
@@ -88,32 +90,20 @@ class Setting:
     def predict(self, data: Any, batch_size: int | None = None) -> Any:
         if isinstance(data, list) and data and isinstance(data[0], list):
             data = np.asarray(data)  # rows of numbers; a list of arrays would be columns
-        return loop.predict(
-            self.forward,
-            self._batches(data, batch_size, with_targets=False),
-            modules=self.modules,
-            device=self.device,
-            autocast=self.autocast,
-            inputs=lambda batch: loop.inputs_only(batch, self.target, self.inputs),
-        )
+        batches = self._batches(data, batch_size, with_targets=False)
+        pick = partial(loop.inputs_only, target=self.target, count=self.inputs)
+        return loop.predict(self.forward, batches, inputs=pick, **self._circumstances)
 
     def evaluate(self, data: Any, batch_size: int | None = None) -> dict[str, Any]:
         if self.objective is None:
-            raise PlanError(
-                "there is nothing to evaluate with.",
-                where="loss=None, objective=None",
-                fix="give loss= or objective= beside step=",
-            )
-        return loop.evaluate(
-            self.objective,
-            self.forward,
-            self._batches(data, batch_size, with_targets=True),
-            Stream(self.metrics),
-            modules=self.modules,
-            device=self.device,
-            autocast=self.autocast,
-            where="data",
-        )
+            fix = "give loss= or objective= beside step="
+            raise PlanError("there is nothing to evaluate with.", where="loss=None, objective=None", fix=fix)
+        batches, stream = self._batches(data, batch_size, with_targets=True), Stream(self.metrics)
+        return loop.evaluate(self.objective, self.forward, batches, stream, where="data", **self._circumstances)
+
+    @property
+    def _circumstances(self) -> dict[str, Any]:
+        return {"modules": self.modules, "device": self.device, "autocast": self.autocast}
 
     def _batches(self, data: Any, batch_size: int | None, *, with_targets: bool) -> Iterable[Any]:
         if isinstance(data, DataLoader):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
@@ -12,17 +13,21 @@ from torch import Tensor, nn
 
 from epochal import loop
 from epochal.cadence import Every
-from epochal.checkpoint.store import Checkpoints, Saving
-from epochal.data.loader import GivenLoader, Loader
+from epochal.checkpoint.saver import Saver
+from epochal.data.given import GivenLoader
+from epochal.data.loader import Loader, worker_error
 from epochal.data.window import Window, windows
-from epochal.errors import NonFiniteError, PlanError
-from epochal.events import Ended, Evaluated, Event, Saved, Started, StepDone, Stop, StopReason
+from epochal.errors import CheckpointError, DiskFullError, NonFiniteError, PlanError, WorkerError
+from epochal.events import Ended, Evaluated, Event, Noted, Saved, Started, StepDone, Stop, StopReason
 from epochal.metrics.metric import Stream
 from epochal.observe.averages import TrainAverages
 from epochal.observe.best import BestSoFar
 from epochal.protocols import Observer, Step, StepResult
 from epochal.report.history import History
 from epochal.result import Result, Setting
+from epochal.runtime import seeding
+from epochal.runtime.lock import Lock
+from epochal.runtime.signals import Signals
 from epochal.state import Progress, TrainState
 
 
@@ -57,8 +62,8 @@ class Validation:
 class Run:
     """A prepared run: ``for event in run`` trains. As a context manager it ends properly however it is left.
 
-    state: complete at every event. started: what observers are told first. checkpoints: None where there is no
-    run folder. saving: how often they are saved, and how much of the time it may take.
+    state: complete at every event. started: what observers are told first. about: what a later run is compared with
+    when it resumes this one. notes: what there is to say of the start. saver, lock: None where there is no run folder.
     """
 
     state: TrainState
@@ -71,14 +76,17 @@ class Run:
     best: BestSoFar
     setting: Setting
     started: Started
+    about: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     observers: Sequence[Observer] = ()
-    checkpoints: Checkpoints | None = None
-    saving: Saving = field(default_factory=Saving)
+    saver: Saver | None = None
+    lock: Lock | None = None
+    signals: Signals = field(default_factory=lambda: Signals(terminate=False))
     ended: Ended | None = field(default=None, init=False)
     _began: float = field(default_factory=time.perf_counter, init=False)
     _last_evaluation: float = field(default_factory=time.perf_counter, init=False)
     _last_saving: float = field(default_factory=time.perf_counter, init=False)
-    _spent_saving: float = field(default=0.0, init=False)
+    _saved_mark: tuple = field(default=(), init=False)
     _modes: list[tuple[nn.Module, bool]] = field(default_factory=list, init=False)
     _train_modes: list[tuple[nn.Module, bool]] = field(default_factory=list, init=False)
 
@@ -86,34 +94,53 @@ class Run:
         """The whole run, in the order in which things happen."""
         state, progress = self.state, self.state.progress
         self._begin()
-        self.started = replace(self.started, done=progress.epoch, step=progress.step)
         yield self._tell(self.started)
+        yield from map(self._note, self.notes)
+        yield from self._save(wait=True)  # the start, too, can be resumed from, with all that is random in it
         if progress.windows and self._evaluation_is_due(at_epoch_end=False):
-            yield self._tell(self._evaluate())  # the state was taken between a step and its evaluation
+            if (evaluated := self._evaluate()) is not None:  # the state was taken between a step and its evaluation
+                yield self._tell(evaluated)
         for result in loop.steps(state, self.step, self._windows, self._is_over):
             at_epoch_end = result is None
             if result is not None:
                 self._account_for(result)
                 yield self._tell(StepDone(progress.step, progress.epoch + 1, progress.samples, result))
-            evaluated = self._evaluate() if self._evaluation_is_due(at_epoch_end) else None
+                yield from map(self._note, result.notes)
+            due = self._evaluation_is_due(at_epoch_end)
+            evaluated = self._evaluate() if due else None
+            if due and evaluated is None:  # a signal came: it is made when the run is resumed
+                progress.reopen_epoch(at_epoch_end)
+                break
             if at_epoch_end and state.schedule is not None:
                 state.schedule.after_epoch()
             if evaluated is not None:
                 yield self._tell(evaluated)
-            if self.checkpoints is not None and self._saving_is_due(at_epoch_end):
-                yield self._tell(self._save(self.checkpoints))
-        if progress.evaluated != progress.step:
-            yield self._tell(self._evaluate())
-        if self.checkpoints is not None:
-            yield self._tell(self._save(self.checkpoints))
+            if self.saver is not None:
+                yield from self._save() if self._saving_is_due(at_epoch_end) else self._saved()
+        if progress.evaluated != progress.step and self.signals.received is None:
+            if (evaluated := self._evaluate()) is not None:
+                yield self._tell(evaluated)
+        yield from self._save(wait=True)
         yield self._end(*self._reason())
 
     def __enter__(self) -> Run:
+        self.signals.__enter__()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.ended is None:
-            self._end(_reason_of(error), str(error).splitlines()[0] if error and str(error) else "")
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        lost = isinstance(error, WorkerError)  # between two steps: the state is that of the last finished one
+        asked = self.signals.received is not None and lost  # by a signal that reached the workers too
+        try:
+            if self.ended is None:
+                with suppress(CheckpointError):  # what ended the run matters more
+                    if not isinstance(error, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
+                        list(self._save(wait=True) if lost else self._saved(wait=True))
+                self._end(*(self._reason() if asked else (_reason_of(error), _first_line(error))))
+        finally:
+            self.signals.__exit__(kind, error, trace)
+        if error is not None and (told := worker_error(error, f"step {self.state.progress.step}")) is not None:
+            raise told from error  # torch heard of it in the middle of a step
+        return asked
 
     @property
     def result(self) -> Result:
@@ -129,6 +156,8 @@ class Run:
         )  # fmt: skip
 
     def _begin(self) -> None:
+        progress = self.state.progress
+        self.started = replace(self.started, done=progress.epoch, step=progress.step, rows=tuple(self.state.rows))
         self._began = time.perf_counter() - self.state.progress.seconds
         self._last_evaluation = self._last_saving = time.perf_counter()
         self._modes = [(part, part.training) for module in self.state.modules for part in module.modules()]
@@ -149,11 +178,14 @@ class Run:
         return windows(batches, self.accumulate, self.setting.target)
 
     def _is_over(self) -> bool:
-        return self.state.stop is not None or self.limits.reached(self.state.progress, self._seconds()) is not None
+        asked = self.state.stop is not None or self.signals.received is not None
+        return asked or self.limits.reached(self.state.progress, self._seconds()) is not None
 
     def _reason(self) -> tuple[StopReason, str]:
         if (stop := self.state.stop) is not None:
             return stop.reason, stop.message
+        if (signal := self.signals.received) is not None:
+            return StopReason.INTERRUPTED, f"interrupted by {signal.name}"
         reason = self.limits.reached(self.state.progress, self._seconds()) or StopReason.CLOSED
         return reason, reason.message
 
@@ -166,6 +198,9 @@ class Run:
             if isinstance(answer, Stop) and self.state.stop is None:
                 self.state.stop = answer
         return event
+
+    def _note(self, message: str) -> Event:
+        return self._tell(Noted(message))
 
     def _account_for(self, result: StepResult) -> None:
         if not isinstance(result, StepResult) or not isinstance(result.loss, Tensor):
@@ -186,17 +221,22 @@ class Run:
         due = every.due(step=progress.step, epoch=progress.epoch, at_epoch_end=at_epoch_end, seconds=since)
         return due and progress.evaluated != progress.step
 
-    def _evaluate(self) -> Evaluated:
-        """Closes a row: the training's means since the last one, and the validation."""
-        progress, validation, setting = self.state.progress, self.validation, self.setting
-        row: dict[str, Any] = {"epoch": max(1, progress.epoch_in_hand), "step": progress.step}
-        row.update({"lr": self._lr(), "time": 0.0, **self.averages.take()})
+    def _evaluate(self) -> Evaluated | None:
+        """Closes a row: the training's means since the last one, and the validation. None, and nothing has happened,
+        if a signal came meanwhile.
+        """
+        progress, validation = self.state.progress, self.validation
+        self._settle()
+        measured = {}
         if validation.loader is not None:
-            values = loop.evaluate(
-                setting.objective, setting.forward, validation.loader.batches(epoch=0), validation.stream,
-                modules=setting.modules, device=setting.device, autocast=setting.autocast,
-            )  # fmt: skip
-            row.update({f"val_{name}": value for name, value in values.items()})
+            before = seeding.generator_states(), validation.loader.state_dict()
+            measured = self._validate(validation.loader)
+            if self.signals.received is not None:
+                validation.loader.load_state_dict(before[1])
+                seeding.set_generator_states(before[0])
+                return None
+        row: dict[str, Any] = {"epoch": max(1, progress.epoch_in_hand), "step": progress.step}
+        row.update({"lr": self._lr(), "time": 0.0, **self.averages.take(), **measured})
         row["time"] = progress.seconds = self._seconds()
         is_best = self.best.update(row)
         if self.state.schedule is not None:
@@ -206,22 +246,70 @@ class Run:
         self.state.rows.append(row)
         return Evaluated(row, is_best, self.best.best)
 
+    def _validate(self, loader: Loader | GivenLoader) -> dict[str, Any]:
+        setting = self.setting
+        batches = self._until_signal(loader.batches(epoch=0))
+        values = loop.evaluate(
+            setting.objective, setting.forward, batches, self.validation.stream,
+            modules=setting.modules, device=setting.device, autocast=setting.autocast,
+        )  # fmt: skip
+        return {f"val_{name}": value for name, value in values.items()}
+
+    def _until_signal(self, batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
+            yield batch
+            if self.signals.received is not None:
+                return
+
+    def _settle(self) -> None:
+        """Lets a step that reads late (on an accelerator) say now whether all its updates were finite."""
+        if (settle := getattr(self.step, "settle", None)) is not None:
+            settle(self.state)
+
     def _lr(self) -> float | None:
         return float(self.state.optimizer.param_groups[0]["lr"]) if self.state.optimizer is not None else None
 
     def _saving_is_due(self, at_epoch_end: bool) -> bool:
+        if (saver := self.saver) is None:
+            return False
         progress, since = self.state.progress, time.perf_counter() - self._last_saving
-        every, share = Every.parse(self.saving.every), self.saving.share
-        due = every.due(step=progress.step, epoch=progress.epoch, at_epoch_end=at_epoch_end, seconds=since)
-        return due and (share is None or self._spent_saving <= share * self._seconds())
+        due = saver.every.due(step=progress.step, epoch=progress.epoch, at_epoch_end=at_epoch_end, seconds=since)
+        return due and saver.may_start(self._seconds())
 
-    def _save(self, checkpoints: Checkpoints) -> Saved:
-        progress, began = self.state.progress, time.perf_counter()
-        progress.seconds = self._seconds()
-        path = checkpoints.save(progress.step, self.state.state_dict())
+    def _save(self, *, wait: bool = False) -> Iterator[Event]:
+        """Begins to save the state, unless nothing has happened since the last time; tells what is written."""
+        yield from self._saved(wait=True)
+        if self.saver is None or self._mark() == self._saved_mark:
+            return
+        self._settle()
+        self.state.progress.seconds = self._seconds()
+        self.saver.start(self.state.progress.step, {**self.state.state_dict(), "about": self.about})
+        self.keep_as_saved()
         self._last_saving = time.perf_counter()
-        self._spent_saving += self._last_saving - began
-        return Saved(path, progress.step)
+        yield from self._saved(wait=wait)
+
+    def keep_as_saved(self) -> None:
+        """The state stands in a checkpoint as it is; until something happens, there is nothing to save."""
+        self._saved_mark = self._mark()
+
+    def _mark(self) -> tuple:
+        progress = self.state.progress
+        return progress.step, progress.epoch, progress.windows, progress.evaluated, self.state.stop is None
+
+    def _saved(self, *, wait: bool = False) -> Iterator[Event]:
+        """Tells what was written since the last call, and raises what went wrong with it."""
+        if self.saver is None or not self.saver.is_busy:
+            return
+        try:
+            written = self.saver.finished(wait=wait)
+        except DiskFullError as error:
+            if self.saver.on_full == "stop":
+                raise
+            self._saved_mark = ()
+            yield self._note(f"{error.what} The run goes on, and will try again.")
+        else:
+            if written is not None:
+                yield self._tell(Saved(written[1], written[0]))
 
     def _end(self, reason: StopReason, message: str) -> Ended:
         """Puts the best weights and the modules' modes back, and tells."""
@@ -233,8 +321,19 @@ class Run:
         self.ended = Ended(
             reason, message or reason.message, self.best.best, restored, progress.epoch, progress.step, seconds
         )
-        self._tell(self.ended)
+        try:
+            self._tell(self.ended)
+        finally:
+            for resource in (self.train, self.validation.loader):
+                if resource is not None:
+                    resource.close()
+            if self.lock is not None:
+                self.lock.release()
         return self.ended
+
+
+def _first_line(error: BaseException | None) -> str:
+    return str(error).splitlines()[0] if error and str(error) else ""
 
 
 def _reason_of(error: BaseException | None) -> StopReason:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
+from epochal.checkpoint.weights import refuse_another_model
 from epochal.errors import DataError
 from epochal.events import Stop, StopReason
+from epochal.optim import optimizers
 from epochal.protocols import Stateful
 from epochal.runtime import seeding
 
@@ -50,7 +54,12 @@ class Progress:
                 fix="an iterable data set has to start anew at every __iter__; drop_last drops a lone small batch",
             )
         self.epoch += 1
-        self.windows = 0
+        self._closed, self.windows = self.windows, 0
+
+    def reopen_epoch(self, was_closed: bool) -> None:
+        """Takes the end of the epoch back: what belongs to it (an evaluation, a schedule) is still to be done."""
+        if was_closed:
+            self.epoch, self.windows = self.epoch - 1, self._closed
 
     @property
     def epoch_in_hand(self) -> int:
@@ -83,30 +92,72 @@ class TrainState:
         """The modules whose weights belong to the run: the model, and a loss that is a module."""
         return [self.model] if self.loss is None else [self.model, self.loss]
 
+    @property
+    def required(self) -> list[str]:
+        """The parts that a saved state has to have; what only watches may begin without one."""
+        watching = ("extras.observers.", "extras.early_stopping")
+        return [name for name in self._parts() if not name.startswith(watching)]
+
     def _parts(self) -> dict[str, Stateful]:
-        named = ("model", "optimizer", "loss", "schedule", "scaler")
-        parts = {name: getattr(self, name) for name in named if getattr(self, name) is not None}
-        return {**parts, **{f"extras.{name}": part for name, part in self.extras.items()}}
+        """What has a state of its own; the modules last, so that nothing reaches a weight if another part refuses."""
+        named = {name: getattr(self, name) for name in ("optimizer", "schedule", "scaler")}
+        extras = {f"extras.{name}": part for name, part in self.extras.items()}
+        parts = {**named, **extras, "loss": self.loss, "model": self.model}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, the states of the random generators too."""
         return {
             "progress": asdict(self.progress),
             "seed": self.seed,
-            "rows": [dict(row) for row in self.rows],
+            "rows": packed(self.rows),
             "stop": {"message": self.stop.message, "reason": self.stop.reason.name} if self.stop else None,
             "generators": seeding.generator_states(),
             **{name: part.state_dict() for name, part in self._parts().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts everything back, the random generators last."""
+        """Puts everything back, the random generators last; what is not in ``state`` stays as it is.
+
+        Raises CheckpointError, before anything has changed, if the weights are of another model.
+        """
+        for name, module in {"model": self.model, "loss": self.loss}.items():
+            if module is not None and name in state:
+                refuse_another_model(module.state_dict(), state[name], where=f"the {name} of the saved state")
+        for name, part in self._parts().items():
+            if name == "optimizer":
+                optimizers.load_exactly(part, state[name])
+            elif name in state:
+                part.load_state_dict(state[name])
         for name, value in state["progress"].items():
             setattr(self.progress, name, value)
         self.seed = state["seed"]
-        self.rows[:] = state["rows"]
+        self.rows[:] = unpacked(state["rows"])
         stop = state["stop"]
         self.stop = Stop(stop["message"], StopReason[stop["reason"]]) if stop else None
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
         seeding.set_generator_states(state["generators"])
+
+
+def packed(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The history by columns, a block for each stretch of rows with the same names: a long one is saved in no time.
+
+    >>> packed([{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}])
+    [{'names': ['epoch', 'loss'], 'columns': [array([1, 2]), array([0.5 , 0.25])]}]
+    """
+    blocks = [(names, list(group)) for names, group in groupby(rows, key=list)]
+    return [{"names": names, "columns": [_column([row[name] for row in group]) for name in names]}
+            for names, group in blocks]  # fmt: skip
+
+
+def _column(values: list[Any]) -> Any:
+    kinds = set(map(type, values))
+    return np.array(values) if kinds == {float} or kinds == {int} else values
+
+
+def unpacked(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that :func:`packed` was given."""
+    rows: list[dict[str, Any]] = []
+    for block in blocks:
+        columns = [column.tolist() if isinstance(column, np.ndarray) else column for column in block["columns"]]
+        rows += [dict(zip(block["names"], values)) for values in zip(*columns)]
+    return rows

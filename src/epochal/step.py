@@ -3,23 +3,86 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from epochal import nonfinite
 from epochal.buffers import Buffers
-from epochal.errors import LossError, NonFiniteError
-from epochal.objective import Custom, Objective, relocate
-from epochal.protocols import StepResult
+from epochal.data.batch import pieces, size
+from epochal.data.window import Window
+from epochal.errors import LossError, ModelError, NonFiniteError
+from epochal.objective import Custom, Objective, describe_batch, relocate
+from epochal.protocols import Loss, StepResult
 from epochal.runtime import device as devices
 from epochal.runtime import precision as precisions
 
 if TYPE_CHECKING:
-    from epochal.data.window import Window
     from epochal.state import TrainState
+
+
+class Sum:
+    """What the micro-batches of a window (as it was cut, if it was) add up to: the weighted mean, and its weight.
+
+    divides_by_itself: of a loss whose gradient is not known to be 0 where nothing is counted.
+    """
+
+    def __init__(self, window: Window, scaler: Any, *, divides_by_itself: bool, keeps_outputs: bool):
+        self.window, self._scaler, self._alone = window, scaler, len(window.batches) == 1
+        self._divides_by_itself, self._keeps_outputs = divides_by_itself, keeps_outputs
+        self.loss: Any = 0.0
+        self.weight: float | Tensor = 0.0
+        self.seen: list[tuple[Any, Any]] = []
+
+    def add(self, loss: Loss) -> Tensor | None:
+        """Gives the value to differentiate; None where nothing is counted, and the gradient would be 0 / 0."""
+        value, weight = loss.value, loss.weight
+        if not value.requires_grad:
+            raise LossError(
+                "the loss does not depend on any parameter that can be trained.",
+                where="loss.requires_grad is False",
+                fix="do not detach() the outputs, and do not compute the loss under torch.no_grad()",
+            )
+        # One batch is its own mean, and gives the bits of the plain loop. Of several, each counts by its
+        # weight; samples are known before, what the weights add up to only afterwards.
+        if self._alone:
+            self.loss, self.weight = value.detach(), weight
+        elif self._divides_by_itself and not weight:
+            return None
+        else:
+            value = _weighted(value, weight)
+            self.loss, self.weight = self.loss + value.detach(), self.weight + weight
+            value = value / self.window.samples
+        if self._keeps_outputs:
+            self.seen.append((_detached(loss.outputs), _detached(loss.targets)))
+        return value if self._scaler is None else self._scaler.scale(value)
+
+    def close(self, state: TrainState, device: torch.device) -> None:
+        """All micro-batches are there: the sums, and the gradients, become those of the mean."""
+        if not self._alone:
+            counted = isinstance(self.loss, Tensor)
+            self.loss = self.loss / self.weight if counted else torch.full((), math.nan, device=device)
+            _rescale(state, self.window.samples, self.weight)
+
+
+class Doubtful(NamedTuple):
+    """An update that is not known to be finite, with what it takes to undo it and to find out why it is not.
+
+    flag: above 0 where it is not finite, on the host as soon as ``event`` has happened.
+    """
+
+    place: nonfinite.Place
+    before: Buffers
+    window: Window
+    loss: Tensor
+    weight: float | Tensor
+    flag: Tensor
+    event: Any = None
 
 
 class Update:
@@ -28,6 +91,14 @@ class Update:
     forward: the model, or a compiled form of it. clip: the largest gradient norm (L2 over all parameters),
     None for no clipping. skip_nonfinite: leave out an update that is not finite, instead of raising.
     keeps_outputs: hand the outputs and targets on, for metrics.
+
+    An update is not finite when its loss or a gradient is not. What is not finite in the data and reaches neither
+    (a marker of missing values that the model masks) does no harm, and stops nothing. The flag is read at once,
+    except on CUDA where the optimizer is fused and ``skip_nonfinite`` is False: there the device itself leaves out
+    the update, and the host reads the flag during the next one, or in ``settle``, so that the device is never
+    waited for. An fp16 gradient that is not finite is the scaler's business.
+
+    micro_batch: the most samples that the model gets at once; None as long as memory has sufficed for whole batches.
     """
 
     def __init__(
@@ -44,70 +115,186 @@ class Update:
         self.objective, self.forward, self.device = objective, forward, device
         self.autocast = precisions.autocast(precision, device)
         self.clip, self.skip_nonfinite, self.keeps_outputs = clip, skip_nonfinite, keeps_outputs
+        self.micro_batch: int | None = None
+        self._batch_norm = False  # whether the model has it, known at the first update
+        self._target = getattr(objective, "target", ())
         self._moves = devices.moves(device)
         # torch's own losses give a gradient of 0 where nothing is counted; what a user divides by is not known.
         self._divides_by_itself = isinstance(objective, Custom)
-        self._buffers: Buffers | None = None
+        self._reads_late = device.type == "cuda" and not skip_nonfinite
+        self._unread: Doubtful | None = None
+        self._kept: deque[Buffers] = deque()  # that of the update in hand first, then of the one not read yet
         self._order: dict[int, int] = {}  # the place of each parameter in the model
         self._one, self._found = torch.ones((), device=device), torch.zeros((), device=device)
 
     def __call__(self, state: TrainState, window: Window) -> StepResult:
-        _clear_gradients(state.optimizer)
-        if self._buffers is None:
-            self._buffers = Buffers(state.modules)
-        self._buffers.keep()
-        alone = len(window.batches) == 1
-        total: Any = 0.0
-        seen, weights = [], 0.0
-        for batch in window.batches:
+        before, notes, batch = self._keep(state), [], None
+        while True:
+            _clear_gradients(state.optimizer)
+            summed = self._sum(state, self._cut(window))
             try:
-                if self._moves:
-                    batch = devices.move(batch, self.device)
-                with self.autocast:
-                    loss = self.objective(self.forward, batch)
+                for batch in summed.window.batches:
+                    if self._moves:
+                        batch = devices.move(batch, self.device)
+                    with self.autocast:
+                        loss = self.objective(self.forward, batch)
+                    if (value := summed.add(loss)) is not None:
+                        value.backward()
+                break
             except Exception as error:
-                where = f"step {state.progress.step}, batch {state.progress.windows} of train"
-                relocate(error, state.model, batch, where)
-            if not loss.value.requires_grad:
-                raise _without_graph(state)
-            if not alone and self._divides_by_itself and not loss.weight:
-                continue  # nothing is counted in this micro-batch: its own mean, and its gradient, are 0 / 0
-            weights = loss.weight if alone else weights + loss.weight
-            total = loss.value.detach() if alone else total + _weighted(loss.value.detach(), loss.weight)
-            # One batch is its own mean, and gives the bits of the plain loop. Of several, each counts by its
-            # weight; samples are known before, what the weights add up to only afterwards.
-            value = loss.value if alone else _weighted(loss.value, loss.weight) / window.samples
-            (value if state.scaler is None else state.scaler.scale(value)).backward()
-            if self.keeps_outputs:
-                seen.append((_detached(loss.outputs), _detached(loss.targets)))
-        if not alone:
-            total = total / weights if isinstance(total, Tensor) else torch.full((), math.nan)
-            _rescale(state, window.samples, weights)
-        if not self._is_finite(state, total):
-            return self._not_finite(state, total, weights)
+                failed = self._out_of_memory(error, state, batch)  # raises any other error again
+            batch = loss = value = None  # they hold what fills the memory
+            self._make_room(state, summed.window, before, failed)
+            notes = self._notes(window)
+        summed.close(state, self.device)
+        if self._unread is not None:
+            self.settle(state)  # the update before this one: the device has long done it
+        self._look_for_nonfinite(state, summed.loss)
+        late = self._reads_late and _device_can_leave_out(state)
+        if not late and self._found.item():
+            return self._leave_out(state, self._doubtful(state, before, summed, late), notes)
         norm = None if self.clip is None else self._clip(state, self.clip)
-        return StepResult(total, weights, seen, grad_norm=norm, applied=self._move_weights(state))
+        if late:
+            self._unread = self._doubtful(state, before, summed, late)
+        applied = self._move_weights(state, late)
+        return StepResult(summed.loss, summed.weight, summed.seen, grad_norm=norm, applied=applied, notes=notes)
 
-    def _is_finite(self, state: TrainState, loss: Tensor) -> bool:
-        """Whether the loss and all gradients are finite; one pass over the gradients, and two reads on the host."""
+    def settle(self, state: TrainState) -> None:
+        """Reads what has not been read yet: NonFiniteError if the last update was not finite.
+
+        To be called before weights are evaluated or saved, and at the end.
+        """
+        doubtful, self._unread = self._unread, None
+        if doubtful is None:
+            return
+        if doubtful.event is not None:
+            doubtful.event.synchronize()
+        if doubtful.flag.item():
+            self._found.zero_()
+            if doubtful.weight:
+                raise self._diagnosis(state, doubtful)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"micro_batch": self.micro_batch}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.micro_batch = state["micro_batch"]
+
+    def _keep(self, state: TrainState) -> Buffers:
+        if not self._kept:
+            parts = (part for module in state.modules for part in module.modules())
+            self._batch_norm = any(isinstance(part, _BatchNorm) for part in parts)
+            self._kept.extend(Buffers(state.modules, self.device) for _ in range(2 if self._reads_late else 1))
+        self._kept.rotate()
+        before = self._kept[0]
+        before.keep()
+        return before
+
+    def _sum(self, state: TrainState, window: Window) -> Sum:
+        divides, keeps = self._divides_by_itself, self.keeps_outputs
+        return Sum(window, state.scaler, divides_by_itself=divides, keeps_outputs=keeps)
+
+    def _out_of_memory(self, error: Exception, state: TrainState, batch: Any) -> Exception:
+        words = ("out of memory", "not enough memory", "can't allocate memory")
+        out_of_memory = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+        if not out_of_memory and not isinstance(error, MemoryError | torch.OutOfMemoryError):
+            relocate(error, state.model, batch, f"step {state.progress.step}, batch {state.progress.windows} of train")
+        return error.with_traceback(None)  # its frames hold what fills the memory
+
+    def _make_room(self, state: TrainState, cut: Window, before: Buffers, failed: Exception) -> None:
+        """All is as before the update, and from now on the pieces are half as large as those of this window."""
+        _clear_gradients(state.optimizer)
+        before.put_back()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        largest = max(cut.sizes)
+        batch, half = cut.batches[cut.sizes.index(largest)], -(-largest // 2)
+        if largest < 2 or pieces(batch, half, self._target) is None:
+            told = next((line for line in str(failed).splitlines() if line.strip()), type(failed).__name__)
+            raise ModelError(
+                "memory ran out, and the batch cannot be made smaller.",
+                where=f"step {state.progress.step}, batch {state.progress.windows} of train; "
+                f"the batch is {describe_batch(batch)}; {told}",
+                fix='take a smaller model or smaller samples, precision="bf16", or a device with more memory'
+                if largest < 2
+                else "give a smaller batch_size, with accumulate= for updates over as many samples",
+            ) from failed
+        self.micro_batch = half
+
+    def _cut(self, window: Window) -> Window:
+        if (limit := self.micro_batch) is None or max(window.sizes) <= limit:
+            return window
+        cut: list[Any] = []
+        for batch in window.batches:
+            cut += pieces(batch, limit, self._target, no_lone=self._batch_norm) or [batch]
+        return Window(cut, [size(piece, self._target) for piece in cut])
+
+    def _notes(self, window: Window) -> list[str]:
+        told = f"out of memory: batches of {max(window.sizes)} are now done in pieces of {self.micro_batch}"
+        return [told + ("; batch norm sees the smaller pieces" if self._batch_norm else "")]
+
+    def _look_for_nonfinite(self, state: TrainState, loss: Tensor) -> None:
+        """Sets the flag where the loss or a gradient is not finite: one pass over them, and nothing waits."""
+        if self._moves:
+            loss = loss.to(self.device)
+        # The kernel of torch's own GradScaler, with a scale of 1: it changes no bit of what is finite.
+        check = torch._amp_foreach_non_finite_check_and_unscale_
         if state.scaler is not None:
             # An fp16 gradient may overflow: its scaler sees that, skips the update and scales down.
             state.scaler.unscale_(state.optimizer)
-        else:
-            # The kernel of torch's own GradScaler, with a scale of 1: it changes no bit of a finite gradient.
-            torch._amp_foreach_non_finite_check_and_unscale_(_dense_gradients(state), self._found, self._one)
-        return math.isfinite(loss.item()) and self._found.item() == 0.0
+            return check([loss], self._found, self._one)
+        looked_at = _gradients(state)
+        looked_at.append(loss)
+        try:
+            return check(looked_at, self._found, self._one)
+        except RuntimeError:  # a gradient is sparse or complex, which is not asked of each at every step
+            return check([*_dense_gradients(state), loss], self._found, self._one)
 
-    def _not_finite(self, state: TrainState, loss: Tensor, weights: float | Tensor) -> StepResult:
+    def _leave_out(self, state: TrainState, doubtful: Doubtful, notes: list[str]) -> StepResult:
+        """All is put back, as if the window had never been given to the model; unless that is an error."""
         self._found.zero_()
-        if self._buffers is not None:
-            self._buffers.put_back()
-        nothing_counted = not weights  # all targets ignored, say: the mean over nothing is not a number
+        nothing_counted = not doubtful.weight  # all targets ignored, say: the mean over nothing is no number
         if not self.skip_nonfinite and not nothing_counted:
-            raise _non_finite(state, loss)
+            raise self._diagnosis(state, doubtful)
+        _clear_gradients(state.optimizer)
+        doubtful.before.put_back()
         if state.scaler is not None:
-            state.scaler.update()
-        return StepResult(loss, weight=0.0, applied=False)
+            state.scaler.update(state.scaler.get_scale())  # as it was: the scale is not to blame for the loss
+        return StepResult(doubtful.loss, weight=0.0, applied=False, notes=notes)
+
+    def _diagnosis(self, state: TrainState, doubtful: Doubtful) -> NonFiniteError:
+        """Runs the window once more, watched and not compiled; then all is as it was before the update."""
+        place, before, window, loss, *_ = doubtful
+        watch, norm = nonfinite.Watch(self.objective, state.modules), None
+        try:
+            _clear_gradients(state.optimizer)
+            before.put_back()
+            again = self._sum(state, window)
+            with watch:
+                for batch in window.batches:
+                    with self.autocast:
+                        found = watch(state.model, devices.move(batch, self.device))
+                    if (value := again.add(found)) is not None:
+                        value.backward()
+            again.close(state, self.device)
+            norm = torch.nn.utils.get_total_norm(_dense_gradients(state)).item()
+            norm /= 1.0 if state.scaler is None else state.scaler.get_scale()
+            finding = watch.finding(loss)
+        except Exception as error:  # what is known already must not be lost over the search for more
+            finding = nonfinite.unexplained(loss, error)
+        finally:
+            _clear_gradients(state.optimizer)
+            before.put_back()
+        return finding.error(place, loss.item(), norm, micro_batches=len(window.batches))
+
+    def _doubtful(self, state: TrainState, before: Buffers, summed: Sum, late: bool) -> Doubtful:
+        progress, flag, event = state.progress, self._found, None
+        if late and flag.is_cuda:
+            flag = flag.to("cpu", non_blocking=True)  # into pinned memory: nothing waits
+            event = torch.cuda.current_stream(self.device).record_event()
+        rate = float(state.optimizer.param_groups[0]["lr"])
+        place = nonfinite.Place(progress.step, progress.epoch + 1, progress.windows, rate)
+        return Doubtful(place, before, summed.window, summed.loss, summed.weight, flag, event)
 
     def _clip(self, state: TrainState, clip: float) -> Tensor:
         """Clips as ``torch.nn.utils.clip_grad_norm_`` does, sparse gradients too; gives the norm before.
@@ -127,14 +314,35 @@ class Update:
                 p.grad.mul_(coefficient)
         return norm
 
-    def _move_weights(self, state: TrainState) -> bool:
+    def _move_weights(self, state: TrainState, unless_found: bool) -> bool:
         if state.scaler is None:
+            if unless_found:
+                return _step_unless(self._found, state.optimizer)
             state.optimizer.step()
             return True
         scale = state.scaler.get_scale()
         state.scaler.step(state.optimizer)
         state.scaler.update()
         return state.scaler.get_scale() >= scale
+
+
+def _device_can_leave_out(state: TrainState) -> bool:
+    """Whether the optimizer's kernels can leave out an update by themselves, as torch's GradScaler has them do.
+
+    Not the first one: it may leave a momentum that nothing has been written to.
+    """
+    fused = all(group.get("fused") for group in state.optimizer.param_groups)
+    able = fused and getattr(state.optimizer, "_step_supports_amp_scaling", False)
+    return able and state.scaler is None and state.progress.step > 0
+
+
+def _step_unless(found: Tensor, optimizer: Any) -> bool:
+    optimizer.found_inf = found
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf
+    return True
 
 
 def _weighted(value: Tensor, weight: float | Tensor) -> Tensor:
@@ -186,23 +394,3 @@ def _detached(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_detached(part) for part in value)
     return value
-
-
-def _without_graph(state: TrainState) -> LossError:
-    return LossError(
-        "the loss does not depend on any parameter that can be trained.",
-        where=f"step {state.progress.step}; loss.requires_grad is False",
-        fix="do not detach() the outputs, and do not compute the loss under torch.no_grad()",
-    )
-
-
-def _non_finite(state: TrainState, loss: Tensor) -> NonFiniteError:
-    norm = torch.nn.utils.get_total_norm(_dense_gradients(state))
-    what = "the loss" if not math.isfinite(loss.item()) else "a gradient"
-    rate = state.optimizer.param_groups[0]["lr"]
-    return NonFiniteError(
-        f"{what} is not finite; the weights were not touched.",
-        where=f"step {state.progress.step}, epoch {state.progress.epoch + 1}, batch {state.progress.windows}; "
-        f"loss {loss.item():g}, gradient norm {norm.item():g}, lr {float(rate):g}",
-        fix='look for NaN in the data, lower lr, set clip=1.0, or use nonfinite="skip"',
-    )

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from epochal import loop, losses
 from epochal.checkpoint.files import replace
+from epochal.checkpoint.imported import read_pt
 from epochal.checkpoint.weights import load_into
 from epochal.data.window import windows
 from epochal.errors import CheckpointError, FileError
@@ -109,7 +110,7 @@ class MetricsTracker:
 
 
 def save_checkpoint(path: str | Path, epoch: int, model: nn.Module, optimizer: Optimizer, loss: Any) -> None:
-    """Writes the page's dictionary, whole or not at all; ``torch.load(path, weights_only=True)`` reads it.
+    """Writes the page's dictionary, whole or not at all; torch reads it with ``weights_only=True``.
 
     Raises CheckpointError where it cannot be written, or holds what could not be read so.
     """
@@ -118,7 +119,7 @@ def save_checkpoint(path: str | Path, epoch: int, model: nn.Module, optimizer: O
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
-        torch.load(temporary, map_location="meta", weights_only=True)  # reads all but the numbers
+        read_pt(temporary, "meta")  # all but the numbers
 
     try:
         replace(Path(path), write)
@@ -133,13 +134,13 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
     belongs to another model or optimizer.
     """
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = read_pt(path)
     except Exception as error:  # by what is wrong with the file, torch raises any of a dozen classes
         raise _unusable("read", path, error) from error
     entries = saved if isinstance(saved, dict) else {}
     if not entries.keys() >= set(ENTRIES) or not isinstance(entries["model_state_dict"], dict):
         what, expected = "the file is not a checkpoint of a model and its optimizer.", ", ".join(ENTRIES)
-        fix = "load a plain state dict with model.load_state_dict(torch.load(path, weights_only=True))"
+        fix = "let torch read a plain state dict, with weights_only=True, and give it to model.load_state_dict"
         raise CheckpointError(what, where=f"{path}; a dict with {expected} is expected", fix=fix)
     with ExitStack() as undo:
         if optimizer is not None:

@@ -2,54 +2,76 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import errno
 import os
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from epochal.cadence import Every
-from epochal.checkpoint import codec
-from epochal.checkpoint.files import replace_bytes, sync
-from epochal.checkpoint.weights import load_weights, save_weights
-from epochal.errors import CheckpointError, PlanError
+from torch import Tensor
 
-FORMAT = 1
+from epochal.cadence import Every
+from epochal.checkpoint import codec, files, tensors
+from epochal.checkpoint.files import Data
+from epochal.checkpoint.manifest import MANIFEST, STATE, damaged, describe, read_files, read_manifest, verify
+from epochal.errors import CheckpointError, DiskFullError, PlanError, UnknownNameError
+
+LARGEST_FILE = 512 * 2**20  # bytes of tensors in one file, so that reading it does not take the memory of all
+TRANSIENT = frozenset(  # a network's or another process's fault, that may be over in a moment
+    {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT}
+)
+PAUSES = (0.05, 0.2)  # seconds, before another attempt
+NAME = re.compile(r"step-(\d{8,15})(?:-(\d{1,9}))?")
 
 
 @dataclass(frozen=True)
 class Saving:
     """every: how often a checkpoint is saved, ``"1 epoch"``, ``"500 steps"`` or ``"10 min"``. keep: how many
     of the newest stay; older ones are removed once a newer one is whole. share: how much of the run's time
-    saving may take before it is put off; None, and every one is saved. Without settings it is 0.05.
+    saving may take before it is put off; None, and every one is saved. on_full: whether a full disk ends the run
+    (``"stop"``) or is told while the run goes on without saving (``"continue"``).
     """
 
     every: str | Every = "1 epoch"
     keep: int = 3
-    share: float | None = None
+    share: float | None = 0.05
+    on_full: str = "stop"
 
     def __post_init__(self) -> None:
         Every.parse(self.every, where="save")
         if not isinstance(self.keep, int) or isinstance(self.keep, bool) or self.keep < 1:
             raise PlanError("keep must be an integer of at least 1.", where=f"keep={self.keep!r}", fix="try keep=3")
+        if self.share is not None and not (isinstance(self.share, int | float) and self.share > 0):
+            raise PlanError("share is a part of the time, above 0.", where=f"share={self.share!r}", fix="try 0.05")
+        if self.on_full not in ("stop", "continue"):
+            raise UnknownNameError.of_name("policy for a full disk", self.on_full, ("stop", "continue"), where="on_full")
 
     @classmethod
     def of(cls, given: Saving | str | None) -> Saving:
         """The settings as given, or with ``every`` alone."""
-        if given is None:
-            return cls(share=0.05)
-        return given if isinstance(given, Saving) else cls(given)
+        return given if isinstance(given, Saving) else cls() if given is None else cls(given)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that is whole: its folder and its state; and what is wrong with each that is newer."""
+
+    path: Path
+    state: Any
+    damaged: list[CheckpointError] = field(default_factory=list)
 
 
 class Checkpoints:
     """The checkpoints in one folder; each is a folder ``step-00000120`` with a manifest of its files.
 
+    One process at a time may save (a run holds the lock of its folder).
+
     >>> import tempfile
     >>> checkpoints = Checkpoints(tempfile.mkdtemp())
-    >>> checkpoints.save(120, {"lr": 0.1}).name, checkpoints.load(checkpoints.newest())
+    >>> checkpoints.save(120, {"lr": 0.1}).name, checkpoints.newest_whole().state
     ('step-00000120', {'lr': 0.1})
     """
 
@@ -57,64 +79,153 @@ class Checkpoints:
         self.folder, self.keep = Path(folder), keep
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Commits a checkpoint: written aside, synced, renamed into place; then the oldest ones are removed."""
-        final = self.folder / f"step-{step:08d}"
-        aside = self.folder / f".{final.name}.{os.getpid()}.tmp"
+        """Commits a checkpoint of the state, and removes the oldest ones."""
+        return self.commit(step, *codec.encode(state))
+
+    def commit(self, step: int, tree: Any, named: Mapping[str, Tensor]) -> Path:
+        """Commits an encoded state, its tensors on the host; what may pass is tried again, each time anew.
+
+        Raises DiskFullError, or CheckpointError for anything else; the older checkpoints are untouched then.
+        """
+        contents: dict[str, list[Data]] = {STATE: [codec.dumps(tree)]}
+        for number, part in enumerate(_parts(named)):
+            contents[f"tensors-{number:05d}.safetensors"] = tensors.chunks(part)
+        contents[MANIFEST] = [describe(step, contents, named)]
+        for pause in (*PAUSES, None):
+            try:
+                return self._commit(step, contents)
+            except OSError as error:
+                if error.errno not in TRANSIENT or pause is None:
+                    raise _unwritable(self.folder, error) from error
+                time.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _commit(self, step: int, contents: Mapping[str, list[Data]]) -> Path:
+        """Written aside and synced, the manifest last; renamed into place; read back; and only then others go."""
+        files.make_folder(self.folder)
+        files.sweep(self.folder)
+        self._refuse_full_disk(contents)
+        final = self._free(step)
+        aside = files.aside(final)
         try:
-            aside.mkdir(parents=True)
-            tree, tensors = codec.encode(state)
-            replace_bytes(aside / "state.json", json.dumps(tree).encode())
-            save_weights(tensors, aside / "tensors.safetensors")
-            manifest = {"format": FORMAT, "step": step, "files": {p.name: _facts(p) for p in sorted(aside.iterdir())}}
-            replace_bytes(aside / "manifest.json", json.dumps(manifest, indent=1).encode())
-            sync(aside)
-            if final.exists():  # the same step, later: an evaluation or a decision has come since
-                os.rename(final, aside.with_suffix(".old"))
-            os.rename(aside, final)
-            sync(self.folder)
-        except OSError as error:
-            if not final.exists() and aside.with_suffix(".old").exists():
-                os.rename(aside.with_suffix(".old"), final)
-            raise CheckpointError(
-                f"the checkpoint cannot be written: {error.strerror or error}.",
-                where=str(final),
-                fix="free some space; earlier checkpoints are untouched",
-            ) from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.rmtree(aside.with_suffix(".old"), ignore_errors=True)
-        for old in self.all()[: -self.keep]:
-            shutil.rmtree(old)
+            files.new_folder(aside)
+            for name, chunks in contents.items():
+                files.write(aside / name, *chunks)
+            files.sync(aside)
+            files.rename(aside, final)
+        except BaseException:
+            files.remove_folder(aside)
+            raise
+        try:
+            verify(final)
+        except CheckpointError as error:
+            files.discard(final)
+            raise OSError(errno.EIO, "what was written is not what is read back") from error
+        self._prune(final)
         return final
 
-    def all(self) -> list[Path]:
-        """The committed checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if (path / "manifest.json").is_file())
+    def _refuse_full_disk(self, contents: Mapping[str, list[Data]]) -> None:
+        needed = sum(memoryview(chunk).nbytes for chunks in contents.values() for chunk in chunks)
+        if needed > free_space(self.folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def newest(self) -> Path:
-        """The newest checkpoint; CheckpointError if there is none."""
-        if not (found := self.all()):
-            raise CheckpointError(
-                "there is no checkpoint to resume from.", where=str(self.folder), fix="start anew in another folder"
-            )
-        return found[-1]
+    def _free(self, step: int) -> Path:
+        """The folder for a step; one that is saved again, after an evaluation or a decision, has a number more."""
+        taken = [_order(path)[1] for path in self.all() if _order(path)[0] == step]
+        return self.folder / (f"step-{step:08d}" + (f"-{max(taken) + 1}" if taken else ""))
+
+    def _prune(self, newest: Path) -> None:
+        """Removes all but the last of the newest steps, and ``newest``, which has just been verified."""
+        last = {_order(path)[0]: path for path in self.all()}
+        kept = {newest, *list(last.values())[-self.keep :]}
+        for path in self.all():
+            if path not in kept:
+                _remove(path)
+
+    def all(self) -> list[Path]:
+        """Everything that is named like a checkpoint, oldest first, whole or not."""
+        try:
+            found = os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            what = f"the checkpoints cannot be listed: {error.strerror or error}."
+            raise CheckpointError(what, where=str(self.folder), fix="make it a folder that can be read") from error
+        return sorted((self.folder / name for name in found if NAME.fullmatch(name)), key=_order)
+
+    def newest_whole(self) -> Found | None:
+        """The newest checkpoint that is as it was written, and what is wrong with those newer than it.
+
+        None if there is no checkpoint at all. Raises CheckpointError if none of them is whole.
+        """
+        problems: list[CheckpointError] = []
+        for path in reversed(self.all()):
+            try:
+                return Found(path, self.load(path), problems)
+            except CheckpointError as error:
+                problems.append(error)
+        if not problems:
+            return None
+        told = "; ".join(f"{problem.where}: {problem.what.removeprefix('the checkpoint is ')}" for problem in problems)
+        fix = "copy one from a backup, or start anew in another folder; nothing was removed"
+        raise CheckpointError("none of the checkpoints is whole.", where=told, fix=fix)
 
     def load(self, path: Path) -> Any:
-        """The state of a checkpoint, after every file was compared with the manifest."""
-        try:
-            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-            changed = [name for name, facts in manifest["files"].items() if _facts(path / name) != facts]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"the checkpoint cannot be read: {error}.", where=str(path), fix="use an older one"
-            ) from error
-        if changed or manifest.get("format") != FORMAT:
-            what = f"{', '.join(changed)} is not what was written" if changed else "it has another format"
-            raise CheckpointError(f"the checkpoint is damaged: {what}.", where=str(path), fix="use an older one")
-        tree = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return codec.decode(tree, load_weights(path / "tensors.safetensors"))
+        """The state of a checkpoint, after every file was compared with the manifest. Raises CheckpointError."""
+        manifest = read_manifest(path)
+        if manifest.step != _order(path)[0]:
+            raise damaged(path, f"its manifest is of step {manifest.step}")
+        text, named = read_files(path, manifest)
+        return codec.decode(codec.loads(text), named)
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def free_space(folder: Path) -> int:
+    """Bytes that may still be written on the disk of a folder, which need not be there yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    facts = os.statvfs(there)
+    return facts.f_bavail * facts.f_frsize
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """What checkpoints are sorted by: the step, and which of that step it is, from 1."""
+    step, again = NAME.fullmatch(path.name).groups()  # type: ignore[union-attr]
+    return int(step), int(again or 1)
+
+
+def _parts(named: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each file."""
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in named.items():
+        if part and size + tensor.nbytes > LARGEST_FILE:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor
+        size += tensor.nbytes
+    if part:
+        yield part
+
+
+def _remove(path: Path) -> None:
+    """Removes what the manifest of a checkpoint names, and nothing else; what cannot be known as ours stays."""
+    try:
+        ours = {MANIFEST, *read_manifest(path).files}
+        if set(os.listdir(path)) <= ours:
+            files.discard(path)
+    except (OSError, CheckpointError):
+        return  # it stays: one checkpoint too many is no harm
+
+
+def _unwritable(folder: Path, error: OSError) -> CheckpointError:
+    kind = DiskFullError if error.errno in files.NO_SPACE else CheckpointError
+    fix = {
+        errno.ENOSPC: "free some space",
+        errno.EDQUOT: "free some space",
+        errno.EROFS: "make the disk writable",
+        errno.EACCES: "give the user of this process the right to write there",
+    }.get(error.errno or 0, "look at the disk, or choose another place")
+    return kind(
+        f"the checkpoint cannot be written: {error.strerror or error}.",
+        where=str(folder),
+        fix=f"{fix}; the checkpoints there are untouched",
+    )

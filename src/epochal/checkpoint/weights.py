@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import msgspec
+import psutil
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from epochal.checkpoint.files import replace
+from epochal.checkpoint import files, tensors
 from epochal.errors import CheckpointError
 
 SHARED = "epochal.shared"  # metadata: names that share a tensor -> the name it is stored under
@@ -21,34 +20,27 @@ SHARED = "epochal.shared"  # metadata: names that share a tensor -> the name it 
 def save_weights(weights: Mapping[str, Any], path: str | Path) -> None:
     """Writes a state dict, atomically. Tied tensors are stored once, and tied again by their names.
 
-    Raises CheckpointError for an entry that is not a tensor.
+    Raises CheckpointError for an entry that is not a tensor, FileError where the file cannot be written.
     """
-    tensors: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     first: dict[tuple, str] = {}
     for name, value in weights.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.dtype not in tensors.DTYPES:
+            what = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise CheckpointError(
-                f"only tensors can be saved, not a {type(value).__name__}.",
+                f"{what} cannot be kept in a safetensors file.",
                 where=f"entry {name!r} of the state dict",
-                fix="keep other things out of get_extra_state()",
+                fix='keep other things out of get_extra_state(), or use torch\'s own format: result.save("model.pt")',
             )
         place = _place(value)
         if place in first:
             shared[name] = first[place]
         else:
             first[place] = name
-            tensors[name] = value.detach().contiguous().cpu()
-    tensors = _apart(tensors)
-    metadata = {"format": "pt", SHARED: json.dumps(shared)}
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata)
-        except safetensors.SafetensorError as error:  # the only word it has for a full disk
-            raise OSError(str(error)) from error
-
-    replace(Path(path), write)
+            kept[name] = value.detach().cpu().contiguous().resolve_conj().resolve_neg()
+    ties = {SHARED: msgspec.json.encode(shared).decode()} if shared else {}
+    files.replace_bytes(path, *tensors.chunks(kept, {"format": "pt", **ties}))
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -57,19 +49,21 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     Raises CheckpointError if it is missing or is not a safetensors file.
     """
     try:
-        tensors = load_file(path)
-        with safetensors.safe_open(path, framework="pt") as file:
-            shared = json.loads((file.metadata() or {}).get(SHARED, "{}"))
-    except (OSError, safetensors.SafetensorError, ValueError) as error:
-        raise CheckpointError(
-            f"the weights cannot be read: {error}.", where=str(path), fix="give a .safetensors file that epochal wrote"
-        ) from error
-    return {**tensors, **{name: tensors[stored] for name, stored in shared.items() if stored in tensors}}
+        data = files.read(Path(path), most=psutil.virtual_memory().available // 2)  # as bytes, and as tensors
+    except OSError as error:
+        why = f"the weights cannot be read: {error.strerror or error}."
+        raise CheckpointError(why, where=str(path), fix="give a .safetensors file that epochal wrote") from error
+    found = tensors.parse(data, str(path))
+    try:
+        shared = msgspec.json.decode(tensors.metadata(data).get(SHARED, "{}"), type=dict[str, str])
+    except ValueError as error:
+        what = f"the names of shared weights cannot be read: {error}."
+        raise CheckpointError(what, where=str(path), fix="use the file as epochal wrote it") from error
+    return {**found, **{name: found[stored] for name, stored in shared.items() if stored in found}}
 
 
-def load_into(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Puts weights into a module; missing, unexpected and mismatched names are an error, and nothing is loaded."""
-    own = module.state_dict()
+def refuse_another_model(own: Mapping[str, Any], weights: Mapping[str, Any], where: str) -> None:
+    """CheckpointError with the names that are missing, unexpected or of another shape, if there are any."""
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [
         f"{name} {_shape(weights[name])} for {_shape(own[name])}"
@@ -87,6 +81,11 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> N
             where=f"{where}; {'; '.join(problems)}",
             fix="build the model as it was when they were saved",
         )
+
+
+def load_into(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    """Puts weights into a module; missing, unexpected and mismatched names are an error, and nothing is loaded."""
+    refuse_another_model(module.state_dict(), weights, where)
     module.load_state_dict(dict(weights))
 
 
@@ -101,27 +100,16 @@ def _place(tensor: Tensor) -> tuple:
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Overlapping, but not equal, tensors (views of one buffer) get memory of their own, as the format demands."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return result
-
-
 def is_safetensors(path: str | Path) -> bool:
     """Whether a path is named like a safetensors file."""
     return Path(path).suffix == ".safetensors"
 
 
 def save_state_dict(weights: Mapping[str, Any], path: str | Path) -> None:
-    """A plain state dict in torch's own format: ``torch.load(path, weights_only=True)`` reads it."""
+    """A plain state dict in torch's own format, which torch itself reads with ``weights_only=True``."""
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:  # torch itself answers a full disk with a RuntimeError
             torch.save(dict(weights), file)
 
-    replace(Path(path), write)
+    files.replace(Path(path), write)

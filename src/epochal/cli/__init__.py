@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,17 +23,23 @@ COMMANDS = {
     "predict": ("table:predict", "Predict the target of a run of fit for new rows."),
     "eval": ("table:evaluate", "Measure a run of fit on a table with the target."),
     "train": ("train:train", "Train what a recipe plans: plan(...) in a Python file."),
+    "resume": ("resume:resume", "Go on with an interrupted run, or train one further."),
+    "verify-resume": ("verify:verify_resume", "Prove that a recipe can be killed and resumed to the bit."),
+    "export": ("weights:export", "Write the weights of a run as one file."),
+    "import-checkpoint": ("weights:import_checkpoint", "Begin a run folder with the weights of a .pt file."),
     "runs ls": ("runs:ls", "List the run folders in a folder."),
     "runs show": ("runs:show", "Show what a run did and what it left."),
     "config show": ("config:show", "Show the value of every flag, and where it is from."),
 }
+OF_RECIPES = ("train", "verify-resume")  # their flags are those of the recipe too
 GROUPS = {"runs": "List run folders, or show one.", "config": "Show what a command would run with."}
 
 
-def application(tokens: Sequence[str], *watchers: Callable) -> App:
+def application(tokens: Sequence[str], *watchers: Callable, environment: bool = True) -> App:
     """The commands of ``epochal``, for these tokens: ``train RECIPE.py`` has the flags of that recipe.
 
     watchers: callables (app, commands, arguments) that see the arguments when every source has been read.
+    environment: whether that is one of the sources.
     """
     from cyclopts import App, Parameter
     from cyclopts.config import Env
@@ -44,7 +51,7 @@ def application(tokens: Sequence[str], *watchers: Callable) -> App:
         help=HELP,
         help_epilogue=EPILOGUE,
         version=epochal.__version__,
-        config=(Env("EPOCHAL_", command=False, show=False), read_file, *watchers),
+        config=(*([Env("EPOCHAL_", command=False, show=False)] if environment else []), read_file, *watchers),
         default_parameter=Parameter(negative_bool=(), negative_iterable=()),
         suppress_keyboard_interrupt=False,
     )
@@ -55,15 +62,17 @@ def application(tokens: Sequence[str], *watchers: Callable) -> App:
             groups[group] = App(name=group, help=GROUPS[group], sort_key=place)
             app.command(groups[group])
         named = " ".join(tokens).startswith(words)  # whose help is its docstring; a list of commands needs a line
-        command = _recipe(tokens, name) or f"epochal.cli.{function}"
+        command = _of_recipe(tokens, name, function) or f"epochal.cli.{function}"
         groups[group].command(command, name=name, help=None if named else text, sort_key=place)
     return app
 
 
-def _recipe(tokens: Sequence[str], name: str) -> Callable | None:
-    """The command ``train`` of the recipe, if the tokens are ``train RECIPE.py ...``; the help is its own then."""
-    if name != "train" or tokens[:1] != ["train"] or len(tokens) < 2 or tokens[1].startswith("-"):
+def _of_recipe(tokens: Sequence[str], name: str, function: str) -> Callable | None:
+    """The command of this name for a recipe, if the tokens are ``train RECIPE.py ...``; the help is its own then."""
+    if name not in OF_RECIPES or tokens[:1] != [name] or len(tokens) < 2 or tokens[1].startswith("-"):
         return None
     from epochal.cli.train import command
 
-    return command(Path(tokens[1]))
+    module, _, face = function.partition(":")
+    home = import_module(f"epochal.cli.{module}")
+    return command(Path(tokens[1]), getattr(home, face), home.carry_out)

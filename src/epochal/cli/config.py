@@ -42,7 +42,7 @@ def _flags(tokens: list[str]) -> dict[str, dict[str, Any]]:
     except MissingArgumentError as error:
         if error.unused_tokens:
             raise
-    flags = [argument for argument in seen if argument.name.startswith("--")]
+    flags = [argument for argument in seen if argument.name.startswith("--") and argument.show]
     return {flag.name[2:]: {"value": _value(flag), "from": _source(flag)} for flag in flags}
 
 

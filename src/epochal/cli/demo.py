@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from epochal.cli.options import Config, Device, Epochs, Run, Seed
+from epochal.cli.options import Config, Device, Epochs, Resume, Run, Seed
 
 
 def demo(
-    *, epochs: Epochs = 15, run: Run = None, device: Device = "auto", seed: Seed = 0, config: Config = None
+    *,
+    epochs: Epochs = 15,
+    run: Run = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    config: Config = None,
+    resume: Resume = False,
 ) -> None:
     """Train a small network on handwritten digits, in seconds.
 
@@ -34,6 +40,6 @@ def demo(
     plan = epochal.Plan(
         model, (images, labels), val=0.2,
         loss="cross_entropy", optimizer="adamw", lr=0.003, schedule="cosine", epochs=epochs,
-        metrics=["accuracy", "confusion"], device=device, seed=seed, run=run,
+        metrics=["accuracy", "confusion"], device=device, seed=seed, run=run, resume=resume,
     )  # fmt: skip
-    train(plan, "demo", {}, "epochal runs show {run}")
+    train(plan, ["demo"], {"epochs": epochs, "device": device, "seed": seed}, {}, "epochal runs show {run}")

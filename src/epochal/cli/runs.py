@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as text
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +17,13 @@ from epochal.cli.options import Json
 from epochal.errors import EpochalError, RunFolderError
 from epochal.observe.console import number
 from epochal.report.history import History
+from epochal.runtime.lock import is_held
 
-FACTS = ("status", "reason", "message", "started", "best", "monitor", "epochs", "steps", "seconds", "seed", "header")
+FACTS = (
+    "status", "reason", "message", "started", "best", "monitor", "epochs", "steps", "seconds", "seed", "header",
+    "command",
+)  # fmt: skip
+BROKEN = ("interrupted", "failed", "closed")  # reasons after which a run can go on
 COLUMNS = ("run", "status", "best", "started")
 BARS = "▁▂▃▄▅▆▇█"
 WIDEST = 60  # of a line of bars
@@ -29,7 +35,7 @@ def ls(folder: Annotated[Path, Parameter(help="Where the run folders are.")] = R
         fix = "name a folder of runs, or make a first one with epochal demo"
         raise RunFolderError("there is no such folder.", where=str(folder), fix=fix)
     found = [
-        _read(path)
+        read_facts(path)
         for path in sorted(folder.iterdir())
         if path.is_dir() and not path.name.startswith(".") and path.name != "checkpoints"
     ]
@@ -47,7 +53,7 @@ def ls(folder: Annotated[Path, Parameter(help="Where the run folders are.")] = R
 
 def show(run: Annotated[Path, Parameter(help="A run folder.")], /, *, json: Json = False) -> None:
     """Show what a run did and what it left."""
-    facts, rows = _read(existing(run)), []
+    facts, rows = read_facts(existing(run)), []
     with suppress(EpochalError):  # no results yet, or damaged ones
         rows = History.from_csv(run / "results.csv").rows
     if json:
@@ -61,18 +67,22 @@ def show(run: Annotated[Path, Parameter(help="A run folder.")], /, *, json: Json
     if rows:
         told["last"] = numbers(rows[-1])
     told["files"] = ", ".join(held(run)) or "none"
-    if (run / "table.json").exists():
+    if facts["command"] and (facts["status"] == "stopped" or facts["reason"] in BROKEN):
+        told["next"] = f"epochal resume {shlex.quote(str(run))}"
+    elif (run / "table.json").exists():
         told["next"] = f"epochal predict {run} NEW.csv -o OUT.csv"
     elif (run / "recipe.toml").exists():
         told["again"] = f"epochal train {run / 'recipe.py'} --config {run / 'recipe.toml'}"
     print_facts(told)
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def read_facts(folder: Path) -> dict[str, Any]:
     """The FACTS of run.json; where it is missing or damaged, ``status`` and ``message`` say so."""
     try:
         read = text.loads((folder / "run.json").read_text(encoding="utf-8"))
         facts = {"run": str(folder), **{name: read.get(name) for name in FACTS}}
+        if facts["status"] == "running" and not is_held(folder):
+            facts["status"] = "stopped"  # its process is gone, and had no time to say so
         _told(facts)
         return facts
     except FileNotFoundError:

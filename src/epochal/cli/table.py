@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from epochal.cli.options import Config, Device, Epochs, Json, Precision, Run, Seed
+from epochal.cli.options import Config, Device, Epochs, Json, Precision, Resume, Run, Seed
 from epochal.errors import PlanError
 
 if TYPE_CHECKING:
@@ -45,12 +45,14 @@ def fit(
     precision: Precision = "fp32",
     seed: Seed = 0,
     config: Config = None,
+    resume: Resume = False,
 ) -> None:
     """Train a network on a table, from a file to a run folder.
 
     Numbers are standardised, missing ones filled in, categories made one feature each; columns that cannot teach
     anything are left out, and named. A target of text, booleans or few whole numbers is taken for classes.
     """
+    flags = {name: value for name, value in locals().items() if name != "data"}
     import torch
 
     import epochal
@@ -68,11 +70,12 @@ def fit(
         network.MLP(encoding, sizes), encoded(encoding, train, where="train"), encoded(encoding, held, where="val"),
         loss=network.loss_of(encoding), optimizer="adamw", lr=lr, epochs=epochs, patience=patience, metrics=metrics,
         batch_size=batch_size or min(1024, max(32, 2 ** (len(train) // 400).bit_length())),
-        device=device, precision=precision, seed=seed, run=run,
+        device=device, precision=precision, seed=seed, run=run, resume=resume,
     )  # fmt: skip
     print(*encoding.notes, "", sep="\n", file=sys.stderr)
     files = {"table.json": network.saved(encoding, sizes)}
-    training.train(plan, data.name.partition(".")[0], files, "epochal predict {run} NEW.csv -o OUT.csv")
+    command = ["fit", str(data.absolute())]
+    training.train(plan, command, flags, files, "epochal predict {run} NEW.csv -o OUT.csv")
 
 
 def _sizes(hidden: str) -> list[int]:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import tomllib
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import tomlkit
 from cyclopts import Group, Parameter
 
-from epochal.cli.options import Config, Device, Epochs, Precision, Run, Seed
+from epochal.cli.options import Config, Device, Epochs, Precision, Resume, Run, Seed
 from epochal.errors import EpochalError, PlanError, RecipeError
 
+if TYPE_CHECKING:
+    from epochal.plan import Plan
+
+PLANNED = ("device", "seed", "epochs", "precision")  # flags that change the plan
 Set = Annotated[list[str], Parameter(name="--set", show_default=False, help="option=value of the plan; several times.")]
 
 
@@ -33,40 +37,45 @@ def train(
     precision: Precision | None = None,
     changes: Set = [],  # noqa: B006  (it is only read)
     config: Config = None,
+    resume: Resume = False,
 ) -> None:
     """Train what a recipe plans: plan(...) in a Python file.
 
     The parameters of plan() are flags too: epochal train RECIPE.py --help shows them. Where one has the name of a
     flag of epochal, it is the recipe's, and --set still changes the plan. What is not given stays as planned.
     """
-    options = {"run": run, "device": device, "seed": seed, "epochs": epochs, "precision": precision}
-    _carry_out(recipe, _load(recipe), {}, changes, options)
+    given = {name: value for name, value in locals().items() if name != "recipe"}
+    carry_out(recipe, load(recipe), {}, given)
 
 
-def command(recipe: Path) -> Callable[..., None]:
-    """``train`` with the flags of this recipe."""
-    plan = _load(recipe)
+def command(recipe: Path, face: Callable[..., None], carry_out: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes a recipe, with the flags of this one.
+
+    face: the command without them. carry_out: what it does, with the path, the function plan(), its arguments and
+    those of ``face``.
+    """
+    plan = load(recipe)
     try:
         theirs = inspect.signature(plan, eval_str=True).parameters
     except Exception as error:
         fix = "give them types that exist: int, float, str, bool, Literal, ..."
         raise RecipeError(f"the parameters of plan() cannot be read: {error}.", where=str(recipe), fix=fix) from error
-    own = inspect.signature(train, eval_str=True).parameters
+    own = inspect.signature(face, eval_str=True).parameters
     if taken := sorted({"recipe", "changes", "set", "config"} & set(theirs)):
         what = f"the parameter {taken[0]!r} of plan() has a name that epochal needs."
         raise RecipeError(what, where=str(recipe), fix="give it another name")
 
     def run(recipe: Path, **given: Any) -> None:
         chosen = {name: given.pop(name) for name in theirs if name in given}
-        given.pop("config", None)
-        _carry_out(recipe, plan, chosen, given.pop("changes", ()), given)
+        defaults = {name: one.default for name, one in own.items() if name not in {"recipe", *theirs}}
+        carry_out(recipe, plan, chosen, {**defaults, **given})
 
     group = Group(f"Parameters of {recipe.name}", sort_key=-1)
     flags = [_flag(one, group) for one in theirs.values() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
     parameters = [own["recipe"], *flags, *(one for name, one in own.items() if name not in {"recipe", *theirs})]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for one in parameters}
-    run.__doc__ = inspect.getdoc(plan) or f"Train what {recipe.name} plans."
+    run.__doc__ = inspect.getdoc(plan if face is train else face) or f"Train what {recipe.name} plans."
     return run
 
 
@@ -78,7 +87,7 @@ def _flag(parameter: inspect.Parameter, group: Group) -> inspect.Parameter:
     return parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=Annotated[hint, settings])
 
 
-def _load(path: Path) -> Callable[..., Any]:
+def load(path: Path) -> Callable[..., Any]:
     """The function ``plan`` of a file, which is run as a module of its name, with its folder in sys.path."""
     if path.suffix != ".py" or not path.is_file():
         what = "there is no such recipe." if path.suffix == ".py" else "a recipe is a Python file, and ends in .py."
@@ -87,7 +96,7 @@ def _load(path: Path) -> Callable[..., Any]:
         sys.path.insert(0, folder)  # as Python does for a script; it stays, for worker processes need it too
     spec = importlib.util.spec_from_file_location(path.stem, path.absolute())
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    with _blaming(path):
+    with blaming(path):
         spec.loader.exec_module(module)  # type: ignore[union-attr]
     if not callable(getattr(module, "plan", None)):
         fix = "define plan(...) -> epochal.Plan in it"
@@ -95,33 +104,39 @@ def _load(path: Path) -> Callable[..., Any]:
     return module.plan
 
 
-def _carry_out(
-    path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], changes: Sequence[str], options: Mapping[str, Any]
-) -> None:
-    import epochal
+def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     from epochal.cli import training
+
+    plan = planned(path, make, chosen, given)
+    files = {"recipe.py": path.read_text(encoding="utf-8")}
+    with blaming(path):
+        words = ["train", str(path.absolute())]
+        training.train(plan, words, flags(chosen, given), files, "epochal runs show {run}")
+
+
+def flags(chosen: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags with which the same is asked of the recipe again; the run folder is not part of it."""
+    changes = [change for change in given["changes"] if not re.match(r"\s*(run|resume)\s*=", change)]
+    return {**{name: given.get(name) for name in PLANNED}, **chosen, "set": changes}
+
+
+def planned(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], given: Mapping[str, Any]) -> Plan:
+    """What the recipe plans, with what is chosen; what is given on top changes the plan."""
+    import epochal
     from epochal.runtime.seeding import seed_everything
 
-    changed = {name: value for name, value in options.items() if value is not None}
-    changed |= dict(_change(change) for change in changes)
+    changed = {name: given[name] for name in ("run", *PLANNED) if given.get(name) is not None}
+    changed |= {"resume": True} if given.get("resume") else {}
+    changed |= dict(_change(change) for change in given["changes"])
     seed = changed.get("seed", chosen.get("seed"))
-    with _blaming(path):
+    with blaming(path):
         if isinstance(seed, int):
             seed_everything(seed)  # before plan() makes the weights
         plan = make(**chosen)
-        if not isinstance(plan, epochal.Plan):
-            what = f"plan() gave a {type(plan).__name__}, not an epochal.Plan."
-            raise RecipeError(what, where=str(path), fix="end it with: return epochal.Plan(...)")
-        files = {"recipe.py": path.read_text(encoding="utf-8"), "recipe.toml": _flags({**chosen, **options}, changes)}
-        training.train(plan.replace(**changed), path.stem, files, "epochal runs show {run}")
-
-
-def _flags(given: Mapping[str, Any], changes: Sequence[str]) -> str:
-    """What was asked of the recipe, as a file for ``--config``; the run folder is not part of it."""
-    plain = (bool, int, float, str, list)
-    flags = {name: value if isinstance(value, plain) else str(value) for name, value in given.items()}
-    named = {name: value for name, value in flags.items() if given[name] is not None and name != "run"}
-    return tomlkit.dumps(named | ({"set": list(changes)} if changes else {}))
+    if not isinstance(plan, epochal.Plan):
+        what = f"plan() gave a {type(plan).__name__}, not an epochal.Plan."
+        raise RecipeError(what, where=str(path), fix="end it with: return epochal.Plan(...)")
+    return plan.replace(**changed)
 
 
 def _change(text: str) -> tuple[str, Any]:
@@ -136,7 +151,7 @@ def _change(text: str) -> tuple[str, Any]:
 
 
 @contextmanager
-def _blaming(path: Path) -> Iterator[None]:
+def blaming(path: Path) -> Iterator[None]:
     """Makes an error out of a recipe, or a file beside it, a RecipeError that names the line."""
     try:
         yield

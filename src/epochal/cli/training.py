@@ -2,55 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import tomlkit
 
 from epochal.checkpoint.files import replace_bytes
 from epochal.cli.folders import RUNS, held, new_folder, numbers, print_facts
-from epochal.errors import EpochalError
+from epochal.errors import EpochalError, Interrupted
+from epochal.events import StopReason
 
 if TYPE_CHECKING:
+    from signal import Signals
+
     from epochal.plan import Plan
     from epochal.result import Result
+    from epochal.run import Run
+
+FLAGS = {"demo": "demo.toml", "fit": "fit.toml", "train": "recipe.toml"}  # the file of a command's flags in its run
 
 
-def train(plan: Plan, name: str, files: Mapping[str, str], then: str) -> None:
+def train(plan: Plan, command: Sequence[str], flags: Mapping[str, Any], files: Mapping[str, str], then: str) -> None:
     """Trains, in a new folder ``runs/name-N`` where the plan has none, and prints the results.
 
-    files: texts that belong into the run folder, by their names. then: the next command, "{run}" in it the folder.
+    command: the words without flags, paths absolute. flags: all of them, as they were resolved. files: texts that
+    belong into the run folder, by their names. then: the next command, "{run}" in it the folder.
+
+    Raises Interrupted if a signal ended it.
     """
-    folder = Path(plan.run) if plan.run is not None else new_folder(name)
+    folder = Path(plan.run) if plan.run is not None else new_folder(Path(command[-1]).name.partition(".")[0])
     try:
-        result = _trained(plan.replace(run=folder), folder, files)
+        result = _trained(plan.replace(run=folder), command, {FLAGS[command[0]]: written(flags), **files})
     finally:
         if plan.run is None:
             with suppress(OSError):  # it holds something, unless the run failed before its start
                 folder.rmdir()
                 RUNS.rmdir()
     facts = {"results": _measured(result), "files": f"{folder}: {', '.join(held(folder))}"}
-    print_facts({**facts, "next": then.format(run=folder)})
+    print_facts({**facts, "next": then.format(run=shlex.quote(str(folder)))})
 
 
-def _trained(plan: Plan, folder: Path, files: Mapping[str, str]) -> Result:
-    run = None
+def written(flags: Mapping[str, Any]) -> str:
+    """Flags as a file for ``--config``; the run folder and whether it is resumed are not part of it."""
+    named = {name: _plain(value) for name, value in flags.items() if name not in {"run", "resume", "config"}}
+    return tomlkit.dumps({name: value for name, value in named.items() if value is not None and value != []})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return value if value is None or isinstance(value, bool | int | float | str | list) else str(value)
+
+
+def _trained(plan: Plan, command: Sequence[str], files: Mapping[str, str]) -> Result:
+    run, folder = None, Path(plan.run or "")
     try:
         with plan.prepare() as run:
+            run.started = replace(run.started, command=tuple(command))
+            has_begun = (folder / "run.json").exists()
             for name, text in files.items():
-                if not (folder / name).exists():  # a run that is continued keeps the record of its start
+                # A run that is continued keeps what it was begun with, but for the flags: it may be asked for more.
+                if not (has_begun and (folder / name).exists()) or name in FLAGS.values():
                     replace_bytes(folder / name, text.encode())
             for _ in run:
                 pass
-    except BaseException as error:
-        if run is not None and run.state.rows:
-            with suppress(EpochalError):  # what ended the run matters more than a picture that cannot be written
-                run.result.history.plot(folder / "results.png")
-        if isinstance(error, KeyboardInterrupt) and run is not None:
-            error.add_note(f"{folder} holds what was trained so far")
+    except KeyboardInterrupt as error:
+        if run is not None:  # a second one: nothing more is done
+            error.add_note(f"epochal resume {shlex.quote(str(folder))} goes on from the newest checkpoint")
         raise
+    except BaseException:
+        if run is not None:
+            _draw(run, folder)
+        raise
+    if (signal := run.signals.received) is not None and run.result.reason is StopReason.INTERRUPTED:
+        _draw(run, folder)
+        raise _interrupted(run, folder, signal)
     run.result.history.plot(folder / "results.png")
     return run.result
+
+
+def _draw(run: Run, folder: Path) -> None:
+    """What ended the run matters more than a picture that cannot be written."""
+    if run.state.rows:
+        with suppress(EpochalError):
+            run.result.history.plot(folder / "results.png")
+
+
+def _interrupted(run: Run, folder: Path, signal: Signals) -> Interrupted:
+    step = run.state.progress.step
+    checkpoints = run.saver.checkpoints.all() if run.saver is not None else []
+    is_saved = bool(checkpoints) and checkpoints[-1].name.startswith(f"step-{step:08d}")
+    told = "a checkpoint is saved" if is_saved else "it could not be saved"
+    what = f"{signal.name} ended the run after step {step}; {told}."
+    error = Interrupted(what, where=str(folder), fix=f"epochal resume {shlex.quote(str(folder))}")
+    error.exit_code = 128 + signal
+    return error
 
 
 def _measured(result: Result) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -69,3 +70,53 @@ def _length(part: Any) -> int | None:
     if isinstance(part, Mapping | list | tuple):
         return size(part) if part else None
     return len(part) if hasattr(part, "__len__") and not isinstance(part, str) else None
+
+
+def pieces(batch: Any, limit: int, target: Sequence[str] = (), *, no_lone: bool = False) -> list[Any] | None:
+    """The batch as batches of at most ``limit`` samples, in order; None where it cannot be cut.
+
+    Tensors, arrays and lists are cut where their first dimension is that of the batch; numbers, strings and None
+    go into every piece. A packed sequence, a graph batch or a part of another length cannot be cut. The pieces
+    share their memory with the batch. no_lone: a last piece of one sample gets one of the piece before, if it can.
+
+    >>> import torch
+    >>> [size(piece) for piece in pieces((torch.zeros(7, 3), torch.zeros(7)), 3)]
+    [3, 3, 1]
+    >>> pieces({"x": torch.zeros(4, 2), "names": ["a", "b", "c", "d"]}, 2)[1]["names"]
+    ['c', 'd']
+    >>> pieces((torch.zeros(5, 2), torch.zeros(2)), 1)
+    """
+    count = size(batch, target)
+    if count <= limit:
+        return [batch]
+    edges = [*range(0, count, limit), count]
+    if no_lone and count % limit == 1 and limit > 2:
+        edges[-2] -= 1
+    parts = [_rows(batch, slice(*ends), count) for ends in pairwise(edges)]
+    return None if any(part is _WHOLE for part in parts) else parts
+
+
+_WHOLE = object()  # what cannot be cut
+
+
+def _rows(part: Any, rows: slice, count: int) -> Any:
+    """These rows of one part of a batch of ``count`` samples; ``_WHOLE`` if it, or something in it, has none."""
+    if part is None or isinstance(part, int | float | str):
+        return part
+    if isinstance(part, Mapping):
+        cut = {key: _rows(value, rows, count) for key, value in part.items()}
+        return _WHOLE if any(value is _WHOLE for value in cut.values()) else cut
+    if isinstance(part, list | tuple) and not isinstance(part, PackedSequence) and not _one_a_sample(part, count):
+        values = [_rows(value, rows, count) for value in part]
+        if any(value is _WHOLE for value in values):
+            return _WHOLE
+        return type(part)(*values) if hasattr(part, "_fields") else type(part)(values)
+    if isinstance(part, list | tuple) and not hasattr(part, "_fields"):
+        return part[rows]
+    shape = getattr(part, "shape", None)  # of a tensor or an array
+    return part[rows] if shape and shape[0] == count else _WHOLE
+
+
+def _one_a_sample(part: Sequence, count: int) -> bool:
+    """Whether it is a list with an entry for each sample, and not a structure of parts that have them all."""
+    return len(part) == count and not any(_length(value) == count for value in part)

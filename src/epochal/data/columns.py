@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import numpy as np
+import polars as pl
 from msgspec import Meta, Struct
 
 from epochal.errors import TableError
-
-if TYPE_CHECKING:
-    import polars as pl
 
 MISSING, OTHER = "missing", "other"  # the categories of missing values and of grouped ones
 LEARNABLE = ("text", "booleans", "whole numbers", "numbers")  # what a column can hold, in words
@@ -109,8 +107,6 @@ def plain(frame: pl.DataFrame) -> pl.DataFrame:
 
 def kind_of(column: pl.Series) -> str:
     """What a column holds, in words."""
-    import polars as pl
-
     kind = column.dtype
     if kind == pl.Boolean:
         return "booleans"
@@ -125,8 +121,6 @@ def kind_of(column: pl.Series) -> str:
 
 def numbers(column: pl.Series, where: str, *, boolean: bool = False) -> np.ndarray:
     """The column as float64, NaN where it is missing. Text that spells numbers (or booleans) is taken as such."""
-    import polars as pl
-
     held = "booleans" if boolean else "numbers"
     _check_kind(column, held, where)
     source = column
@@ -146,8 +140,6 @@ def numbers(column: pl.Series, where: str, *, boolean: bool = False) -> np.ndarr
 
 def texts(column: pl.Series, where: str) -> pl.Series:
     """The column as text; 2.0 is "2", so that whole numbers match however a file wrote them."""
-    import polars as pl
-
     _check_kind(column, "categories", where)
     text = column.cast(pl.String)
     if column.dtype.is_float():
@@ -166,8 +158,6 @@ def _check_kind(column: pl.Series, held: str, where: str) -> None:
 
 def positions(values: pl.Series, codes: Mapping[str, int], *, otherwise: int) -> np.ndarray:
     """The code of each text, int64 (rows,)."""
-    import polars as pl
-
     return values.replace_strict(codes, default=otherwise, return_dtype=pl.Int64).to_numpy()
 
 
@@ -197,8 +187,6 @@ def _refuse_value(values: np.ndarray, row: int, name: str, where: str) -> None:
 
 def reason_to_drop(column: pl.Series, where: str) -> str | None:
     """Why a column cannot teach anything, or None. Raises TableError for lists, and for numbers with a few words."""
-    import polars as pl
-
     kind = kind_of(column)
     if kind not in (*LEARNABLE, "dates or times"):
         fix = "make it text or numbers, one value a row, or drop the column"

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
+import polars as pl
 from msgspec import Meta, Struct
 
 from epochal.data import columns as kinds
 from epochal.data.columns import Category, Number, Scale
 from epochal.errors import TableError, UnknownNameError
-
-if TYPE_CHECKING:
-    import polars as pl
 
 TASKS: Final = ("auto", "classification", "regression")
 Columns = tuple[Number | Category, ...]
@@ -64,8 +62,7 @@ class Encoding(Struct, frozen=True, forbid_unknown_fields=True):
         if self.task == "regression":
             sound = scales == (targets, targets) and not self.classes
         else:
-            one_kind = len({type(value) for value in self.classes}) == 1
-            sound = targets == 1 and scales == (0, 0) and len(self.classes) > 1 and one_kind
+            sound = (targets, scales) == (1, (0, 0)) and len(self.classes) > 1 == len(set(map(type, self.classes)))
         if not sound:
             raise ValueError(f"its targets, scales and classes do not fit a {self.task}")
         if any(type(value) is int and abs(value) >= 2**128 for value in self.classes):
@@ -97,12 +94,11 @@ class Encoding(Struct, frozen=True, forbid_unknown_fields=True):
         task, why = _choose_task(frame.select(targets), task, where)
         columns, reasons = _learn_columns(frame.drop(targets), drop, where)
         notes = (f"task: {task}, because {why}", *_notes(columns, reasons, frame))
-        classes, mean, scale = (), (), ()
         if task == "classification":
             classes = tuple(frame[targets[0]].unique().sort())
-        else:
-            mean, scale = zip(*(kinds.mean_and_std(kinds.numbers(frame[name], where), name, where) for name in targets))
-        return cls(task, targets, columns, classes, mean, scale, tuple(reasons), notes)
+            return cls(task, targets, columns, classes, dropped=tuple(reasons), notes=notes)
+        mean, scale = zip(*(kinds.mean_and_std(kinds.numbers(frame[name], where), name, where) for name in targets))
+        return cls(task, targets, columns, (), mean, scale, tuple(reasons), notes)
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -139,8 +135,6 @@ class Encoding(Struct, frozen=True, forbid_unknown_fields=True):
         return np.column_stack(parts)
 
     def _class_indices(self, column: pl.Series, where: str) -> np.ndarray:
-        import polars as pl
-
         text = kinds.texts(column, where)
         if isinstance(self.classes[0], bool):
             text = text.str.to_lowercase().replace({"0": "false", "1": "true"})
@@ -154,15 +148,13 @@ class Encoding(Struct, frozen=True, forbid_unknown_fields=True):
         return indices
 
     def _only(self, frame: pl.DataFrame, names: Sequence[str], where: str) -> pl.DataFrame:
-        absent = [name for name in names if name not in frame.columns]
-        if not absent:
-            return kinds.plain(frame.select(names))
-        guesses = []
-        for name in absent:
-            guesses += [f"{near!r} for {name!r}" for near in difflib.get_close_matches(name, frame.columns, n=1)]
-        fix = f"did you mean {', '.join(guesses)}? " if guesses else ""
-        what = f"columns of the training table are missing: {', '.join(map(repr, absent))}."
-        raise TableError(what, where=where, fix=f"{fix}the table has {_some(frame.columns)}")
+        if absent := [name for name in names if name not in frame.columns]:
+            near = {name: difflib.get_close_matches(name, frame.columns, n=1) for name in absent}
+            guesses = ", ".join(f"{guess!r} for {name!r}" for name in absent for guess in near[name])
+            what = f"columns of the training table are missing: {', '.join(map(repr, absent))}."
+            fix = (f"did you mean {guesses}? " if guesses else "") + f"the table has {_some(frame.columns)}"
+            raise TableError(what, where=where, fix=fix)
+        return kinds.plain(frame.select(names))
 
     def decode_regression(self, values: Any) -> np.ndarray:
         """Standardised values, (rows, targets), in the targets' own units: float64, the same shape."""
@@ -277,14 +269,12 @@ def _dropped(reasons: Mapping[str, str]) -> list[str]:
 
 
 def _notes(columns: Columns, reasons: Mapping[str, str], frame: pl.DataFrame) -> list[str]:
-    notes, filled, grouped = _dropped(reasons), [], []
-    for column in columns:
-        if isinstance(column, Category) and column.grouped:
-            grouped.append(f"{column.name!r} ({len(column.grouped)} of them)")
-        if isinstance(column, Number) and column.indicator:
-            filled.append(f"{column.name!r} ({frame[column.name].null_count()} rows, {column.fill:g})")
-    if filled:
-        notes.append(f"filled missing numbers with the median: {', '.join(filled)}")
-    if grouped:
-        notes.append(f'grouped rare categories as "other": {", ".join(grouped)}')
-    return notes
+    gaps = [column for column in columns if isinstance(column, Number) and column.indicator]
+    rare = [column for column in columns if isinstance(column, Category) and column.grouped]
+    told = {
+        "filled missing numbers with the median": [
+            f"{column.name!r} ({frame[column.name].null_count()} rows, {column.fill:g})" for column in gaps
+        ],
+        'grouped rare categories as "other"': [f"{column.name!r} ({len(column.grouped)} of them)" for column in rare],
+    }
+    return _dropped(reasons) + [f"{what}: {', '.join(which)}" for what, which in told.items() if which]

@@ -1,18 +1,25 @@
-"""Batches of an epoch, from any source: epochal's own loader, and a DataLoader as it is."""
+"""epochal's own loader: batches of an epoch, from any source but a DataLoader."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+import signal
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import count
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from epochal.data.order import AUGMENTATION, batch_indices, epoch_order
 from epochal.data.sources import Arrays, Samples, Source, Stream, open_source
-from epochal.errors import DataError, PlanError
-from epochal.runtime.seeding import derive, seeded
+from epochal.errors import DataError, PlanError, WorkerError
+from epochal.protocols import Stateful
+from epochal.runtime.seeding import derive, generators_in, own_states, seeded, set_own_states
+
+TIMEOUT = 600.0  # seconds: longer than a slow disk takes for a batch, shorter than a night
 
 
 class Loader:
@@ -21,7 +28,8 @@ class Loader:
     data: whatever ``fit`` accepts but a DataLoader. seed: for the order and for the random numbers that
     a data set draws while a sample is made; these are seeded for each batch, so 0, 1 or 4 workers give
     the same samples, and the training's own generators are never touched. pin_memory: put batches where an
-    accelerator can fetch them without waiting.
+    accelerator can fetch them without waiting. timeout: after how many seconds without a batch a worker counts
+    as hung (a WorkerError).
 
     >>> loader = Loader((torch.arange(5.0), torch.arange(5)), batch_size=2)
     >>> [len(y) for x, y in loader.batches(epoch=0)]
@@ -40,6 +48,7 @@ class Loader:
         target: Sequence[str] = (),
         dtype: torch.dtype | None = None,
         pin_memory: bool = False,
+        timeout: float = TIMEOUT,
     ):
         self.source: Source = open_source(data, where=where, target=target, dtype=dtype)
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
@@ -52,7 +61,12 @@ class Loader:
         self._arrays = self.source if isinstance(self.source, Arrays) and not pin_memory else None
         if self._arrays is None:
             self._epoch = _Epoch(self.samples or 0, batch_size, shuffle, seed)
-            self._torch_loader = _torch_loader(self.source, self._epoch, workers, pin_memory)
+            self._torch_loader = _torch_loader(self.source, self._epoch, workers, pin_memory, timeout)
+        self._dataset = getattr(self.source, "dataset", None)
+        asks = isinstance(self.source, Stream) and isinstance(self._dataset, Stateful) and workers == 0
+        self._asked: Any = self._dataset if asks else None  # knows its place itself
+        self._was_put = False  # to its place, and was not read since
+        self._began: dict[str, Any] | None = None  # a stream's own generators when the epoch in hand began
 
     @property
     def samples(self) -> int | None:
@@ -70,51 +84,164 @@ class Loader:
         return -(-self.samples // self.batch_size)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """The batches of ``epoch``, from batch ``start`` on (a stream is read forward to there)."""
+        """The batches of ``epoch``, from batch ``start`` on.
+
+        A stream is read forward to there, unless its data set has ``state_dict`` and was put to its place by
+        :meth:`load_state_dict`. Raises WorkerError if a worker dies or hangs.
+        """
         if self._arrays is not None:
             device = self._arrays.tensors[0].device
             order = epoch_order(len(self._arrays), seed=self.seed, epoch=epoch, shuffle=self.shuffle).to(device)
             return map(self._arrays.take, batch_indices(order, self.batch_size, start))
-        self._epoch.number, self._epoch.start, self._epoch.seed = epoch, start, self.seed
-        return iter(self._torch_loader)
+        return self._read(epoch, start)
 
+    def _read(self, epoch: int, start: int) -> Iterator[Any]:
+        was_put = self._was_put
+        if not (was_put and start and self._epoch.is_over):  # else it was saved after the last batch of its epoch
+            self._was_put = False
+            self._began = own_states(self._dataset)
+            self._epoch.number, self._epoch.start, self._epoch.seed = epoch, start, self.seed
+            self._epoch.first_read = start if was_put else 0
+            read = partial(iter, self._torch_loader)
+            yield from watched(read(), self._torch_loader, start, anew=read if was_put and not start else None)
+        self._began, self._epoch.is_over = None, False
 
-class GivenLoader:
-    """A DataLoader taken as it is: its batches, its order, its collate function, its workers."""
+    def state_dict(self) -> dict[str, Any]:
+        """What seed, epoch and batch do not say: the data set's own generators, and its place if it knows it."""
+        reads_forward = isinstance(self.source, Stream) and self._asked is None and self._began is not None
+        return {
+            "own": self._began if reads_forward else own_states(self._dataset),
+            "place": self._asked.state_dict() if self._asked is not None else None,
+            "is_over": self._asked is not None and self._epoch.is_over,
+        }
 
-    def __init__(self, loader: DataLoader):
-        self.loader = loader
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what :meth:`state_dict` gave; the next :meth:`batches` goes on from there."""
+        set_own_states(self._dataset, state["own"])
+        self._began = None
+        if self._asked is not None and state["place"] is not None:
+            self._asked.load_state_dict(state["place"])
+            self._was_put, self._epoch.is_over = True, state["is_over"]
+
+    def close(self) -> None:
+        """Ends the workers; reading again starts new ones. Left to the collector of cycles they cost 5 seconds each."""
+        if self._arrays is None:
+            batches, self._torch_loader._iterator = self._torch_loader._iterator, None
+            end_workers(batches)
 
     @property
-    def samples(self) -> int | None:
-        if isinstance(self.loader.dataset, IterableDataset) or self.loader.batch_size is None:
-            return None
-        try:
-            count = len(self.loader.sampler)  # type: ignore[arg-type]
-        except TypeError:
-            return None
-        return count - count % self.loader.batch_size if self.loader.drop_last else count
+    def exactness(self) -> str | None:
+        """What a resumed run cannot repeat exactly, in a sentence; None where it repeats everything."""
+        if isinstance(self.source, Stream):
+            return None if self._asked is not None else READ_FORWARD
+        in_workers = self._arrays is None and self._torch_loader.num_workers > 0
+        return RUNS_ON if in_workers and generators_in(self._dataset) else None
 
-    def __len__(self) -> int:
-        return len(self.loader)
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """One pass, as a plain ``for`` would make it; a sampler with ``set_epoch`` is told the epoch."""
-        for sampler in (self.loader.sampler, self.loader.batch_sampler):
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
-        number = -1
-        for number, batch in enumerate(self.loader):
-            if number >= start:
+READ_FORWARD = "a stream that cannot be asked for its place: a resumed run reads it forward to there"
+RUNS_ON = (
+    "generators that persist in workers run on: a resumed run repeats the order of the samples, not what these draw"
+)
+
+
+def watched(
+    batches: Iterator[Any],
+    loader: DataLoader,
+    first: int,
+    *,
+    skip: int = 0,
+    in_place: Callable[[], Any] | None = None,
+    anew: Callable[[], Iterator[Any]] | None = None,
+) -> Generator[Any, None, int]:
+    """The batches of one pass over a DataLoader, numbered from ``first``; a lost worker becomes a WorkerError.
+
+    skip: how many are read and thrown away before. in_place: called after that. anew: gives what is read if there is
+    nothing, as from a data set that was put back to its very end. Returns the number of the last batch, plus one.
+    """
+    number = first
+    try:
+        for _ in range(skip):
+            next(batches, None)
+        if in_place is not None:
+            in_place()
+        while True:
+            for batch in batches:
+                number += 1
                 yield batch
-        # Only torch's own parts are sure to have the length that they tell.
-        plain = type(self.loader).__iter__ is DataLoader.__iter__ and type(self.loader.batch_sampler) is BatchSampler
-        sized = plain and type(self.loader.sampler) in (SequentialSampler, RandomSampler) and self.samples is not None
-        if sized and number + 1 < len(self.loader):
-            raise _ended_early(f"batch {number + 1} of {len(self.loader)} of the DataLoader")
+            if anew is None or number > first:
+                return number
+            batches, anew = anew(), None
+    except Exception as error:
+        try:
+            told = worker_error(error, f"batch {number} was awaited", batches)
+        except RuntimeError:  # torch tells of a dead worker in the midst of anything, once
+            told = worker_error(error, f"batch {number} was awaited", batches)
+        if told is None:
+            if not loader.persistent_workers:
+                end_workers(batches)
+            raise
+        end_workers(batches, at_once=True)
+        loader._iterator = None
+        raise told from error
 
 
-def _ended_early(where: str) -> DataError:
+def worker_error(error: BaseException, where: str, batches: Any = None) -> WorkerError | None:
+    """A lost worker as an error that names it; None if ``error`` is about something else.
+
+    torch tells of a dead worker wherever the main thread is, in the model's forward too; or what the worker had sent
+    cannot be fetched from it any more. batches: torch's iterator, which knows its workers.
+    """
+    workers = list(getattr(batches, "_workers", ()))
+    text = str(error)
+    hung = died = None
+    if isinstance(error, RuntimeError):
+        hung = re.match(r"DataLoader timed out after (\S+) seconds", text)
+        died = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text)
+    if not (hung or died):
+        if text.startswith("Caught") or not workers or not isinstance(error, RuntimeError | OSError | EOFError):
+            return None
+        for worker in workers:  # what it had sent is gone: it may be about to die
+            worker.join(1.0 / len(workers))
+    dead = {f"worker {i} (pid {worker.pid}, {_end_of(worker)})" for i, worker in enumerate(workers) if worker.exitcode}
+    if hung:
+        what, lost = f"a process that loads data hangs: it gave no batch in {hung[1]} seconds.", _awaited(batches)
+        fix = "look for what the data set waits for (a lock, a disk, a network), or give a longer timeout"
+    elif died or dead:
+        what, lost = "a process that loads data died.", ", ".join(sorted(dead)) or (died and f"pid {died[1]}")
+        fix = "if memory ran out, use fewer workers or smaller samples; without workers the data set's errors show"
+    else:
+        return None
+    saved = "a saved run can be resumed, and its samples come in the same order"
+    return WorkerError(what, where=f"{where}; {lost}", fix=f"{fix}; {saved}")
+
+
+def _end_of(worker: Any) -> str:
+    code = worker.exitcode
+    return f"exit code {code}" if code > 0 else f"signal {-code}: {signal.strsignal(-code)}"
+
+
+def _awaited(batches: Any) -> str:
+    """The worker that has the next batch in hand; torch keeps it to itself."""
+    try:
+        number = batches._task_info[batches._rcvd_idx][0]
+        return f"worker {number} (pid {batches._workers[number].pid})"
+    except (AttributeError, LookupError):
+        return "one of the workers"
+
+
+def end_workers(batches: Any, at_once: bool = False) -> None:
+    """Ends the workers of torch's iterator, if it has any; those that hang, or that a dead one may block, at once."""
+    workers = getattr(batches, "_workers", ())
+    if at_once or any(worker.exitcode for worker in workers):
+        for worker in workers:
+            with suppress(RuntimeError):  # torch tells of this end too
+                worker.kill()
+                worker.join()
+    if hasattr(batches, "_shutdown_workers"):
+        batches._shutdown_workers()
+
+
+def ended_early(where: str) -> DataError:
     return DataError(
         "the data ended before their end.", where=where, fix="look for a StopIteration that the data set lets out"
     )
@@ -123,12 +250,13 @@ def _ended_early(where: str) -> DataError:
 class _Epoch:
     """What is read in the epoch in hand: iterating it gives, for each batch, its seed and its indices.
 
-    samples: how many there are; only a stream does not iterate it, and has 0.
+    samples: how many there are; only a stream does not iterate it, and has 0. start: the first batch that is given.
+    first_read: the first that a stream reads. is_over: whether a stream has seen its end, and may have rewound.
     """
 
     def __init__(self, samples: int, batch_size: int, shuffle: bool, seed: int):
         self.samples, self.batch_size, self.shuffle, self.seed = samples, batch_size, shuffle, seed
-        self.number, self.start = 0, 0
+        self.number, self.start, self.first_read, self.is_over = 0, 0, 0, False
 
     def seed_of(self, batch: int) -> int:
         return derive(self.seed, AUGMENTATION, self.number, batch)
@@ -153,7 +281,7 @@ class _Batches(Dataset):
             try:
                 return self.source.take(indices)
             except StopIteration as error:  # it would end the epoch without a word
-                raise _ended_early(f"samples {indices[0]} to {indices[-1]} of the data set") from error
+                raise ended_early(f"samples {indices[0]} to {indices[-1]} of the data set") from error
 
 
 class _StreamedBatches(IterableDataset):
@@ -163,8 +291,9 @@ class _StreamedBatches(IterableDataset):
         self.source, self.epoch = source, epoch
 
     def __iter__(self) -> Iterator[Any]:
-        batches = self.source.batches(self.epoch.batch_size)
-        for number in count():
+        self.epoch.is_over = False
+        batches = Stream(self._samples()).batches(self.epoch.batch_size)
+        for number in count(self.epoch.first_read):
             with seeded(self.epoch.seed_of(number)):
                 batch = next(batches, None)
             if batch is None:
@@ -172,8 +301,12 @@ class _StreamedBatches(IterableDataset):
             if number >= self.epoch.start:
                 yield batch
 
+    def _samples(self) -> Iterator[Any]:
+        yield from self.source.dataset
+        self.epoch.is_over = True
 
-def _torch_loader(source: Source, epoch: _Epoch, workers: int, pin_memory: bool) -> DataLoader:
+
+def _torch_loader(source: Source, epoch: _Epoch, workers: int, pin_memory: bool, timeout: float) -> DataLoader:
     """torch's own loader moves requests and batches between the processes."""
     stream = isinstance(source, Stream)
     return DataLoader(
@@ -182,6 +315,7 @@ def _torch_loader(source: Source, epoch: _Epoch, workers: int, pin_memory: bool)
         batch_size=None,  # a request is a whole batch
         collate_fn=_as_it_is,
         num_workers=workers,
+        timeout=timeout if workers else 0,
         persistent_workers=workers > 0 and not stream,  # a stream's worker learns the epoch when it starts
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its own, so that the training's is not drawn from

@@ -176,10 +176,8 @@ def _from_numpy(array: np.ndarray, where: str) -> Tensor:
     if array.dtype.kind in "OSUMmV":
         fix = "turn it into numbers first (a table with target= does that for categories)"
         raise DataError(f"an array of {array.dtype} cannot be trained on.", where=where, fix=fix)
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    if any(stride < 0 for stride in array.strides):
-        array = np.ascontiguousarray(array)
+    if not array.dtype.isnative or any(stride < 0 for stride in array.strides):
+        array = array.astype(array.dtype.newbyteorder("="), order="C")
     with warnings.catch_warnings():
         # A read-only array (a memory map, say) is only ever indexed, never written to.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -196,8 +194,9 @@ def learned(frame: Any, target: Sequence[str], *, where: str, task: str = "auto"
         fix = 'say which, for example target="price"'
         raise PlanError("a table needs the name of its target column.", where=where, fix=fix)
     encoding = Encoding.learn(frame, list(target), task=task, where=where)
-    unit = {"target_mean": tuple(0.0 for _ in target), "target_scale": tuple(1.0 for _ in target)}
-    return replace(encoding, **unit) if encoding.task == "regression" else encoding
+    if encoding.task == "classification":
+        return encoding
+    return replace(encoding, target_mean=(0.0,) * len(target), target_scale=(1.0,) * len(target))
 
 
 def encoded(encoding: Any, table: Any, *, where: str, dtype: torch.dtype | None = None) -> Arrays:
@@ -212,12 +211,11 @@ def _from_npz(path: Any, *, where: str, target: Sequence[str], dtype: torch.dtyp
         fix = "give a .csv, .parquet or .npz file"
         raise DataError(f"{str(path)!r} has no known kind of data.", where=where, fix=fix)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(path) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, KeyError) as error:
         raise DataError(f"{str(path)!r} cannot be read: {error}.", where=where, fix="write it with np.savez") from error
-    missing = [name for name in target if name not in arrays]
-    if missing:
+    if missing := [name for name in target if name not in arrays]:
         what, held = f"there is no array {missing[0]!r} in {str(path)!r}.", ", ".join(arrays)
         raise DataError(what, where=f"{where}; it holds {held}", fix="name one of these as target=")
     return _arrays(arrays, where=where, dtype=dtype)

@@ -24,17 +24,14 @@ def hold_out(source: Source, fraction: float, *, seed: int, classes: Tensor | No
     Raises PlanError for a stream, DataError if there are too few samples.
     """
     if not isinstance(source, Arrays | Samples):
-        raise PlanError(
-            "a part of an iterable data set cannot be held back.",
-            where=f"val={fraction}",
-            fix="give the validation data themselves as val=",
-        )
+        fix = "give the validation data themselves as val="
+        raise PlanError("a part of an iterable data set cannot be held back.", where=f"val={fraction}", fix=fix)
     train, val = split_indices(len(source), fraction, seed=seed, classes=classes)
     if isinstance(source, Samples):
         return Samples(Subset(source.dataset, train.tolist())), Samples(Subset(source.dataset, val.tolist()))
     device = source.tensors[0].device
-    parts = [Arrays(source.take(index.to(device)), source.encoding) for index in (train, val)]
-    return parts[0], parts[1]
+    train, val = (Arrays(source.take(index.to(device)), source.encoding) for index in (train, val))
+    return train, val
 
 
 def split_indices(count: int, fraction: float, *, seed: int, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -45,15 +42,11 @@ def split_indices(count: int, fraction: float, *, seed: int, classes: Tensor | N
     (8, 2)
     """
     if count < 2:
-        raise DataError(
-            "one sample cannot be split into train and val.", where=f"val={fraction}", fix="give val= its own data"
-        )
+        fix = "give val= its own data"
+        raise DataError("one sample cannot be split into train and val.", where=f"val={fraction}", fix=fix)
     wanted = min(count - 1, max(1, round(count * fraction)))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(derive(seed, SPLIT)))
-    if classes is None:
-        held = order[:wanted]
-    else:
-        held = _stratified(order, classes, wanted)
+    held = order[:wanted] if classes is None else _stratified(order, classes, wanted)
     is_val = torch.zeros(count, dtype=torch.bool)
     is_val[held] = True
     return (~is_val).nonzero()[:, 0], is_val.nonzero()[:, 0]

@@ -126,7 +126,7 @@ def _first_line(cause: BaseException) -> str:
 
 def _check_encoding(content: bytes, where: str) -> None:
     try:
-        content.decode("utf-8")
+        content.decode()
     except UnicodeDecodeError as cause:
         line = content.count(b"\n", 0, cause.start) + 1
         what = f"the file is not UTF-8: byte 0x{content[cause.start]:02x} in line {line}."

@@ -35,10 +35,9 @@ def _decisions(
     The first two are class indices (N, ...); or, where there are no classes (None), yes or no in (N, labels, ...).
     """
     check_tensors(outputs, targets)
-    single = _is_single_column(outputs, targets)
+    if single := _is_single_column(outputs, targets):
+        outputs, targets = outputs.reshape(-1, 1), targets.reshape(-1, 1)
     if single or (loss in ELEMENTWISE_LOSSES and outputs.ndim > 1 and outputs.shape == targets.shape):
-        if single:
-            outputs, targets = outputs.reshape(-1, 1), targets.reshape(-1, 1)
         threshold = 0.5 if loss in TARGET_SCALE_LOSSES else 0.0
         return outputs > threshold, targets > 0.5, targets != ignore_index, None
     truth = _class_indices(outputs, targets, loss)

@@ -38,10 +38,9 @@ def resolve(metrics: Any, *, loss: str | None, ignore_index: int = -100) -> list
     known = _named(loss, ignore_index)
     resolved = [_resolve_item(item, known, name) for name, item in pairs]
     names = names_of(resolved)
-    for name in names:
-        if names.count(name) > 1:
-            fix = 'name them yourself: metrics={"first": ..., "second": ...}'
-            raise PlanError(f"two metrics have the name {name!r}.", where="metrics", fix=fix)
+    if twice := [name for name in names if names.count(name) > 1]:
+        fix = 'name them yourself: metrics={"first": ..., "second": ...}'
+        raise PlanError(f"two metrics have the name {twice[0]!r}.", where="metrics", fix=fix)
     if "loss" in names:
         fix = "give it another name; train_loss and val_loss are the loss itself"
         raise PlanError("a metric cannot have the name 'loss'.", where="metrics", fix=fix)

@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple, TextIO, final
 
 from epochal.errors import PlanError
-from epochal.events import Ended, Evaluated, Event, Row, Started, StepDone
+from epochal.events import Ended, Evaluated, Event, Noted, Row, Started, StepDone
 from epochal.observe.overfitting import overfitting_since
 
 FIRST_LINES, SECONDS_A_LINE = 10, 2.0  # off a terminal: so many lines as they come, then one in so many seconds
@@ -67,6 +67,8 @@ class Console:
             self._begin(event)
             if event.facts:
                 self._write(aligned(event.facts, self._paint, self._width) + "\n")
+        elif isinstance(event, Noted) and self._has_begun:
+            self._write(self._paint(f"note: {event.message}", ODD) + "\n", live=self._live)
         elif isinstance(event, Ended) and self._has_begun:  # a loop that was only prepared has nothing to tell
             self._ended(event)
 

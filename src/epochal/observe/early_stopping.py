@@ -71,6 +71,10 @@ class EarlyStopping:
         """The same settings, nothing seen: what a run uses, so that a plan can be run twice."""
         return EarlyStopping(self.monitor, self.patience, self.min_delta, self.mode, self.restore_best)
 
+    def begin_anew(self) -> None:
+        """Patience is full again: for a run that is asked to go on after it was stopped."""
+        self.counter, self.early_stop = 0, False
+
     def state_dict(self) -> dict[str, Any]:
         return {"counter": self.counter, "best_loss": self.best_loss, "early_stop": self.early_stop}
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,121 +14,158 @@ from typing import Any
 import tomlkit
 from torch import Tensor, nn
 
-from epochal.checkpoint.files import replace_bytes, unwritable
+from epochal.checkpoint import files
 from epochal.checkpoint.weights import save_weights
-from epochal.errors import RunFolderError
-from epochal.events import Best, Ended, Evaluated, Event, Row, Saved, Started
-from epochal.runtime.environment import environment
+from epochal.errors import FileError, RunFolderError
+from epochal.events import Best, Ended, Evaluated, Event, Noted, Row, Saved, Started, StepDone
+from epochal.runtime.lock import Lock
+
+SECONDS_A_NOTE = 10.0  # between two writings of run.json while a run goes on
+BEFORE_A_RUN = {"config.toml", "journal.jsonl", "recipe.py", "recipe.toml", "fit.toml", "demo.toml", "table.json"}  # it was never begun
 
 
 class Recorder:
-    """Writes ``run.json``, ``config.toml``, ``metrics.jsonl``, ``results.csv`` and ``model.safetensors``.
+    """Writes ``run.json``, ``config.toml``, ``metrics.jsonl``, ``results.csv``, ``journal.jsonl``, ``model.safetensors``.
 
-    folder: new or empty, unless ``resume``; a run is never overwritten.
+    folder: claimed by this run. environment: facts for ``run.json``. goes_on: a full disk ends nothing; what could not
+    be written is made good later.
 
-    Raises RunFolderError if the folder is in use or cannot be written.
+    What was measured stands in ``metrics.jsonl`` and ``results.csv``, a line an evaluation, the same bytes in every run
+    of the same plan: no line tells the time. When what happened stands in ``journal.jsonl``.
     """
 
-    def __init__(self, folder: str | Path, model: nn.Module, *, resume: bool = False):
-        self.folder, self.model = Path(folder), model
-        self._facts: dict[str, Any] = {}
-        self._rows: list[dict[str, Any]] = _rows_of(self.folder / "results.csv") if resume else []
-        self._columns: list[str] = list(self._rows[0]) if self._rows else []
-        _claim(self.folder, resume)
+    def __init__(
+        self, folder: Path, model: nn.Module, *, environment: Mapping[str, Any] | None = None, goes_on: bool = False
+    ):
+        self.folder, self.model, self.goes_on = folder, model, goes_on
+        self._facts: dict[str, Any] = {"environment": dict(environment or {})}
+        self._rows: list[dict[str, Any]] = []
+        self._columns: list[str] = []
+        self._noted_at, self._is_torn = 0.0, False
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Started):
-            self._start(event)
-        elif isinstance(event, Evaluated):
-            self._append({"event": "evaluated", **event.row, "best": event.is_best})
-            self._append_row(event.row)
-            if event.is_best or self._facts.get("best") is None:
-                self._note(best=_plain_best(event.best))
+        if isinstance(event, StepDone):  # first, for it comes most often
+            return
+        try:
+            self._record(event)
+        except FileError as error:
+            cause = error.__cause__
+            if not (self.goes_on and isinstance(cause, OSError) and cause.errno in files.NO_SPACE):
+                raise
+            self._is_torn = True
+
+    def _record(self, event: Event) -> None:
+        if isinstance(event, Evaluated):
+            self._add(_timeless(event.row))
+            self._facts["best"] = _plain_best(event.best)
+            if time.monotonic() - self._noted_at > SECONDS_A_NOTE:
+                self._note()
         elif isinstance(event, Saved):
-            self._append({"event": "saved", "step": event.step, "path": event.path.name})
+            self._tell("saved", step=event.step, checkpoint=event.path.name)
+        elif isinstance(event, Noted):
+            self._tell("noted", message=event.message)
+        elif isinstance(event, Started):
+            self._start(event)
         elif isinstance(event, Ended):
             self._end(event)
 
     def _start(self, event: Started) -> None:
+        files.sweep(self.folder)
+        self._tell("resumed" if event.step else "started", epochs=event.done, step=event.step)
         if not (self.folder / "config.toml").exists():  # a run that is continued keeps the record of its start
-            replace_bytes(self.folder / "config.toml", tomlkit.dumps(dict(event.config)).encode())
-        self._append({"event": "started", "done": event.done, "step": event.step})
-        kept = [row for row in self._rows if int(row["step"]) <= event.step]
-        if len(kept) < len(self._rows):  # evaluations after the checkpoint will be made again
-            self._rows = kept
-            self._write_rows()
+            files.replace_bytes(self.folder / "config.toml", tomlkit.dumps(dict(event.config)).encode())
         self._note(
-            status="running", started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), reason=None, best=None,
-            monitor=event.monitor, seed=event.config.get("seed"), header=dict(event.facts), environment=environment(),
+            status="running", started=_now(), reason=None, best=None, command=list(event.command) or None,
+            monitor=event.monitor, seed=event.config.get("seed"), header=dict(event.facts),
         )  # fmt: skip
+        self._rows = [_timeless(row) for row in event.rows]
+        self._write_rows()  # evaluations after the checkpoint are cut off: they will be made again
 
     def _end(self, event: Ended) -> None:
+        if self._is_torn:
+            self._write_rows()
         weights = {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
         save_weights(weights, self.folder / "model.safetensors")  # any extra state is in the checkpoints
         ended = {**asdict(event), "reason": event.reason.name.lower(), "best": _plain_best(event.best)}
-        self._append({"event": "ended", **ended})
+        self._tell("ended", **ended)
         self._note(status="ended", **ended)
 
     def _note(self, **facts: Any) -> None:
         self._facts.update(facts)
-        replace_bytes(self.folder / "run.json", json.dumps(_strict(self._facts), indent=1).encode() + b"\n")
+        self._noted_at = time.monotonic()
+        files.replace_bytes(self.folder / "run.json", json.dumps(_strict(self._facts), indent=1).encode() + b"\n")
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        with self._open("metrics.jsonl", "a") as file:
-            file.write(json.dumps(_strict(entry)) + "\n")
+    def _tell(self, what: str, **facts: Any) -> None:
+        self._append("journal.jsonl", json.dumps(_strict({"at": _now(), "event": what, **facts})))
 
-    def _append_row(self, row: Row) -> None:
-        """Adds a line to results.csv; a row with a new column writes the file anew, with all columns."""
-        row = {name: value for name, value in row.items() if not isinstance(value, list)}
+    def _add(self, row: dict[str, Any]) -> None:
+        """Adds a line to both files; a row with a new column, and a file with half a line, are written anew."""
         self._rows.append(row)
-        if set(row) <= set(self._columns):
-            with self._open("results.csv", "a") as file:
-                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
-            return
-        self._columns += [name for name in row if name not in self._columns]
-        self._write_rows()
+        if self._is_torn or not set(_scalars(row)) <= set(self._columns):
+            self._write_rows()
+        else:
+            self._append("metrics.jsonl", json.dumps(_strict(row)))
+            self._append("results.csv", _csv(self._columns, [row]).rstrip("\n"))
 
     def _write_rows(self) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self._rows)
-        replace_bytes(self.folder / "results.csv", text.getvalue().encode())
+        self._columns = list(dict.fromkeys(name for row in self._rows for name in _scalars(row)))
+        lines = "".join(json.dumps(_strict(row)) + "\n" for row in self._rows)
+        files.replace_bytes(self.folder / "metrics.jsonl", lines.encode())
+        header = _csv(self._columns, [dict(zip(self._columns, self._columns))]) if self._columns else ""
+        files.replace_bytes(self.folder / "results.csv", (header + _csv(self._columns, self._rows)).encode())
+        self._is_torn = False
 
-    def _open(self, name: str, mode: str) -> Any:
-        try:
-            return open(self.folder / name, mode, encoding="utf-8", newline="")
-        except OSError as error:
-            raise unwritable(self.folder / name, error) from error
+    def _append(self, name: str, line: str) -> None:
+        with files.telling(self.folder / name):
+            files.append(self.folder / name, line.encode() + b"\n")
 
 
-def _claim(folder: Path, resume: bool) -> None:
-    """Makes the folder; one that holds something already is only taken to resume it."""
+def claim(folder: Path, *, resume: bool) -> Lock:
+    """Makes the folder and locks it. One that holds something is only taken to resume it, if it is a run's; what a
+    run left that was killed before its start does not count.
+
+    Raises RunFolderError.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = sorted(path.name for path in folder.iterdir())
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        files.make_folder(folder)
+        lock = Lock(folder)
+        held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise RunFolderError(
             f"the run folder cannot be used: {error.strerror or error}.",
             where=str(folder),
             fix="choose a folder that can be written",
         ) from error
-    if held and not resume:
-        raise RunFolderError(
-            "the run folder is not empty, and a run is never overwritten.",
-            where=f"{folder}: {', '.join(held[:4])}{' ...' if len(held) > 4 else ''}",
-            fix="choose another name for the run, or continue this one with resume=True (--set resume=true)",
-        )
+    if set(held) <= BEFORE_A_RUN:
+        return lock
+    where = f"{folder}: {', '.join(held[:4])}{' ...' if len(held) > 4 else ''}"
+    if not resume:
+        lock.release()
+        fix = f"choose another name for the run, or continue this one with resume=True (epochal resume {folder})"
+        raise RunFolderError("the run folder is not empty, and a run is never overwritten.", where=where, fix=fix)
+    if not {"run.json", "checkpoints"} & set(held):
+        lock.release()
+        fix = "name the folder of a run, or choose another name"
+        raise RunFolderError("there is no run in the folder that could be resumed.", where=where, fix=fix)
+    return lock
 
 
-def _rows_of(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def _timeless(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "time"}
+
+
+def _scalars(row: Row) -> list[str]:
+    return [name for name, value in row.items() if not isinstance(value, list)]
+
+
+def _csv(columns: list[str], rows: Iterable[Row]) -> str:
+    text = io.StringIO()
+    csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore").writerows(rows)
+    return text.getvalue()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def _plain_best(best: Best | None) -> dict[str, Any] | None:

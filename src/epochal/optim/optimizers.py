@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from epochal.errors import ModelError, PlanError, UnknownNameError
@@ -23,6 +24,15 @@ NAMES: dict[str, Callable[..., Optimizer]] = {
     "muon": torch.optim.Muon,
 }
 FUSED = frozenset({"sgd", "adam", "adamw", "adagrad"})
+
+
+def check(optimizer: Any) -> None:
+    """Refuses what is no optimizer, and an unknown name."""
+    if isinstance(optimizer, str) and optimizer not in NAMES:
+        raise UnknownNameError.of_name("optimizer", optimizer, NAMES, where=f"optimizer={optimizer!r}")
+    if not (isinstance(optimizer, str | Optimizer) or callable(optimizer)):
+        what, where = f"{type(optimizer).__name__} is not an optimizer.", f"optimizer={optimizer!r:.60}"
+        raise PlanError(what, where=where, fix="give a name, a function f(params) -> Optimizer, or an Optimizer")
 
 
 def build(
@@ -42,11 +52,10 @@ def build(
     """
     parameters = list(dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad))
     if not parameters:
-        raise ModelError(
-            "the model has no parameter to train.",
-            where=f"{type(modules[0]).__name__}: {_count(modules[0])}",
-            fix="set requires_grad_(True) on the parameters that shall be trained",
-        )
+        where = f"{type(modules[0]).__name__}: {_count(modules[0])}"
+        fix = "set requires_grad_(True) on the parameters that shall be trained"
+        raise ModelError("the model has no parameter to train.", where=where, fix=fix)
+    check(optimizer)
     if isinstance(optimizer, str):
         options = {"lr": lr, "weight_decay": weight_decay}
         return _named(optimizer, modules, parameters, {key: v for key, v in options.items() if v is not None})
@@ -62,8 +71,6 @@ def _count(module: nn.Module) -> str:
 
 
 def _named(name: str, modules: Sequence[nn.Module], parameters: list[nn.Parameter], options: dict) -> Optimizer:
-    if name not in NAMES:
-        raise UnknownNameError.of_name("optimizer", name, NAMES, where=f"optimizer={name!r}")
     if name == "muon":
         return _muon(parameters, options)
     # The fused kernels take neither sparse gradients nor complex weights.
@@ -82,13 +89,9 @@ def _muon(parameters: list[nn.Parameter], options: dict) -> Optimizer:
     Source: K. Jordan et al., Muon (2024); the rate is matched to AdamW's as in Moonlight (2025), so
     one ``lr`` serves both.
     """
-    matrices = [p for p in parameters if p.dim() == 2]
-    others = [p for p in parameters if p.dim() != 2]
-    built: list[Optimizer] = []
-    if matrices:
-        built.append(torch.optim.Muon(matrices, **options, adjust_lr_fn="match_rms_adamw"))
-    if others:
-        built.append(torch.optim.AdamW(others, **options))
+    muon = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+    matrices, others = ([p for p in parameters if (p.dim() == 2) is flat] for flat in (True, False))
+    built = [make(part, **options) for make, part in ((muon, matrices), (torch.optim.AdamW, others)) if part]
     return built[0] if len(built) == 1 else Several(built)
 
 
@@ -114,39 +117,44 @@ class Several(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for one, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
-            one.load_state_dict(state)
+            load_exactly(one, state)
         self._share_groups()
 
 
+def load_exactly(optimizer: Any, state: Any) -> None:
+    """As ``optimizer.load_state_dict(state)``, to the bit.
+
+    torch makes every floating point entry the type of its parameter: averages in fp32 of weights in bf16 would lose
+    their last bits.
+    """
+    optimizer.load_state_dict(state)
+    if not (isinstance(state, dict) and state.keys() >= {"state", "param_groups"}):
+        return
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, parameter in zip(numbers, parameters):
+        live = optimizer.state.get(parameter, {})
+        for name, saved in state["state"].get(number, {}).items():
+            if isinstance(saved, Tensor) and isinstance(live.get(name), Tensor) and live[name].dtype != saved.dtype:
+                live[name] = saved.to(live[name].device)
+
+
 def _from_factory(factory: Any, parameters: list[nn.Parameter]) -> Optimizer:
-    if not callable(factory):
-        raise PlanError(
-            f"{type(factory).__name__} is not an optimizer.",
-            where=f"optimizer={factory!r}",
-            fix="give a name, a function f(params) -> Optimizer, or an Optimizer",
-        )
     built = factory(parameters)
     if not isinstance(built, Optimizer):
-        raise PlanError(
-            f"the optimizer factory returned {type(built).__name__}, not a torch.optim.Optimizer.",
-            where="optimizer",
-            fix="return the optimizer, for example lambda params: torch.optim.SGD(params, lr=0.01)",
-        )
+        what = f"the optimizer factory returned {type(built).__name__}, not a torch.optim.Optimizer."
+        fix = "return the optimizer, for example lambda params: torch.optim.SGD(params, lr=0.01)"
+        raise PlanError(what, where="optimizer", fix=fix)
     return built
 
 
 def _check_owner(optimizer: Optimizer, modules: Sequence[nn.Module]) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise PlanError(
-            "LBFGS evaluates the loss several times in one step, which this loop does not do.",
-            where="optimizer",
-            fix="write the update yourself and give it as step=",
-        )
+        what = "LBFGS evaluates the loss several times in one step, which this loop does not do."
+        raise PlanError(what, where="optimizer", fix="write the update yourself and give it as step=")
     known = {id(p) for module in modules for p in module.parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(id(p) in known for p in held):
-        raise PlanError(
-            "the optimizer holds the parameters of another model.",
-            where=f"none of its {len(held)} parameters is one of {type(modules[0]).__name__}'s",
-            fix="build it over this model's parameters() (a copy of a model has new ones)",
-        )
+        where = f"none of its {len(held)} parameters is one of {type(modules[0]).__name__}'s"
+        fix = "build it over this model's parameters() (a copy of a model has new ones)"
+        raise PlanError("the optimizer holds the parameters of another model.", where=where, fix=fix)

@@ -6,24 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import (
-    CosineAnnealingLR,
-    CyclicLR,
-    ExponentialLR,
-    LinearLR,
-    LRScheduler,
-    MultiStepLR,
-    OneCycleLR,
-    ReduceLROnPlateau,
-    StepLR,
-)
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from epochal.errors import PlanError, UnknownNameError
 
 PER_STEP = ("cosine", "onecycle", "linear")
 PER_EPOCH = ("step", "multistep", "exponential", "plateau")
 NAMES = (*PER_EPOCH, *PER_STEP)
+_OWN_LENGTH = {"T_max", "total_iters", "total_steps"}
 
 
 @dataclass(frozen=True, init=False)
@@ -42,7 +33,7 @@ class Schedule:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __init__(self, kind: Any, *, per: str | None = None, warmup: int = 0, **settings: Any):
-        for name, value in (("kind", kind), ("per", per), ("warmup", warmup), ("settings", settings)):
+        for name, value in {"kind": kind, "per": per, "warmup": warmup, "settings": settings}.items():
             object.__setattr__(self, name, value)
         self._check()
 
@@ -51,44 +42,35 @@ class Schedule:
         if isinstance(self.kind, str) and self.kind not in NAMES:
             raise UnknownNameError.of_name("schedule", self.kind, NAMES, where=where)
         if not isinstance(self.kind, str | LRScheduler) and not callable(self.kind):
-            raise PlanError(
-                f"{type(self.kind).__name__} is not a schedule.",
-                where=where,
-                fix="give a name, a function f(optimizer) -> LRScheduler, or an LRScheduler",
-            )
+            fix = "give a name, a function f(optimizer) -> LRScheduler, or an LRScheduler"
+            raise PlanError(f"{type(self.kind).__name__} is not a schedule.", where=where, fix=fix)
         if self.per not in (None, "step", "epoch"):
             raise UnknownNameError.of_name("unit of a schedule", self.per, ("step", "epoch"), where=f"per={self.per!r}")
         if not isinstance(self.warmup, int) or self.warmup < 0:
-            raise PlanError(
-                "warmup must be a number of steps, 0 or more.", where=f"warmup={self.warmup!r}", fix="give an integer"
-            )
+            fix = "give an integer"
+            raise PlanError("warmup must be a number of steps, 0 or more.", where=f"warmup={self.warmup!r}", fix=fix)
         if self.per == "step" and (self.kind == "plateau" or isinstance(self.kind, ReduceLROnPlateau)):
-            raise PlanError(
-                "a plateau looks at evaluations, not at steps.",
-                where=f"{where}, per='step'",
-                fix='leave per= out, and set evaluate_every="500 steps"',
-            )
+            fix = 'leave per= out, and set evaluate_every="500 steps"'
+            raise PlanError("a plateau looks at evaluations, not at steps.", where=f"{where}, per='step'", fix=fix)
         if self.warmup and self.kind == "onecycle":
-            raise PlanError(
-                "onecycle has a warm-up of its own.", where=f"warmup={self.warmup}", fix="use pct_start= instead"
-            )
+            fix = "use pct_start= instead"
+            raise PlanError("onecycle has a warm-up of its own.", where=f"warmup={self.warmup}", fix=fix)
         if self.settings and not isinstance(self.kind, str):
-            raise PlanError(
-                "settings belong to a schedule that is given by name.",
-                where=f"{where}, {', '.join(self.settings)}",
-                fix="put them where the LRScheduler is made",
-            )
+            what = "settings belong to a schedule that is given by name."
+            fix = "put them where the LRScheduler is made"
+            raise PlanError(what, where=f"{where}, {', '.join(self.settings)}", fix=fix)
 
 
 class Scheduled:
     """A schedule at work on an optimizer: the one place where a schedule is stepped.
 
-    Nothing here moves before the optimizer has made its first update.
+    Nothing here moves before the optimizer has made its first update. length: the steps or epochs that a named
+    schedule is spread over, where it is.
     """
 
-    def __init__(self, scheduler: LRScheduler, per: str, warmup: LinearLR | None):
-        self.scheduler, self.per = scheduler, per
-        self._warmup, self._warmup_steps, self._steps = warmup, warmup.total_iters if warmup else 0, 0
+    def __init__(self, scheduler: LRScheduler, per: str, warmup: LRScheduler | None, length: int | None = None):
+        self.scheduler, self.per, self.length = scheduler, per, length
+        self._warmup, self._warmup_steps, self._steps = warmup, getattr(warmup, "total_iters", 0), 0
 
     def after_step(self) -> None:
         """After an update of the optimizer."""
@@ -114,15 +96,23 @@ class Scheduled:
 
     def state_dict(self) -> dict[str, Any]:
         warmup = self._warmup.state_dict() if self._warmup else None
-        return {"scheduler": self.scheduler.state_dict(), "warmup": warmup, "steps": self._steps}
+        scheduler = self.scheduler.state_dict()
+        return {"scheduler": scheduler, "warmup": warmup, "steps": self._steps, "length": self.length}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self._warmup:
-            self._warmup.load_state_dict(state["warmup"])
+        """Goes on where the schedule stood; one of another length is stretched over this one (a run made longer)."""
         self._steps = state["steps"]
         if self._steps:  # the updates were made in another process; torch would warn that there were none
             self.scheduler.optimizer._opt_called = True  # type: ignore[attr-defined]
+        if self._warmup:
+            self._warmup.load_state_dict(state["warmup"])
+        if self.length == state["length"]:
+            self.scheduler.load_state_dict(state["scheduler"])
+        elif moves := state["scheduler"]["last_epoch"]:
+            for group in self.scheduler.optimizer.param_groups:
+                group["lr"] = group["initial_lr"]
+            for _ in range(moves):
+                self.scheduler.step()
 
 
 def build(schedule: Any, optimizer: Optimizer, *, epochs: int | None, steps: int | None, mode: str) -> Scheduled:
@@ -135,77 +125,69 @@ def build(schedule: Any, optimizer: Optimizer, *, epochs: int | None, steps: int
     plateau that watches in the wrong direction.
     """
     schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
+    length = None  # of what is spread over the run
     if isinstance(schedule.kind, str):
         per = schedule.per or ("step" if schedule.kind in PER_STEP else "epoch")
-        length = (steps - schedule.warmup if steps is not None else None) if per == "step" else epochs
-        scheduler = _named(schedule, optimizer, per, length, mode)
+        if schedule.kind in PER_STEP and not _OWN_LENGTH & set(schedule.settings):
+            length = _length(schedule, epochs if per == "epoch" else steps, per)
+        scheduler = _named(schedule, optimizer, length, mode)
     else:
         scheduler = schedule.kind if isinstance(schedule.kind, LRScheduler) else _from_factory(schedule.kind, optimizer)
-        per = schedule.per or ("step" if isinstance(scheduler, OneCycleLR | CyclicLR) else "epoch")
+        every_step = isinstance(scheduler, lr_scheduler.OneCycleLR | lr_scheduler.CyclicLR)
+        per = schedule.per or ("step" if every_step else "epoch")
     _check(scheduler, optimizer, mode)
     warmup = None
     if schedule.warmup:
-        warmup = LinearLR(optimizer, start_factor=1 / (schedule.warmup + 1), total_iters=schedule.warmup)
-    return Scheduled(scheduler, per, warmup)
+        warmup = lr_scheduler.LinearLR(optimizer, start_factor=1 / (schedule.warmup + 1), total_iters=schedule.warmup)
+    return Scheduled(scheduler, per, warmup, length)
 
 
-def _named(schedule: Schedule, optimizer: Optimizer, per: str, length: int | None, mode: str) -> LRScheduler:
+def _named(schedule: Schedule, optimizer: Optimizer, length: int | None, mode: str) -> LRScheduler:
     kind, settings = schedule.kind, schedule.settings
-    length = _length(schedule, per, length) if kind in PER_STEP else 0
     highest = [group["lr"] for group in optimizer.param_groups]
     made_by: dict[str, tuple[Callable[..., LRScheduler], dict[str, Any]]] = {
-        "step": (StepLR, {"step_size": 30, "gamma": 0.1}),
-        "multistep": (MultiStepLR, {}),
-        "exponential": (ExponentialLR, {"gamma": 0.95}),
+        "step": (lr_scheduler.StepLR, {"step_size": 30, "gamma": 0.1}),
+        "multistep": (lr_scheduler.MultiStepLR, {}),
+        "exponential": (lr_scheduler.ExponentialLR, {"gamma": 0.95}),
         "plateau": (ReduceLROnPlateau, {"mode": mode}),
-        "cosine": (CosineAnnealingLR, {"T_max": length}),
-        "linear": (LinearLR, {"start_factor": 1.0, "end_factor": 0.0, "total_iters": length}),
-        "onecycle": (OneCycleLR, {"max_lr": highest, "total_steps": length}),
+        "cosine": (lr_scheduler.CosineAnnealingLR, {"T_max": length}),
+        "linear": (lr_scheduler.LinearLR, {"start_factor": 1.0, "end_factor": 0.0, "total_iters": length}),
+        "onecycle": (lr_scheduler.OneCycleLR, {"max_lr": highest, "total_steps": length}),
     }
     make, defaults = made_by[kind]
     try:
         return make(optimizer, **{**defaults, **settings})
     except (TypeError, ValueError) as error:
         needs = ' (it needs milestones, for example Schedule("multistep", milestones=[30, 60]))'
-        raise PlanError(
-            f"the schedule {kind!r} cannot be made: {error}.",
-            where=f"schedule={kind!r}, {settings or 'no settings'}",
-            fix="give the settings of its torch class" + (needs if kind == "multistep" else ""),
-        ) from error
+        what = f"the schedule {kind!r} cannot be made: {error}."
+        fix = "give the settings of its torch class" + (needs if kind == "multistep" else "")
+        raise PlanError(what, where=f"schedule={kind!r}, {settings or 'no settings'}", fix=fix) from error
 
 
-def _length(schedule: Schedule, per: str, length: int | None) -> int:
-    if length is None and not {"T_max", "total_iters", "total_steps"} & set(schedule.settings):
-        raise PlanError(
-            f"the schedule {schedule.kind!r} needs to know how many {per}s there will be.",
-            where="the data have no length" if per == "step" else "epochs is not given",
-            fix="give max_steps=" if per == "step" else "give epochs=",
-        )
-    return max(1, length or 1)
+def _length(schedule: Schedule, planned: int | None, per: str) -> int:
+    if planned is None:
+        what = f"the schedule {schedule.kind!r} needs to know how many {per}s there will be."
+        fix = "give max_steps=" if per == "step" else "give epochs="
+        raise PlanError(what, where="the data have no length" if per == "step" else "epochs is not given", fix=fix)
+    return max(1, planned - (schedule.warmup if per == "step" else 0))
 
 
 def _from_factory(factory: Callable[[Optimizer], Any], optimizer: Optimizer) -> LRScheduler:
     built = factory(optimizer)
     if not isinstance(built, LRScheduler):
-        raise PlanError(
-            f"the schedule factory returned {type(built).__name__}, not an LRScheduler.",
-            where="schedule",
-            fix="return the scheduler, for example lambda opt: StepLR(opt, step_size=30)",
-        )
+        what = f"the schedule factory returned {type(built).__name__}, not an LRScheduler."
+        fix = "return the scheduler, for example lambda opt: StepLR(opt, step_size=30)"
+        raise PlanError(what, where="schedule", fix=fix)
     return built
 
 
 def _check(scheduler: LRScheduler, optimizer: Optimizer, mode: str) -> None:
     if scheduler.optimizer is not optimizer:
-        raise PlanError(
-            "the schedule moves the learning rate of another optimizer.",
-            where=f"schedule={type(scheduler).__name__}",
-            fix="give the optimizer that it was made with as optimizer=, or give f(optimizer) -> LRScheduler",
-        )
+        what = "the schedule moves the learning rate of another optimizer."
+        fix = "give the optimizer that it was made with as optimizer=, or give f(optimizer) -> LRScheduler"
+        raise PlanError(what, where=f"schedule={type(scheduler).__name__}", fix=fix)
     if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != mode:
-        raise PlanError(
-            f"the plateau waits for the monitored value to go {'down' if scheduler.mode == 'min' else 'up'}, "
-            f"but it improves by going {'down' if mode == 'min' else 'up'}.",
-            where=f"schedule=ReduceLROnPlateau(mode={scheduler.mode!r})",
-            fix=f"make it with mode={mode!r}",
-        )
+        awaited, better = ("down", "up") if mode == "max" else ("up", "down")
+        what = f"the plateau waits for the monitored value to go {awaited}, but it improves by going {better}."
+        where = f"schedule=ReduceLROnPlateau(mode={scheduler.mode!r})"
+        raise PlanError(what, where=where, fix=f"make it with mode={mode!r}")

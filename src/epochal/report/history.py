@@ -77,7 +77,7 @@ class History(Sequence[dict[str, Any]]):
         return [math.nan if value is None else value for value in values]
 
     def __getattr__(self, name: str) -> list[Any]:
-        if name.startswith("_") or "rows" not in self.__dict__:  # asked by copy and pickle before there are rows
+        if name.startswith("_") or "rows" not in self.__dict__:  # asked when it is copied, before there are rows
             raise AttributeError(name)
         try:
             return self._column(name)

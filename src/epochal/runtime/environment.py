@@ -16,7 +16,7 @@ def environment() -> dict[str, Any]:
     """Plain facts, for ``run.json``."""
     facts: dict[str, Any] = {
         "epochal": metadata.version("epochal"),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": np.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",

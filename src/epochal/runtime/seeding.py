@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_PARTS = {"dataset", "sampler", "batch_sampler", "collate_fn", "transform", "target_transform"}
+_LISTS = {"datasets", "transforms"}  # looked into; a data set that is a list of samples is not
+
 
 def seed_everything(seed: int) -> None:
     """Seeds python's, numpy's and torch's global generators, on every device."""
@@ -49,8 +53,7 @@ def generator_states() -> dict[str, Any]:
 
 def set_generator_states(states: dict[str, Any]) -> None:
     """Puts back what :func:`generator_states` gave."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
+    _set_python_state(random, states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
@@ -74,3 +77,60 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(torch_state)
+
+
+def generators_in(owner: Any) -> dict[str, Any]:
+    """The generator objects that a loader or a data set keeps, by where they lie in it; each of them once.
+
+    Looks at its attributes, and at those of its parts: a wrapped data set, samplers, transforms, the collate function.
+
+    >>> from torch.utils.data import DataLoader
+    >>> list(generators_in(DataLoader([1, 2, 3], shuffle=True, generator=torch.Generator())))
+    ['.generator']
+    """
+    found, seen, places = {}, set(), [("", owner)]
+    for place, one in places:  # grows while it is walked
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, _KINDS):
+            if not isinstance(one, random.SystemRandom):  # it has no state
+                found[place] = one
+            continue
+        for name, value in getattr(one, "__dict__", {}).items():
+            if name in _PARTS or isinstance(value, _KINDS):
+                places.append((f"{place}.{name}", value))
+            elif name in _LISTS and isinstance(value, list | tuple):
+                places += [(f"{place}.{name}.{i}", part) for i, part in enumerate(value)]
+    return found
+
+
+def own_states(owner: Any) -> dict[str, Any]:
+    """The states of the generators that ``owner`` keeps (:func:`generators_in`), by their places."""
+    return {place: _state_of(generator) for place, generator in generators_in(owner).items()}
+
+
+def set_own_states(owner: Any, states: dict[str, Any]) -> None:
+    """Puts back what :func:`own_states` gave, for the generators that are there."""
+    generators = generators_in(owner)
+    for place in generators.keys() & states.keys():
+        generator, state = generators[place], states[place]
+        if isinstance(generator, torch.Generator | np.random.RandomState):
+            generator.set_state(state)
+        elif isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = state
+        else:
+            _set_python_state(generator, state)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state(legacy=False) if isinstance(generator, np.random.RandomState) else generator.getstate()
+
+
+def _set_python_state(generator: Any, state: Any) -> None:
+    version, internal, gauss = state
+    generator.setstate((version, tuple(internal), gauss))

@@ -1,0 +1,90 @@
+"""What the non-finite guard costs: ``fit`` over the seed's example (64-32-1, batch 32, Adam), with and without it.
+
+    python benchmarks/guard.py [--rounds 100] [--epochs 5] [--threads 1]
+
+Without it nothing is kept before an update and nothing is looked at. Both run in one process, in turns, the order
+drawn anew each time; the figure is the ratio of the medians, with that of the quicker quarters beside it. ``--steps``
+times the bare updates instead, without the rest of ``fit``: there the guard is a larger part of less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+
+import torch
+from seed_example import SimpleModel, by_epochal
+from torch import nn
+
+from epochal import prepare
+from epochal.data.window import windows
+from epochal.objective import Supervised
+from epochal.state import TrainState
+from epochal.step import Update
+
+
+class _Zero:
+    def item(self):
+        return 0.0
+
+
+class Unguarded(Update):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self._found = _Zero()  # a number, where the guard has a tensor to read
+
+    def _keep(self, state):
+        return None
+
+    def _look_for_nonfinite(self, state, loss):
+        pass
+
+
+def seconds_of_fit(kind, train, val, epochs):
+    model, prepare.Update = SimpleModel(), kind
+    began = time.perf_counter()
+    by_epochal(model, train, val, epochs)
+    return time.perf_counter() - began
+
+
+def seconds_of_updates(kind, train, val, epochs):
+    model = SimpleModel()
+    update = kind(Supervised(nn.MSELoss()), model, torch.device("cpu"), keeps_outputs=False)
+    state = TrainState(model, torch.optim.Adam(model.parameters(), fused=True))
+    batches = list(zip(*(part.split(32) for part in train)))
+    began = time.perf_counter()
+    for window in windows(batches * epochs):
+        update(state, window)
+    return time.perf_counter() - began
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    train, val = ((torch.randn(count, 10), torch.randn(count, 1)) for count in (1000, 200))
+    seconds = seconds_of_updates if options.steps else seconds_of_fit
+    times = {Unguarded: [], Update: []}
+    for number in range(options.rounds + 2):
+        for kind in random.sample(list(times), 2):
+            took = seconds(kind, train, val, options.epochs)
+            if number >= 2:  # after a warm-up
+                times[kind].append(took)
+    without, guarded = (sorted(taken) for taken in times.values())
+    median = statistics.median(guarded) / statistics.median(without)
+    quicker = statistics.quantiles(guarded)[0] / statistics.quantiles(without)[0]
+    per_epoch = 1000 / options.epochs
+    print(f"without  {statistics.median(without) * per_epoch:7.2f} ms an epoch (median of {options.rounds})")
+    print(f"with     {statistics.median(guarded) * per_epoch:7.2f} ms an epoch")
+    print(f"ratio    {median:7.3f} (of the quicker quarters {quicker:.3f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Saving beside the training: a snapshot is taken, and a thread writes it while the next steps are done."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from epochal.cadence import Every
+from epochal.checkpoint import codec
+from epochal.checkpoint.store import Checkpoints, Saving
+
+
+class Saver:
+    """Saves states one at a time. every, share, on_full: as in ``Saving``."""
+
+    def __init__(self, checkpoints: Checkpoints, saving: Saving):
+        self.checkpoints, self.on_full, self._share = checkpoints, saving.on_full, saving.share
+        self.every = Every.parse(saving.every)
+        # Seconds that the training has waited, or has shared a core with the writing thread: in all, and the last time.
+        self._spent = self._last = 0.0
+        self._thread: threading.Thread | None = None
+        self._outcome: tuple[int, Path | Exception, float] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        return self._thread is not None
+
+    def may_start(self, seconds: float) -> bool:
+        """Whether one more save keeps within its share of the time that the run has taken until now."""
+        return self._share is None or (not self.is_busy and self._spent + self._last <= self._share * seconds)
+
+    def start(self, step: int, state: Mapping[str, Any]) -> None:
+        """Takes a snapshot of the state and begins to write it. Nothing else may be in flight."""
+        began = time.perf_counter()
+        tree, tensors = codec.encode(state)
+        snapshot = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        # A daemon, so that a second Ctrl-C does not wait for it: what it leaves half-written is swept up later.
+        self._thread = threading.Thread(target=self._write, args=(step, tree, snapshot), daemon=True, name="checkpoint")
+        self._thread.start()
+        self._last = time.perf_counter() - began
+
+    def _write(self, step: int, tree: Any, tensors: Mapping[str, Any]) -> None:
+        outcome: Path | Exception
+        try:
+            outcome = self.checkpoints.commit(step, tree, tensors)
+        except Exception as error:  # it is raised where the training can hear it
+            outcome = error
+        self._outcome = step, outcome, time.thread_time()
+
+    def finished(self, *, wait: bool = False) -> tuple[int, Path] | None:
+        """The step and the folder of what has been written since the last call; raises what went wrong with it."""
+        if self._thread is None or (not wait and self._thread.is_alive()):
+            return None
+        began = time.perf_counter()
+        self._thread.join()
+        self._thread = None
+        assert self._outcome is not None
+        step, outcome, computed = self._outcome
+        self._last += time.perf_counter() - began + computed
+        self._spent += self._last
+        if isinstance(outcome, Exception):
+            raise outcome
+        return step, outcome

@@ -1,0 +1,82 @@
+"""Whether the data of a resumed run are those that it was begun with."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from epochal.data.given import GivenLoader
+from epochal.data.loader import Loader
+from epochal.data.sources import Arrays, Samples, Source, Stream
+
+WHOLE = 256 * 2**20  # bytes that are hashed in full: a quarter of a second at most
+PART = 64 * 2**20  # bytes of evenly spaced rows, of what is larger
+_CHUNK = 2**22  # bytes brought to the host at once
+
+
+def fingerprint(data: Source | DataLoader | Loader | GivenLoader) -> dict[str, str | int]:
+    """Plain values that differ where the data do. No sample is fetched, and no generator is touched.
+
+    Arrays are hashed (sha256 over the bytes of all parts, or of evenly spaced rows if there are more than
+    256 MiB; ``hashed`` says which). Of a data set it is the type and the length, of a stream the type, of a
+    DataLoader also how it makes batches.
+
+    >>> fingerprint(Loader((torch.zeros(6, 2), torch.arange(6))))["part 0"]
+    '(6, 2) float32'
+    """
+    if isinstance(data, Loader | GivenLoader):
+        data = data.source if isinstance(data, Loader) else data.loader
+    if isinstance(data, DataLoader):
+        return {
+            **fingerprint(_source(data.dataset)),
+            "batch_size": str(data.batch_size),
+            "sampler": type(data.batch_sampler if data.batch_size is None else data.sampler).__name__,
+            "drop_last": str(data.drop_last),
+        }
+    if isinstance(data, Arrays):
+        return _of_arrays(data)
+    facts: dict[str, str | int] = {"data": type(data.dataset).__name__}
+    if isinstance(data, Samples) and hasattr(data.dataset, "__len__"):
+        facts["samples"] = len(data.dataset)
+    return facts
+
+
+def _source(dataset: Any) -> Source:
+    if type(dataset) is TensorDataset:
+        return Arrays(dataset.tensors)
+    return Stream(dataset) if isinstance(dataset, IterableDataset) else Samples(dataset)
+
+
+def _of_arrays(arrays: Arrays) -> dict[str, str | int]:
+    names = list(arrays.parts) if isinstance(arrays.parts, dict) else range(len(arrays.tensors))
+    facts: dict[str, str | int] = {"data": "arrays", "samples": len(arrays)}
+    for name, part in zip(names, arrays.tensors):
+        facts[f"part {name}"] = f"{tuple(part.shape)} {str(part.dtype).removeprefix('torch.')}"
+    rows, digest = _rows_to_hash(arrays), hashlib.sha256()
+    for part in arrays.tensors:
+        _add(digest, part, rows)
+    hashed = "all rows" if len(rows) == len(arrays) else f"{len(rows)} evenly spaced rows"
+    return {**facts, "hashed": hashed, "sha256": digest.hexdigest()}
+
+
+def _rows_to_hash(arrays: Arrays) -> range | Tensor:
+    """All rows, or as many as fit into :data:`PART`, the first and the last among them."""
+    if arrays.nbytes <= WHOLE:
+        return range(len(arrays))
+    count = min(len(arrays), max(2, PART * len(arrays) // arrays.nbytes))
+    return torch.arange(count) * (len(arrays) - 1) // max(1, count - 1)
+
+
+def _add(digest: Any, part: Tensor, rows: range | Tensor) -> None:
+    """Adds the bytes of these rows, a few MiB at a time."""
+    part = part.detach()
+    step = max(1, _CHUNK * max(1, len(part)) // max(1, part.nbytes))
+    for i in range(0, len(rows), step):
+        some = rows[i : i + step]
+        chunk = part[some.start : some.stop] if isinstance(some, range) else part[some.to(part.device)]
+        chunk = chunk.resolve_conj().resolve_neg().cpu().contiguous().flatten()
+        digest.update(chunk.view(torch.uint8).numpy().data)

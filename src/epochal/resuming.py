@@ -1,0 +1,162 @@
+"""Continuing a run: what is put back, and what is told of all that has changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from torch import Tensor
+
+from epochal.checkpoint.store import Checkpoints, Found, Saving, free_space
+from epochal.checkpoint.weights import load_into, load_weights
+from epochal.data.fingerprint import fingerprint
+from epochal.describe import config
+from epochal.errors import CheckpointError, DiskFullError
+from epochal.observe.early_stopping import EarlyStopping
+from epochal.runtime.environment import environment
+
+if TYPE_CHECKING:
+    from epochal.plan import Plan
+    from epochal.run import Run
+    from epochal.state import TrainState
+
+UNTOLD = {"run", "resume", "save"}  # options that say nothing of the training
+HARMLESS = {"epochs", "max_steps", "max_time", "patience", "early_stopping", "epochal", "git_commit", "cores", "workers"}
+LENGTHS = ("epochs", "max_steps", "max_time")
+
+
+def about(plan: Plan, run: Run) -> dict[str, Any]:
+    """What a run is compared with when it is resumed: its plan, its data, and what it ran on."""
+    state, val = run.state, run.validation.loader
+    machine = {name: value for name, value in environment().items() if name != "memory_gib"}
+    return {
+        "plan": {name: value for name, value in config(plan).items() if name not in UNTOLD},
+        "parts": {"optimizer": _kind(state.optimizer), "schedule": _kind(getattr(state.schedule, "scheduler", None))},
+        "data": {"train": fingerprint(run.train)} | ({} if val is None else {"val": fingerprint(val)}),
+        "environment": {**machine, "device": str(run.setting.device)},
+    }
+
+
+def _kind(part: Any) -> str:
+    return "none" if part is None else type(part).__name__
+
+
+def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
+    """Puts back the newest checkpoint that is whole, and tells what there is to know of it.
+
+    Raises CheckpointError if none is whole, or if it is another run's; nothing has been changed then.
+    """
+    found = checkpoints.newest_whole()
+    if found is None:
+        if _is_imported(folder):
+            load_into(run.state.model, load_weights(folder / "model.safetensors"), str(folder))
+            yield "the weights that were imported are put in place."
+        else:
+            yield "there is no checkpoint yet: the run begins anew."
+        return
+    for damaged in found.damaged:
+        yield f"{Path(damaged.where or '').name} is left out: {damaged.what}"
+    recorded = found.state.pop("about")
+    _refuse_another_run(run.state, found, recorded["parts"], run.about["parts"])
+    _put_back(run.state, found)
+    run.keep_as_saved()
+    yield f"resumed from {found.path.name}, after {_counted(run.state.progress.step, 'step')}."
+    yield from _changes(recorded, run.about)
+    if run.state.stop is not None and _is_longer(recorded["plan"], run.about["plan"]):
+        run.state.stop = None
+        for part in run.state.extras.values():
+            if isinstance(part, EarlyStopping):
+                part.begin_anew()
+
+
+def _is_imported(folder: Path) -> bool:
+    try:
+        return msgspec.json.decode((folder / "run.json").read_bytes())["status"] == "imported"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _refuse_another_run(state: TrainState, found: Found, then: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """What cannot work: another kind of optimizer or schedule, or a part that the checkpoint knows nothing of."""
+    problems = [f"{name} {then[name]}, and now {now[name]}" for name in now if then.get(name) != now[name]]
+    problems += [f"no {name}" for name in state.required if name not in found.state and name not in now]
+    if problems:
+        raise _misfit(found, f"it was begun with {'; '.join(problems)}")
+
+
+def _put_back(state: TrainState, found: Found) -> None:
+    try:
+        state.load_state_dict(found.state)
+    except CheckpointError as error:
+        error.where = f"{found.path}; {error.where}"
+        raise
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        told = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise _misfit(found, f"{type(error).__name__}: {told}") from error
+
+
+def _misfit(found: Found, why: str) -> CheckpointError:
+    return CheckpointError(
+        "the checkpoint does not fit the plan.",
+        where=f"{found.path}; {why}",
+        fix="resume with the model, the optimizer, the schedule and the metrics that the run was begun with",
+    )
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """A short list of what differs; what lets the run leave the path of an undisturbed one stands apart."""
+    changed = {
+        name: f"{name} {_text(before.get(name))} → {_text(after.get(name))}"
+        for section in ("plan", "data", "environment")
+        for before, after in [(_flat(then[section]), _flat(now[section]))]
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    }
+    if harmless := [line for name, line in changed.items() if name in HARMLESS]:
+        yield f"changed since: {', '.join(harmless)}."
+    if serious := [line for name, line in changed.items() if name not in HARMLESS]:
+        kept = " The optimizer keeps the rate of the checkpoint." if "lr" in changed else ""
+        yield f"no longer exact, as these have changed: {', '.join(serious)}.{kept}"
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        flat |= _flat(value, f"{prefix}{name} ") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def _text(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 24 else f"{text[:8]}…"
+
+
+def _is_longer(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    return any(now.get(name) != then.get(name) for name in LENGTHS if name in now or name in then)
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}" + ("s" if count != 1 else "")
+
+
+def room_on_disk(state: TrainState, folder: Path, saving: Saving) -> Iterator[str]:
+    """Looks for room for the checkpoints before anything is trained, with a plain estimate: the weights, once more if
+    the best ones are kept, and twice those that are trained, for what an optimizer keeps of them.
+
+    Raises DiskFullError if there is no room for a single one, unless the run shall go on; tells if there is little.
+    """
+    weights = [value for module in state.modules for value in module.state_dict().values() if isinstance(value, Tensor)]
+    trained = sum(p.nbytes for module in state.modules for p in module.parameters() if p.requires_grad)
+    needed, free = 2 * sum(value.nbytes for value in weights) + 2 * trained + 2**16, free_space(folder)
+    told = f"a checkpoint takes about {_size(needed)}, and {_size(free)} are free"
+    if needed > free and saving.on_full == "stop":
+        fix = 'free some space, choose another disk, or give save=epochal.Saving(on_full="continue")'
+        raise DiskFullError("there is no room on the disk for a checkpoint.", where=f"{folder}; {told}", fix=fix)
+    if needed * (saving.keep + 1) > free:
+        yield f"the disk is nearly full: {told}; {saving.keep + 1} have to fit while one is replaced."
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

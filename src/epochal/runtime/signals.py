@@ -1,0 +1,63 @@
+"""Signals that ask a run to end: noted when they come, and acted on when the step in hand is done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterable
+from types import FrameType, TracebackType
+from typing import Any
+
+# Only a handler that nobody has chosen is replaced: a program with one of its own knows what it wants.
+INTERRUPT = {signal.SIGINT: signal.default_int_handler}
+TERMINATE = {
+    number: signal.SIG_DFL for name in ("SIGTERM", "SIGUSR1") if (number := getattr(signal, name, None)) is not None
+}
+CHILD = getattr(signal, "SIGCHLD", None)
+
+
+class Signals:
+    """Inside ``with``, SIGINT, and with ``terminate`` SIGTERM and SIGUSR1 too, are noted in ``received``.
+
+    A second SIGINT raises KeyboardInterrupt at once. Outside the main thread nothing is done; afterwards every
+    handler is what it was. From the first signal on, torch's own handler for the death of a loader's worker is put
+    aside: a signal to the whole group ends them too, and its error would come in the middle of a step.
+    """
+
+    def __init__(self, *, terminate: bool):
+        self.expected: dict[signal.Signals, Any] = INTERRUPT | (TERMINATE if terminate else {})
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Signals:
+        self._process = os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            self._replace({number for number, usual in self.expected.items() if signal.getsignal(number) == usual})
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _replace(self, numbers: Iterable[signal.Signals]) -> None:
+        for number in numbers:
+            self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # in a loader's worker, which inherited this
+            if number != signal.SIGINT:  # a Ctrl-C reaches the whole group; the run will end its workers
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+        elif number == signal.SIGINT == self.received:
+            raise KeyboardInterrupt
+        elif number != CHILD:
+            self.received = signal.Signals(number)
+            if CHILD is not None and getattr(signal.getsignal(CHILD), "__module__", "").startswith("torch."):
+                self._replace([CHILD])
+
+    def pass_on(self) -> None:
+        """Lets the signal do what it would have done without us: SIGTERM and SIGUSR1 end the process."""
+        if self.received in TERMINATE:
+            os.kill(os.getpid(), self.received)

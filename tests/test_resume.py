@@ -1,0 +1,280 @@
+"""Exact resume: stopped anywhere and continued, a run leaves the bits and the files of one that was never disturbed."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import epochal
+from epochal.checkpoint.store import Checkpoints
+from epochal.optim.optimizers import load_exactly
+
+EVERY_STEP = epochal.Saving("1 step", share=None, keep=2)
+FILES = ("model.safetensors", "metrics.jsonl", "results.csv")
+
+
+def data(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(count, 4, generator=generator)
+    return X, X @ torch.randn(4, 1, generator=generator)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1))
+
+
+def given(**changes):
+    usual = {"loss": "mse", "lr": 0.1, "epochs": 3, "seed": 3, "batch_size": 10, "observers": (), "save": EVERY_STEP}
+    return {"model": net(), "train": data(43, 0), "val": data(20, 1), **usual, **changes}
+
+
+class PullThePlug(Exception):
+    pass
+
+
+def unplug_at(step):
+    def observer(event):
+        if isinstance(event, epochal.StepDone) and event.step == step:
+            raise PullThePlug
+
+    return observer
+
+
+def notes(seen):
+    return [event.message for event in seen if isinstance(event, epochal.Noted)]
+
+
+def test_unplugged_at_every_step_the_files_are_those_of_an_undisturbed_run(tmp_path):
+    straight = epochal.fit(**given(run="straight", metrics=["mae"], patience=2))
+    for step in range(1, 15):
+        for stop in (step, step + 1):  # twice, the second time right after the resume
+            with pytest.raises(PullThePlug):
+                again = {"resume": stop != step, "observers": [unplug_at(stop)]}
+                epochal.fit(**given(run=f"broken-{step}", metrics=["mae"], patience=2, **again))
+        resumed = epochal.fit(**given(run=f"broken-{step}", metrics=["mae"], patience=2, resume=True))
+        assert (resumed.best, resumed.reason) == (straight.best, straight.reason)
+        for name in FILES:
+            assert Path(f"broken-{step}", name).read_bytes() == Path("straight", name).read_bytes(), (step, name)
+
+
+def test_without_a_seed_the_start_is_in_the_first_checkpoint(tmp_path):
+    torch.manual_seed(5)
+    straight = epochal.fit(**given(run="straight", seed=None, save=None))
+    torch.manual_seed(5)
+    with pytest.raises(PullThePlug):
+        epochal.fit(**given(run="broken", seed=None, save=None, observers=[unplug_at(1)]))
+    torch.manual_seed(6)
+    resumed = epochal.fit(**given(run="broken", seed=None, save=None, resume=True))
+    for one, two in zip(straight.model.state_dict().values(), resumed.model.state_dict().values()):
+        assert torch.equal(one, two)
+
+
+def test_a_run_that_has_ended_trains_no_further(tmp_path):
+    epochal.fit(**given(run="r"))
+    before = {path: path.read_bytes() for path in Path("r/checkpoints").rglob("*") if path.is_file()}
+    seen = []
+    result = epochal.fit(**given(run="r", resume=True, observers=[seen.append]))
+    assert not any(isinstance(event, epochal.StepDone) for event in seen)
+    assert (result.reason, len(result.history)) == (epochal.StopReason.EPOCHS, 3)
+    assert notes(seen) == ["resumed from step-00000015-2, after 15 steps."]
+    assert before == {path: path.read_bytes() for path in Path("r/checkpoints").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("schedule", [None, "exponential", "plateau"])
+def test_asked_for_more_epochs_it_goes_on_as_if_they_had_been_planned(tmp_path, schedule):
+    straight = epochal.fit(**given(run="straight", epochs=5, schedule=schedule))
+    epochal.fit(**given(run="longer", epochs=2, schedule=schedule))
+    seen = []
+    longer = epochal.fit(**given(run="longer", epochs=5, schedule=schedule, resume=True, observers=[seen.append]))
+    assert notes(seen)[1:] == ["changed since: epochs 2 → 5."]
+    assert longer.history.lr == straight.history.lr
+    for name in FILES:
+        assert Path("longer", name).read_bytes() == Path("straight", name).read_bytes(), name
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "onecycle", epochal.Schedule("cosine", warmup=4)])
+def test_a_schedule_over_the_whole_run_is_stretched_when_the_run_is_made_longer(tmp_path, schedule):
+    straight = epochal.fit(**given(epochs=5, schedule=schedule, save=None))
+    epochal.fit(**given(run="longer", epochs=2, schedule=schedule))
+    longer = epochal.fit(**given(run="longer", epochs=5, schedule=schedule, resume=True))
+    assert longer.history.lr[2:] == pytest.approx(straight.history.lr[2:], rel=1e-9, abs=1e-12)
+
+
+def test_early_stopping_is_kept_unless_more_is_asked_for(tmp_path):
+    stopping = epochal.EarlyStopping(patience=2, min_delta=100.0)
+    first = epochal.fit(**given(run="r", epochs=9, early_stopping=stopping))
+    assert (first.reason, len(first.history)) == (epochal.StopReason.EARLY_STOPPING, 3)
+    again = epochal.fit(**given(run="r", epochs=9, early_stopping=stopping, resume=True))
+    assert (again.reason, len(again.history)) == (epochal.StopReason.EARLY_STOPPING, 3)
+    more = epochal.fit(**given(run="r", epochs=20, early_stopping=stopping, resume=True))
+    assert (more.reason, len(more.history)) == (epochal.StopReason.EARLY_STOPPING, 5)
+
+
+def test_what_has_changed_is_told(tmp_path):
+    epochal.fit(**given(run="r", epochs=1))
+    seen = []
+    changes = {"train": data(44, 0), "batch_size": 20, "lr": 0.01, "epochs": 2}
+    epochal.fit(**given(run="r", resume=True, observers=[seen.append], **changes))
+    resumed, harmless, serious = notes(seen)
+    assert harmless == "changed since: epochs 1 → 2."
+    assert serious.startswith("no longer exact, as these have changed: batch_size 10 → 20, lr 0.1 → 0.01, train ")
+    assert serious.endswith(" The optimizer keeps the rate of the checkpoint.")
+    assert "43 → 44" in serious
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"optimizer": "sgd"}, "it was begun with optimizer Adam, and now SGD"),
+        ({"schedule": "cosine"}, "it was begun with schedule none, and now CosineAnnealingLR"),
+        ({"precision": "fp16"}, "it was begun with no scaler"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_nothing_is_touched(tmp_path, changes, where):
+    epochal.fit(**given(run="r", epochs=1))
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(epochal.CheckpointError, match="the checkpoint does not fit the plan") as caught:
+        epochal.fit(**given(model=model, run="r", resume=True, epochs=2, **changes))
+    assert caught.value.where == f"r/checkpoints/step-00000005-2; {where}"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    epochal.fit(**given(run="r", resume=True, epochs=2))  # and the folder is not locked
+
+
+def test_a_damaged_checkpoint_is_named_and_stays(tmp_path):
+    straight = epochal.fit(**given(run="straight"))
+    with pytest.raises(PullThePlug):
+        epochal.fit(**given(run="r", observers=[unplug_at(7)]))
+    newest = Checkpoints("r/checkpoints").all()[-1]
+    file = newest / "tensors-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    seen = []
+    resumed = epochal.fit(**given(run="r", resume=True, observers=[seen.append], epochs=3))
+    assert notes(seen) == [
+        "step-00000006 is left out: the checkpoint is damaged: tensors-00000.safetensors is not what was written.",
+        "resumed from step-00000005, after 5 steps.",
+    ]
+    for one, two in zip(straight.model.state_dict().values(), resumed.model.state_dict().values()):
+        assert torch.equal(one, two)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("mine")
+    with pytest.raises(epochal.RunFolderError) as caught:
+        epochal.fit(**given(run="mine", resume=True))
+    assert caught.value.describe() == (
+        "RunFolderError: there is no run in the folder that could be resumed.\n"
+        "  where: mine: notes.txt\n"
+        "  fix:   name the folder of a run, or choose another name"
+    )
+    assert [path.name for path in Path("mine").iterdir() if path.name != ".lock"] == ["notes.txt"]
+
+
+class Unsaveable:
+    def __call__(self, event):
+        pass
+
+    def state_dict(self):
+        return {"hook": print}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_a_state_that_cannot_be_saved_is_known_before_training(tmp_path):
+    with pytest.raises(epochal.CheckpointError) as caught:
+        epochal.fit(**given(run="r", observers=[Unsaveable()]))
+    assert caught.value.where == "state.extras.observers.0.hook"
+
+
+def test_an_observer_that_was_not_there_begins_anew(tmp_path):
+    class Counting:
+        def __init__(self):
+            self.steps = 0
+
+        def __call__(self, event):
+            self.steps += isinstance(event, epochal.StepDone)
+
+        def state_dict(self):
+            return {"steps": self.steps}
+
+        def load_state_dict(self, state):
+            self.steps = state["steps"]
+
+    epochal.fit(**given(run="r", epochs=1, observers=[]))
+    epochal.fit(**given(run="r", epochs=2, resume=True, observers=[counting := Counting()]))
+    assert counting.steps == 5
+    epochal.fit(**given(run="r", epochs=3, resume=True, observers=[counting := Counting()]))
+    assert counting.steps == 10
+
+
+def test_averages_in_fp32_of_weights_in_bf16_keep_their_bits():
+    class Wide(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    average = self.state[p].setdefault("average", torch.zeros(p.shape))
+                    average.add_(p.detach().float() / 3)
+
+    weight = nn.Parameter(torch.randn(5).bfloat16())
+    one, two = Wide([weight], lr=0.1), Wide([weight], lr=0.1)
+    one.step()
+    load_exactly(two, copy.deepcopy(one.state_dict()))
+    assert two.state[weight]["average"].dtype == torch.float32
+    assert torch.equal(one.state[weight]["average"], two.state[weight]["average"])
+
+
+def test_two_runs_in_one_process_do_not_share_a_folder(tmp_path):
+    plan = epochal.Plan(**given(run="r"))
+    with plan.prepare() as run:
+        iterator = iter(run)
+        next(iterator)
+        with pytest.raises(epochal.RunFolderError) as caught:
+            plan.replace(resume=True).prepare()
+        assert caught.value.where == "r; this process"
+        with pytest.raises(epochal.RunFolderError, match="another run is at work"):
+            plan.replace(resume=True).prepare()
+        iterator.close()
+    plan.replace(resume=True).fit()
+
+
+def test_the_journal_tells_what_happened_and_when(tmp_path):
+    with pytest.raises(PullThePlug):
+        epochal.fit(**given(run="r", observers=[unplug_at(3)]))
+    epochal.fit(**given(run="r", resume=True))
+    entries = [json.loads(line) for line in Path("r/journal.jsonl").read_text().splitlines()]
+    begun = [entry for entry in entries if entry["event"] in ("started", "resumed", "ended")]
+    assert [(entry["event"], entry.get("step", entry.get("reason"))) for entry in begun] == [
+        ("started", 0), ("ended", "failed"), ("resumed", 2), ("ended", "epochs")
+    ]  # fmt: skip
+    assert all("at" in entry for entry in entries)
+
+
+def test_there_is_a_word_when_the_disk_is_small(tmp_path, monkeypatch):
+    class Tiny:
+        f_bavail, f_frsize = 100, 1
+
+    from epochal.checkpoint import store
+
+    monkeypatch.setattr(store.os, "statvfs", lambda path: Tiny)
+    with pytest.raises(epochal.DiskFullError) as caught:
+        epochal.fit(**given(run="r"))
+    assert caught.value.describe() == (
+        "DiskFullError: there is no room on the disk for a checkpoint.\n"
+        "  where: r; a checkpoint takes about 0.1 MiB, and 0.0 MiB are free\n"
+        '  fix:   free some space, choose another disk, or give save=epochal.Saving(on_full="continue")'
+    )
+    seen = []
+    result = epochal.fit(**given(run="s", save=epochal.Saving(on_full="continue"), observers=[seen.append]))
+    assert result.reason is epochal.StopReason.EPOCHS
+    assert notes(seen)[0].startswith("the disk is nearly full")
+    assert notes(seen)[1] == (
+        "the checkpoint cannot be written: No space left on device. The run goes on, and will try again."
+    )

@@ -1,0 +1,231 @@
+"""Workers that are killed or hang: noticed, named, none left behind; the run goes on from where it was saved."""
+
+import copy
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+import epochal
+from epochal.checkpoint import codec
+from epochal.data.given import GivenLoader
+from epochal.data.loader import worker_error
+
+X = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+Y = X.sum(1, keepdim=True)
+
+
+class Troubled(Dataset):
+    """Dies or hangs at one sample, once: the file is there only until then."""
+
+    def __init__(self, trouble=None, at=21):
+        self.trouble, self.at, self.mark = trouble, at, Path("trouble").absolute()
+        if trouble:
+            self.mark.touch()
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, i):
+        if i == self.at and self.trouble and self.mark.exists():
+            self.mark.unlink()
+            self.trouble()
+        return X[i] + torch.rand(()), Y[i]
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def gone():
+    os._exit(7)
+
+
+def hung():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # not even this ends it
+    time.sleep(600)
+
+
+def given(data, **options):
+    return GivenLoader(DataLoader(data, 4, shuffle=False, num_workers=2, **options))
+
+
+def own(data, **options):
+    return epochal.Loader(data, 4, workers=2, **options)
+
+
+def living():
+    return {child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(("trouble", "told"), [(killed, "signal 9: Killed"), (gone, "exit code 7")])
+def test_a_dead_worker_is_named(trouble, told, persistent):
+    before = living()
+    loader = given(Troubled(trouble), persistent_workers=persistent)
+    began = time.perf_counter()
+    with pytest.raises(epochal.WorkerError) as caught:
+        list(loader.batches(0))
+    assert time.perf_counter() - began < 4
+    # Sample 21 is in batch 5, which is worker 1's; its death may be seen while an earlier one is awaited.
+    assert caught.value.where.split(";")[0] in [f"batch {i} was awaited" for i in range(6)]
+    assert re.fullmatch(rf"batch \d was awaited; worker 1 \(pid \d+, {told}\)", caught.value.where)
+    assert caught.value.what == "a process that loads data died."
+    assert living() <= before
+    assert len(list(loader.batches(0))) == 10  # the trouble is over, and the loader can be read again
+    loader.loader._iterator = None  # left to the collector of cycles, torch waits five seconds for each worker
+
+
+@pytest.mark.parametrize("make", [given, own])
+def test_a_hung_worker_is_named_in_time(make):
+    before, loader = living(), make(Troubled(hung), timeout=1.0)
+    batches, began = loader.batches(0), time.perf_counter()
+    with pytest.raises(epochal.WorkerError) as caught:
+        list(batches)
+    assert 1 <= time.perf_counter() - began < 5
+    assert caught.value.what == "a process that loads data hangs: it gave no batch in 1.0 seconds."
+    assert caught.value.where.startswith("batch 5 was awaited; worker 1 (pid ")
+    assert living() <= before
+    assert len(list(loader.batches(0))) == 10
+    loader.close()
+    assert living() <= before
+
+
+@pytest.mark.parametrize("make", [given, own])
+def test_closing_ends_the_workers(make):
+    before, loader = living(), make(Troubled())
+    for count in (2, 10):
+        batches = loader.batches(0)
+        assert len([next(batches) for _ in range(count)]) == count
+        assert living() - before
+        loader.close()
+        assert living() <= before
+    kept = given(Troubled(), persistent_workers=True)
+    list(kept.batches(0))
+    kept.close()
+    assert living() - before  # they are the user's
+    kept.loader._iterator = None
+
+
+def test_a_stream_in_a_hung_worker():
+    class Stuck(IterableDataset):
+        def __iter__(self):
+            assert get_worker_info() is not None
+            yield from zip(X[:8], Y[:8])
+            hung()
+
+    before = living()
+    with pytest.raises(epochal.WorkerError) as caught:
+        list(epochal.Loader(Stuck(), 4, workers=1, timeout=0.5).batches(0))
+    assert caught.value.where.startswith("batch 2 was awaited; worker 0 (pid ")
+    assert living() <= before
+
+
+def test_without_workers_there_is_no_timeout():
+    assert len(list(epochal.Loader(Troubled(), 4, timeout=0.001).batches(0))) == 10
+
+
+def test_an_error_of_the_data_set_stays_itself():
+    class Failing(Troubled):
+        def __getitem__(self, i):
+            raise RuntimeError("DataLoader worker of my own")
+
+    before = living()
+    with pytest.raises(RuntimeError, match="of my own") as caught:
+        list(given(Failing()).batches(0))
+    assert not isinstance(caught.value, epochal.EpochalError)
+    assert living() <= before
+
+    class Absent(Troubled):
+        def __getitem__(self, i):
+            raise FileNotFoundError("no such picture")
+
+    for workers in (0, 2):
+        began = time.perf_counter()
+        with pytest.raises(FileNotFoundError):
+            list(GivenLoader(DataLoader(Absent(), 4, num_workers=workers)).batches(0))
+        assert time.perf_counter() - began < 0.9
+
+
+def test_what_torch_says_elsewhere_is_understood_too():
+    error = RuntimeError("DataLoader worker (pid(s) 12, 345) exited unexpectedly")
+    told = worker_error(error, "step 7")
+    assert told.where == "step 7; pid 12, 345"
+    assert worker_error(RuntimeError("shapes cannot be multiplied"), "step 7") is None
+    assert worker_error(ValueError(str(error)), "step 7") is None
+
+
+def model():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 1))
+
+
+def prepared(make, data):
+    plan = epochal.Plan(model(), (X, Y), loss="mse", lr=0.1, epochs=2, seed=1, observers=())
+    run = plan.prepare()
+    run.train = make(data)
+    run.state.extras["data.train"] = run.train
+    return run
+
+
+def train(run):
+    """Trains, and gives the state after each step while it can."""
+    with run:
+        for event in run:
+            if isinstance(event, epochal.StepDone):
+                yield codec.encode(copy.deepcopy(run.state.state_dict()))
+
+
+@pytest.mark.parametrize("make", [given, own])
+def test_after_a_kill_the_run_has_the_same_bits(make):
+    with prepared(make, Troubled()) as run:
+        for _ in run:
+            pass
+    run.train.close()
+    expected = copy.deepcopy(run.state.model.state_dict())
+
+    states = []
+    with pytest.raises((epochal.WorkerError, RuntimeError)) as caught:
+        states.extend(train(prepared(make, Troubled(killed))))
+    # torch may tell of the worker while a step is under way
+    assert isinstance(caught.value, epochal.WorkerError) or worker_error(caught.value, "a step")
+    saved = states[-1]
+    assert 1 <= json.loads(json.dumps(saved[0]))["progress"]["step"] <= 6
+
+    torch.manual_seed(99)
+    with prepared(make, Troubled()) as run:
+        run.state.load_state_dict(codec.decode(json.loads(json.dumps(saved[0])), saved[1]))
+        for _ in run:
+            pass
+    run.train.close()
+    for name, value in expected.items():
+        assert torch.equal(value, run.state.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("trouble", ["killed", "hung"])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_nothing_hangs_when_python_ends(trouble, persistent):
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_workers import Troubled, given, killed, hung
+loader = given(Troubled({trouble}), timeout=1.0, persistent_workers={persistent})
+list(loader.batches(0))
+"""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert time.perf_counter() - began < 30
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-3].startswith("epochal.WorkerError: a process that loads data"), (
+        done.stderr
+    )
