@@ -202,19 +202,18 @@ def scratch(*, on_disk: bool = False) -> Iterator[Path]:
         yield Path(folder)
 
 
+CALLS = {"open", "write", "read", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir", "listdir", "fstat"}
+
+
 class Disk:
     """``os`` as :mod:`epochal.checkpoint.files` sees it; ``around(name, call, arguments)`` stands in for each call."""
-
-    CALLS = frozenset(
-        "open write read fsync close mkdir rename replace unlink rmdir listdir fstat truncate ftruncate".split()
-    )
 
     def __init__(self, around: Callable[..., Any]):
         self._around = around
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(os, name)
-        if name not in self.CALLS:
+        if name not in CALLS:
             return call
         return lambda *arguments, **named: self._around(name, lambda: call(*arguments, **named), arguments)
 
@@ -285,10 +284,11 @@ def _tell(value: Any, tell: Callable[[bytes], None]) -> None:
         for part in value:
             _tell(part, tell)
         tell(b"]")
+    elif isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+        tell(f"{tuple(value.shape)} {value.layout} ".encode())
+        _tell(_parts(value), tell)
     elif isinstance(value, torch.Tensor):
         tell(f"{value.dtype} {tuple(value.shape)} {value.layout} ".encode())
-        if value.layout is not torch.strided:
-            value = value.to_dense()
         flat = value.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1)
         tell(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     elif isinstance(value, np.ndarray | np.generic):
@@ -297,6 +297,15 @@ def _tell(value: Any, tell: Callable[[bytes], None]) -> None:
         tell(struct.pack(">d", value))
     else:
         tell(repr(value).encode())
+
+
+def _parts(sparse: torch.Tensor) -> list[Any]:
+    """What a sparse tensor consists of; made dense, one of a wild shape would not fit into memory."""
+    if sparse.layout is torch.sparse_coo:
+        return [sparse.is_coalesced(), sparse._indices(), sparse._values()]
+    by_row = sparse.layout in (torch.sparse_csr, torch.sparse_bsr)
+    indices = ("crow_indices", "col_indices") if by_row else ("ccol_indices", "row_indices")
+    return [*(getattr(sparse, name)() for name in indices), sparse.values()]
 
 
 def sha256(path: Path) -> str:

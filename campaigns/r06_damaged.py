@@ -171,7 +171,7 @@ def _runs(part: Part, rng: random.Random, count: int, expected: dict[str, str]) 
 
 
 def _replaced(name: str, after: dict[str, str]) -> bool:
-    """Whether a later checkpoint of the same step stands there, whose saving removes an older one (of this run only)."""
+    """Whether a later checkpoint of the same step stands there, whose saving removes the older one."""
     return name.startswith(".step") or f"{name.split('/')[0][:13]}-2" in after
 
 

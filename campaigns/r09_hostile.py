@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import epochal
-from campaigns import forging, harness, hostile, training
+from campaigns import forging, harness, hostile, hostile_bytes, training
 from campaigns.harness import Outcome, Part
 from epochal.checkpoint.store import Checkpoints
 from epochal.checkpoint.weights import load_weights
@@ -93,7 +93,7 @@ def _one(part: Part, folder: Path, name: str, make: Callable[[Path], Path], load
     if (folder / "canary").exists():
         part.fail(f"{name}: the payload was run")
         (folder / "canary").unlink()
-    if os.path.exists(place / "imported" / "model.safetensors"):
+    if os.path.exists(place / "imported" / "imported.safetensors"):
         part.fail(f"{name}: something was imported")
     shutil.rmtree(place)
 
@@ -141,12 +141,13 @@ def _watched(path: Path, load: Callable[[Path], Any]) -> dict[str, Any]:
 
 
 def _warm() -> None:
-    """Modules that are imported late, and regular expressions that are compiled late, are so before the hook listens."""
+    """What is imported or compiled late is so before the hook listens."""
     with harness.scratch() as folder:
         path = forging.lay(folder, forging.contents())
         Checkpoints(path.parent).newest_whole()
         bad = folder / "bad"
-        for data in (b"not a file of torch's", hostile.zipped({"archive/data.pkl": b"", "archive/version": b"3\n"})):
+        archive = hostile_bytes.zipped({"archive/data.pkl": b"", "archive/version": b"3\n"})
+        for data in (b"not a file of torch's", archive):
             bad.write_bytes(data)
             for load in (load_weights, lambda path: import_checkpoint(path, folder / "run")):
                 with suppress(EpochalError):

@@ -197,7 +197,8 @@ VALUES = (
     [0],
     [1, 1],
 )
-MARKS = "$tensor $view $tuple $dict $state_dict $int $float $complex $str $bytes $dtype $device $array $scalar $coo $csr".split()
+MARKS = """$tensor $view $tuple $dict $state_dict $int $float $complex $str $bytes $dtype $device $array $scalar $coo
+$csr"""
 
 
 def reshaped(value: Any, rng: random.Random) -> Any:
@@ -219,9 +220,9 @@ def reshaped(value: Any, rng: random.Random) -> Any:
             case 3 if isinstance(owner, list):
                 owner.insert(key, copy.deepcopy(rng.choice((owner[key], *VALUES))))
             case 4:
-                owner[key] = {rng.choice(MARKS): owner[key]}
+                owner[key] = {rng.choice(MARKS.split()): owner[key]}
             case _ if isinstance(owner, dict):
-                owner[rng.choice((*MARKS, *map(str, owner), "a"))] = owner.pop(key)
+                owner[rng.choice((*MARKS.split(), *map(str, owner), "a"))] = owner.pop(key)
     return value
 
 

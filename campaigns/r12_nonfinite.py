@@ -83,13 +83,18 @@ class Last(nn.Module):
         return given[0][:, -1]
 
 
-MODELS: dict[str, tuple[tuple[int, ...], Callable[[nn.Module], list[nn.Module]]]] = {  # shape of an input; the layers
-    "MLP": ((6,), lambda spoils: [nn.Linear(6, 8), nn.ReLU(), spoils, nn.Linear(8, 8), nn.Dropout(0.2), nn.Linear(8, 1)]),
+# The shape of an input, and the layers around the one that spoils.
+MODELS: dict[str, tuple[tuple[int, ...], Callable[[nn.Module], list[nn.Module]]]] = {
+    "MLP": ((6,), lambda spoils: [
+        nn.Linear(6, 8), nn.ReLU(), spoils, nn.Linear(8, 8), nn.Dropout(0.2), nn.Linear(8, 1),
+    ]),
     "CNN": ((1, 6, 6), lambda spoils: [
         nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), spoils, nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(),
         nn.Dropout(0.2), nn.Linear(16, 1),
     ]),
-    "LSTM": ((4, 3), lambda spoils: [nn.Linear(3, 5), spoils, nn.LSTM(5, 6, batch_first=True), Last(), nn.Linear(6, 1)]),
+    "LSTM": ((4, 3), lambda spoils: [
+        nn.Linear(3, 5), spoils, nn.LSTM(5, 6, batch_first=True), Last(), nn.Linear(6, 1),
+    ]),
     "transformer": ((3, 8), lambda spoils: [
         nn.Linear(8, 8), spoils, nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), nn.Flatten(), nn.Linear(24, 1),
     ]),

@@ -48,12 +48,12 @@ class Backward(torch.autograd.Function):
     """Goes through; looks for room on the way back."""
 
     @staticmethod
-    def forward(ctx, x, look):  # noqa: ANN001, ANN205
+    def forward(ctx, x, look):
         ctx.look = look
         return x.clone()
 
     @staticmethod
-    def backward(ctx, gradient):  # noqa: ANN001, ANN205
+    def backward(ctx, gradient):
         ctx.look(len(gradient))
         return gradient, None
 

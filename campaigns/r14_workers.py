@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from epochal.data import loader as own
 
 WHAT = "workers killed, stopped or hung"
 TIMES = {"small": 6, "full": 200}
+TROUBLES = {"small": ("SIGKILL", "sleep"), "full": ("SIGKILL", "SIGKILL", "SIGSTOP", "sleep")}
 SAMPLES, BATCH, STEPS = 48, 4, 24  # two epochs
 TIMEOUT = 1.0  # seconds, after which a worker counts as hung
 SECONDS_OF_A_USERS_WORKERS = 8.0  # torch's persistent workers look every five seconds whether anybody is there
@@ -56,7 +58,9 @@ class Samples(Dataset):
 def run(scale: str) -> Outcome:
     shares = 2 if scale == "full" else 1
     _warm()
-    return harness.outcome("R14", WHAT, lambda part, rng, *_: _lose(part, rng, TIMES[scale] // shares), shares=shares)
+    return harness.outcome(
+        "R14", WHAT, lambda part, rng, *_: _lose(part, rng, TIMES[scale] // shares, TROUBLES[scale]), shares=shares
+    )
 
 
 def bites() -> Outcome:
@@ -64,11 +68,11 @@ def bites() -> Outcome:
 
     def work(part: Part, rng: random.Random, share: int, shares: int) -> None:
         with harness.changed(own, end_workers=_ends_nobody), harness.changed(given, end_workers=_ends_nobody):
-            _lose(part, rng, 1, trouble="SIGSTOP", kind="own")
+            _lose(part, rng, 1, ["sleep"], "own")
         seen = len(part.failures)
         read = own.Loader._read
         with harness.changed(own.Loader, _read=lambda self, epoch, start: read(self, epoch, max(0, start - 1))):
-            _lose(part, rng, 1, trouble="SIGKILL", kind="own")
+            _lose(part, rng, 1, ["SIGKILL"], "own")
         if len(part.failures) == seen:
             raise RuntimeError("a batch was read twice, and nobody saw it")
 
@@ -85,13 +89,13 @@ def _warm() -> None:
         harness.warm(lambda: _fit(folder / "run", "own") and None)
 
 
-def _lose(part: Part, rng: random.Random, count: int, trouble: str | None = None, kind: str | None = None) -> None:
+def _lose(part: Part, rng: random.Random, count: int, troubles: Sequence[str], kind: str | None = None) -> None:
     with harness.scratch() as folder:
         os.chdir(folder)
         expected = {}
         for number in range(count):
             one = kind or rng.choice(LOADERS)
-            what = trouble or rng.choice(("SIGKILL", "SIGKILL", "SIGSTOP", "sleep"))
+            what = rng.choice(troubles)
             at, worker = rng.randint(1, STEPS - 8), rng.randrange(2)
             if one not in expected:
                 expected[one] = harness.ask(lambda: _undisturbed(folder / one, one)).value  # noqa: B023
@@ -130,7 +134,7 @@ def _undisturbed(folder: Path, kind: str) -> dict[str, str]:
 
 def _one(part: Part, folder: Path, kind: str, what: str, at: int, worker: int, expected: dict[str, str]) -> list[str]:
     child = Child(lambda: _troubled(folder, kind, what, at, worker))
-    told = child.wait()
+    told = child.wait(timeout=20)
     left = _left_behind(child.pid, SECONDS_OF_A_USERS_WORKERS if "persistent" in kind else 0.5)
     if told.error is not None:
         return [told.error, *left]

@@ -1,7 +1,7 @@
 """R19: checkpoints of every earlier format are read bit for bit; a newer one is refused with clear words.
 
-``fixtures/format-N/`` holds a checkpoint of each format with every kind of value, as it was written at the time, and the
-digest that it has to have. ``python -m campaigns.r19_formats`` makes the one of the present format, if it is missing.
+``fixtures/format-N/`` holds a checkpoint with every kind of value, as it was written at the time, and the digest
+that it has to have. ``python -m campaigns.r19_formats`` makes the one of the present format, if it is missing.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ STEP = 7
 TYPES = (
     "bool uint8 int8 int16 int32 int64 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex64 complex128 "
     "complex32 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2"
-).split()
-ARRAYS = "|b1 |i1 <i2 >i4 <i8 |u1 >u2 <u8 <f2 >f4 <f8 <c8 >c16 |S4 <M8[ns] >M8[D] <M8[25s] <M8 <m8[us]".split()
+)
+ARRAYS = "|b1 |i1 <i2 >i4 <i8 |u1 >u2 <u8 <f2 >f4 <f8 <c8 >c16 |S4 <M8[ns] >M8[D] <M8[25s] <M8 <m8[us]"
 
 
 def run(scale: str) -> Outcome:
@@ -92,6 +92,11 @@ def _bits(number: int) -> float:
     return struct.unpack(">d", struct.pack(">Q", number))[0]
 
 
+def _noise(noise: np.ndarray, name: str) -> torch.Tensor:
+    data = noise % 2 if name == "bool" else noise.copy()
+    return torch.from_numpy(data).view(getattr(torch, name))
+
+
 def everything() -> dict[str, Any]:
     """Every kind of value that the codec knows, the same each time."""
     weights = torch.arange(24, dtype=torch.float32).reshape(4, 6) / 7
@@ -104,8 +109,7 @@ def everything() -> dict[str, Any]:
         for number, value in enumerate(model.state_dict().values()):
             value.fill_(number + 0.25)
     tensors = {
-        "types": {name: torch.from_numpy(noise.copy() % 2 if name == "bool" else noise.copy()).view(getattr(torch, name))
-                  for name in TYPES},
+        "types": {name: _noise(noise, name) for name in TYPES.split()},
         "shapes": [torch.tensor(3.5), torch.empty(0), torch.empty(2, 0, 3, dtype=torch.int64)],
         "views": [weights, weights.T, weights[1:3, ::2], weights[0], weights.flatten()[5:9]],
         "tied": [weights, weights], "expanded": torch.tensor([1.0, 2.0]).expand(3, 2), "parameter": nn.Parameter(dense),
@@ -122,7 +126,7 @@ def everything() -> dict[str, Any]:
         "nested": [(), (1,), [(2, [3, ()])], {}, {"a": {"b": [{}]}}, (None, ("x", 1.5))],
         "keys": {1: "int", "1": "str", 1.5: "float", None: "none", (1, "a"): "tuple", "$a": "mark", "": "", 2**63: "u"},
         "plain": [torch.float32, torch.complex128, torch.device("cpu"), torch.device("cuda", 1)],
-        "arrays": [noise[:32].view(np.dtype(name)) if name != "|b1" else noise[:32] % 2 > 0 for name in ARRAYS],
+        "arrays": [noise[:32].view(np.dtype(name)) if name != "|b1" else noise[:32] % 2 > 0 for name in ARRAYS.split()],
         "strings": np.array([["ab", "ä"], ["", "xyz"]]), "no rows": np.empty((0, 3)),
         "scalars": [np.float32(0.1), np.int8(-3), np.uint64(2**64 - 1), np.complex64(1 - 2j), np.bool_(True)],
         "generators": {

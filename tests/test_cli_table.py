@@ -511,10 +511,10 @@ def test_a_run_folder_in_use(command):
         """\
 RunFolderError: the run folder is not empty, and a run is never overwritten.
   where: mine: thesis.txt
-  fix:   choose another name for the run, or continue this one with resume=True (epochal resume mine)
+  fix:   choose another name for the run
 """
     )
-    assert [path.name for path in Path("mine").iterdir() if path.name != ".lock"] == ["thesis.txt"]
+    assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.cuda

@@ -60,7 +60,7 @@ def test_weights_are_taken_and_nothing_else(command, content, told, is_zip):
     assert command("import-checkpoint", "file.pt", "runs/new run") == (
         0,
         "weights  2 tensors, 2 numbers\n"
-        "files    runs/new run: model.safetensors, run.json\n"
+        "files    runs/new run: imported.safetensors, run.json\n"
         "next     epochal train RECIPE.py --run 'runs/new run' --set resume=true\n",
         told,
     )
@@ -69,7 +69,7 @@ def test_weights_are_taken_and_nothing_else(command, content, told, is_zip):
         "from": "file.pt",
         "sha256": hashlib.sha256(Path("file.pt").read_bytes()).hexdigest(),
     }
-    assert same(dict(sorted(load_weights("runs/new run/model.safetensors").items())), dict(sorted(LINEAR.items())))
+    assert same(dict(sorted(load_weights("runs/new run/imported.safetensors").items())), dict(sorted(LINEAR.items())))
 
 
 def test_a_run_begins_with_the_weights(command):
@@ -78,7 +78,7 @@ def test_a_run_begins_with_the_weights(command):
     assert command("import-checkpoint", "file.pt", "run")[0] == 0
     assert "\nrun  imported\n" in command("runs", "ls", ".")[1]
     code, _, err = command("train", "recipe.py", "--run", "run", "--set", "resume=true", "--set", "lr=1e-30")
-    assert code == 0 and "note: the weights that were imported are put in place.\n" in err
+    assert code == 0 and "note: begun with the weights that were imported.\n" in err
     weights = load_weights("run/model.safetensors")
     assert all(torch.equal(weights[name], LINEAR[name]) for name in LINEAR)
     assert command("resume", "run", "--epochs", 3)[0] == 0  # now it is a run like any other
@@ -88,7 +88,7 @@ def test_tied_weights_stay_tied(command):
     weight = torch.randn(3, 3)
     torch.save({"a": weight, "b": weight}, "file.pt")
     assert command("import-checkpoint", "file.pt", "run")[0] == 0
-    weights = load_weights("run/model.safetensors")
+    weights = load_weights("run/imported.safetensors")
     assert weights["a"] is weights["b"] and torch.equal(weights["a"], weight)
 
 

@@ -557,7 +557,8 @@ def test_save_and_resume_at_the_edge_of_an_epoch(tmp_path):
         "loss": "cross_entropy", "seed": 3, "observers": (),
     }  # fmt: skip
     straight = epochal.fit(model(), (X, Y), epochs=6, run="runs/straight", **given)
-    epochal.fit(model(), (X, Y), epochs=3, run="runs/broken", save=epochal.Saving("1 epoch", keep=2, share=None), **given)
+    saving = epochal.Saving("1 epoch", keep=2, share=None)
+    epochal.fit(model(), (X, Y), epochs=3, run="runs/broken", save=saving, **given)
     assert len(list((tmp_path / "runs/broken/checkpoints").iterdir())) == 2
     resumed = epochal.fit(model(), (X, Y), epochs=6, run="runs/broken", resume=True, **given)
     for one, two in zip(straight.model.state_dict().values(), resumed.model.state_dict().values()):

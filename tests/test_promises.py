@@ -264,7 +264,8 @@ def test_saving_by_default_takes_a_small_share_of_the_time(tmp_path):
     epochal.fit(nn.Linear(4, 1), (X, Y), loss="mse", epochs=200, run="r", **QUIET)
     events = [json.loads(line) for line in (tmp_path / "r/journal.jsonl").read_text().splitlines()]
     assert 1 <= sum(event["event"] == "saved" for event in events) < 100
-    epochal.fit(nn.Linear(4, 1), (X, Y), loss="mse", epochs=20, run="s", save=epochal.Saving("1 epoch", share=None), **QUIET)
+    saving = epochal.Saving("1 epoch", share=None)
+    epochal.fit(nn.Linear(4, 1), (X, Y), loss="mse", epochs=20, run="s", save=saving, **QUIET)
     events = [json.loads(line) for line in (tmp_path / "s/journal.jsonl").read_text().splitlines()]
     assert sum(event["event"] == "saved" for event in events) == 21  # the start, and each epoch
 

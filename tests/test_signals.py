@@ -126,7 +126,7 @@ def test_a_signal_to_the_whole_group_reaches_workers_too(tmp_path):
         process = start("workers", *(["resume"] if Path("r").exists() else []), start_new_session=True)
         until(process, f"StepDone {4 if number == signal.SIGINT else 12}")
         os.killpg(process.pid, number)
-        code, lines, err = finished(process)
+        code, _, err = finished(process)
         assert code == (0 if number == signal.SIGINT else -number), err
         assert "Traceback" not in err
     assert finished(start("workers", "resume"))[0] == 0

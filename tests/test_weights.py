@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 import epochal
-from epochal.checkpoint import codec
 from epochal.checkpoint.store import Checkpoints
 from epochal.checkpoint.weights import load_into, load_weights, save_weights
 
@@ -60,7 +59,7 @@ def test_what_is_no_tensor_is_refused(tmp_path):
     assert caught.value.describe() == (
         "CheckpointError: a dict cannot be kept in a safetensors file.\n"
         "  where: entry 'extra' of the state dict\n"
-        "  fix:   keep other things out of get_extra_state(), or use torch's own format: result.save(\"model.pt\")"
+        '  fix:   keep other things out of get_extra_state(), or use torch\'s own format: result.save("model.pt")'
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -37,11 +37,8 @@ class Every:
         unit = next((unit for unit, words in _UNITS.items() if match and match[2] in words), None)
         count = float(match[1]) if match else 0
         if unit is None or count <= 0 or (unit in ("epoch", "step") and count != int(count)):
-            raise PlanError(
-                f"{text!r} is not a number of epochs, steps or minutes.",
-                where=f"{where}={text!r}",
-                fix='give for example "1 epoch", "500 steps" or "10 min"',
-            )
+            what = f"{text!r} is not a number of epochs, steps or minutes."
+            raise PlanError(what, where=f"{where}={text!r}", fix='give for example "1 epoch", "500 steps" or "10 min"')
         return cls(count * _SECONDS[unit], "second") if unit in _SECONDS else cls(int(count), unit)
 
     def __str__(self) -> str:

@@ -130,8 +130,5 @@ def _joined(outputs: list[Any]) -> Any:
         return {key: _joined([output[key] for output in outputs]) for key in first}
     if isinstance(first, list | tuple):
         return tuple(_joined(list(parts)) for parts in zip(*outputs))
-    raise ModelError(
-        f"outputs of type {type(first).__name__} cannot be put together.",
-        where="predict",
-        fix="let the model return a tensor, a tuple or a dict of tensors",
-    )
+    fix = "let the model return a tensor, a tuple or a dict of tensors"
+    raise ModelError(f"outputs of type {type(first).__name__} cannot be put together.", where="predict", fix=fix)

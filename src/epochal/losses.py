@@ -11,25 +11,21 @@ from torch.nn import functional
 
 from epochal.errors import LossError, LossShapeError, UnknownNameError
 
-NAMES: dict[str, type[nn.Module]] = {
-    "mse": nn.MSELoss,
-    "l1": nn.L1Loss,
-    "smooth_l1": nn.SmoothL1Loss,
-    "huber": nn.HuberLoss,
-    "cross_entropy": nn.CrossEntropyLoss,
-    "nll": nn.NLLLoss,
-    "bce": nn.BCELoss,
-    "bce_with_logits": nn.BCEWithLogitsLoss,
+_KNOWN: dict[str, tuple[type[nn.Module], Callable]] = {  # each as torch's module and as torch's function
+    "mse": (nn.MSELoss, functional.mse_loss),
+    "l1": (nn.L1Loss, functional.l1_loss),
+    "smooth_l1": (nn.SmoothL1Loss, functional.smooth_l1_loss),
+    "huber": (nn.HuberLoss, functional.huber_loss),
+    "cross_entropy": (nn.CrossEntropyLoss, functional.cross_entropy),
+    "nll": (nn.NLLLoss, functional.nll_loss),
+    "bce": (nn.BCELoss, functional.binary_cross_entropy),
+    "bce_with_logits": (nn.BCEWithLogitsLoss, functional.binary_cross_entropy_with_logits),
 }
+NAMES = {name: module for name, (module, _) in _KNOWN.items()}
 ELEMENTWISE = frozenset({"mse", "l1", "smooth_l1", "huber", "bce", "bce_with_logits"})
 BINARY = frozenset({"bce", "bce_with_logits"})
 CLASS_INDEX = frozenset({"cross_entropy", "nll"})
 _OTHER_INTEGERS = frozenset({torch.bool, torch.int8, torch.int16, torch.int32})
-_FUNCTIONS: dict[Any, str] = {
-    functional.mse_loss: "mse", functional.l1_loss: "l1", functional.smooth_l1_loss: "smooth_l1",
-    functional.huber_loss: "huber", functional.cross_entropy: "cross_entropy", functional.nll_loss: "nll",
-    functional.binary_cross_entropy: "bce", functional.binary_cross_entropy_with_logits: "bce_with_logits",
-}  # fmt: skip
 
 
 def resolve(loss: str | Callable) -> Callable[[Any, Any], Tensor]:
@@ -65,7 +61,7 @@ def kind(loss: Any) -> str | None:
     ('huber', None)
     """
     if not isinstance(loss, nn.Module):
-        return next((name for function, name in _FUNCTIONS.items() if function is loss), None)
+        return next((name for name, (_, function) in _KNOWN.items() if function is loss), None)
     named = (name for name, known in NAMES.items() if isinstance(loss, known) and type(loss).forward is known.forward)
     return next(named, None)
 

@@ -43,8 +43,8 @@ def _is_above_zero(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
-def _is_choice(value: Any) -> bool:
-    return isinstance(value, bool)
+def _a(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
 
 
 def _are_functions(value: Any) -> bool:
@@ -62,15 +62,15 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "max_steps": (_whole(1), COUNT, "try max_steps=10"),
     "max_time": (lambda given: isinstance(given, str) or _is_above_zero(given), ABOVE_ZERO, "try max_time=600"),
     "batch_size": (_whole(1), COUNT, "try batch_size=10"),
-    "shuffle": (_is_choice, CHOICE, "give shuffle=True"),
+    "shuffle": (_a(bool), CHOICE, "give shuffle=True"),
     "workers": (_whole(0), "an integer of at least 0", "try 2"),
     "accumulate": (_whole(1), COUNT, "try accumulate=10"),
     "clip": (_is_above_zero, ABOVE_ZERO, "try clip=1.0"),
-    "early_stopping": (lambda given: isinstance(given, EarlyStopping), "an EarlyStopping", "give patience=10, say"),
-    "restore_best": (_is_choice, CHOICE, "give restore_best=True"),
-    "compile": (_is_choice, CHOICE, "give compile=True"),
+    "early_stopping": (_a(EarlyStopping), "an EarlyStopping", "give patience=10, or epochal.EarlyStopping(...)"),
+    "restore_best": (_a(bool), CHOICE, "give restore_best=True"),
+    "compile": (_a(bool), CHOICE, "give compile=True"),
     "seed": (_whole(0, 2**63), "an integer from 0 to 2**63 - 1", "try 0"),
-    "resume": (_is_choice, CHOICE, "give resume=True"),
+    "resume": (_a(bool), CHOICE, "give resume=True"),
     "observers": (_are_functions, "functions that take an event", "give a list of callables"),
     "step": (callable, "a function", "give f(state, window) -> StepResult"),
 }

@@ -100,11 +100,9 @@ def _materialise(model: nn.Module, data: Data, device: torch.device) -> None:
     if not lazy:
         return
     if isinstance(data.train, GivenLoader):  # looking into it would draw from the generators
-        raise ModelError(
-            "the model has parameters without a shape.",
-            where=f"{', '.join(lazy[:3])} of {type(model).__name__}",
-            fix="call the model once on a batch before fit, so that its lazy layers learn their sizes",
-        )
+        what = "the model has parameters without a shape."
+        fix = "call the model once on a batch before fit, so that its lazy layers learn their sizes"
+        raise ModelError(what, where=f"{', '.join(lazy[:3])} of {type(model).__name__}", fix=fix)
     args, kwargs, _ = split(devices.move(next(iter(data.train.batches(epoch=0))), device), data.target)
     with evaluation_mode([model]):
         model(*args, **kwargs)
@@ -129,11 +127,9 @@ def _schedule(plan: Plan, optimizer: Any, steps: int | None, best: BestSoFar) ->
     if plan.schedule is None:
         return None
     if optimizer is None:
-        raise PlanError(
-            "a schedule moves the learning rate of an optimizer, and there is none.",
-            where="schedule, optimizer=None",
-            fix="give optimizer= too, or step the schedule in your step",
-        )
+        what = "a schedule moves the learning rate of an optimizer, and there is none."
+        fix = "give optimizer= too, or step the schedule in your step"
+        raise PlanError(what, where="schedule, optimizer=None", fix=fix)
     return schedules.build(plan.schedule, optimizer, epochs=plan.epochs, steps=steps, mode=best.mode)
 
 
@@ -160,11 +156,8 @@ def _monitor(plan: Plan, stopping: EarlyStopping, metrics: list) -> tuple[str, s
     """The column that decides what is best, and which way it improves."""
     asked = {name for name in (plan.monitor, stopping.monitor) if name is not None}
     if len(asked) > 1:
-        raise PlanError(
-            "two columns cannot both decide what is best.",
-            where=f"monitor={plan.monitor!r}, early_stopping monitors {stopping.monitor!r}",
-            fix="give one of them",
-        )
+        where = f"monitor={plan.monitor!r}, early_stopping monitors {stopping.monitor!r}"
+        raise PlanError("two columns cannot both decide what is best.", where=where, fix="give one of them")
     sides = ("train", "val") if plan.val is not None else ("train",)
     modes = {"loss": "min", **{name: named.mode_of(one) for one in metrics for name in named.names_of([one])}}
     known = {f"{side}_{name}": mode for side in sides for name, mode in modes.items()}
@@ -174,11 +167,9 @@ def _monitor(plan: Plan, stopping: EarlyStopping, metrics: list) -> tuple[str, s
         raise UnknownNameError.of_name("column to monitor", given, known, where=f"monitor={given!r}")
     mode = stopping.mode or known.get(monitor, "min")
     if mode is None:
-        raise PlanError(
-            f"nothing says whether a low or a high {monitor} is better.",
-            where=f"monitor={given!r}",
-            fix=f'give early_stopping=EarlyStopping(monitor={given!r}, mode="max") or mode="min"',
-        )
+        what = f"nothing says whether a low or a high {monitor} is better."
+        fix = f'give early_stopping=EarlyStopping(monitor={given!r}, mode="max") or mode="min"'
+        raise PlanError(what, where=f"monitor={given!r}", fix=fix)
     return monitor, mode
 
 
@@ -208,9 +199,7 @@ def _record(plan: Plan, run: Run, folder: Path) -> None:
     checkpoints = Checkpoints(folder / "checkpoints", saving.keep)
     run.about = about(plan, run)
     run.saver, run.signals = Saver(checkpoints, saving), Signals(terminate=True)
-    recorder = Recorder(
-        folder, plan.model, environment=run.about["environment"], goes_on=saving.on_full == "continue"
-    )
+    recorder = Recorder(folder, plan.model, environment=run.about["environment"], goes_on=saving.on_full == "continue")
     run.observers = [recorder, *run.observers]  # first: another observer's error does not silence it
     codec.encode(run.state.state_dict())  # what cannot be saved is known before anything is trained
     run.notes += room_on_disk(run.state, folder, saving)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import msgspec
 from torch import Tensor
 
 from epochal.checkpoint.store import Checkpoints, Found, Saving, free_space
-from epochal.checkpoint.weights import load_into, load_weights
+from epochal.checkpoint.weights import IMPORTED, load_into, load_weights
 from epochal.data.fingerprint import fingerprint
 from epochal.describe import config
 from epochal.errors import CheckpointError, DiskFullError
@@ -23,7 +24,17 @@ if TYPE_CHECKING:
     from epochal.state import TrainState
 
 UNTOLD = {"run", "resume", "save"}  # options that say nothing of the training
-HARMLESS = {"epochs", "max_steps", "max_time", "patience", "early_stopping", "epochal", "git_commit", "cores", "workers"}
+HARMLESS = {
+    "epochs",
+    "max_steps",
+    "max_time",
+    "patience",
+    "early_stopping",
+    "epochal",
+    "git_commit",
+    "cores",
+    "workers",
+}
 LENGTHS = ("epochs", "max_steps", "max_time")
 
 
@@ -50,15 +61,15 @@ def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
     """
     found = checkpoints.newest_whole()
     if found is None:
-        if _is_imported(folder):
-            load_into(run.state.model, load_weights(folder / "model.safetensors"), str(folder))
-            yield "the weights that were imported are put in place."
+        if (weights := folder / IMPORTED).exists():
+            load_into(run.state.model, load_weights(weights), str(weights))
+            yield "begun with the weights that were imported."
         else:
             yield "there is no checkpoint yet: the run begins anew."
         return
     for damaged in found.damaged:
         yield f"{Path(damaged.where or '').name} is left out: {damaged.what}"
-    recorded = found.state.pop("about")
+    recorded = defaultdict(dict, _told(found))
     _refuse_another_run(run.state, found, recorded["parts"], run.about["parts"])
     _put_back(run.state, found)
     run.keep_as_saved()
@@ -71,11 +82,11 @@ def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
                 part.begin_anew()
 
 
-def _is_imported(folder: Path) -> bool:
+def _told(found: Found) -> dict[str, dict[str, Any]]:
     try:
-        return msgspec.json.decode((folder / "run.json").read_bytes())["status"] == "imported"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return msgspec.convert(found.state.pop("about"), dict[str, dict[str, Any]])
+    except (KeyError, ValueError, AttributeError) as error:
+        raise _misfit(found, "what it says of its run cannot be read") from error
 
 
 def _refuse_another_run(state: TrainState, found: Found, then: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -98,11 +109,8 @@ def _put_back(state: TrainState, found: Found) -> None:
 
 
 def _misfit(found: Found, why: str) -> CheckpointError:
-    return CheckpointError(
-        "the checkpoint does not fit the plan.",
-        where=f"{found.path}; {why}",
-        fix="resume with the model, the optimizer, the schedule and the metrics that the run was begun with",
-    )
+    fix = "resume with the model, the optimizer, the schedule and the metrics that the run was begun with"
+    return CheckpointError("the checkpoint does not fit the plan.", where=f"{found.path}; {why}", fix=fix)
 
 
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -98,8 +98,7 @@ class Run:
         yield from map(self._note, self.notes)
         yield from self._save(wait=True)  # the start, too, can be resumed from, with all that is random in it
         if progress.windows and self._evaluation_is_due(at_epoch_end=False):
-            if (evaluated := self._evaluate()) is not None:  # the state was taken between a step and its evaluation
-                yield self._tell(evaluated)
+            yield from self._pending()  # the state was taken between a step and its evaluation
         for result in loop.steps(state, self.step, self._windows, self._is_over):
             at_epoch_end = result is None
             if result is not None:
@@ -118,8 +117,7 @@ class Run:
             if self.saver is not None:
                 yield from self._save() if self._saving_is_due(at_epoch_end) else self._saved()
         if progress.evaluated != progress.step and self.signals.received is None:
-            if (evaluated := self._evaluate()) is not None:
-                yield self._tell(evaluated)
+            yield from self._pending()
         yield from self._save(wait=True)
         yield self._end(*self._reason())
 
@@ -146,9 +144,8 @@ class Run:
     def result(self) -> Result:
         """What the run left; PlanError as long as it has not ended."""
         if (ended := self.ended) is None:
-            raise PlanError(
-                "the run has not ended.", where="Run.result", fix="iterate it to its end, or leave its with"
-            )
+            fix = "iterate it to its end, or leave its with"
+            raise PlanError("the run has not ended.", where="Run.result", fix=fix)
         history = History(self.state.rows, self.best.monitor, self.best.mode, self.best.best)
         return Result(
             self.state.model, history, ended.best, ended.reason, ended.message, ended.restored, self.started.run,
@@ -205,11 +202,9 @@ class Run:
     def _account_for(self, result: StepResult) -> None:
         if not isinstance(result, StepResult) or not isinstance(result.loss, Tensor):
             wrong = type(getattr(result, "loss", result)).__name__
-            raise PlanError(
-                f"the step returned {wrong}.",
-                where=f"step={getattr(self.step, '__name__', type(self.step).__name__)}",
-                fix="return epochal.StepResult(loss), with the loss as a scalar tensor",
-            )
+            what = f"the step returned {wrong}."
+            fix = "return epochal.StepResult(loss), with the loss as a scalar tensor"
+            raise PlanError(what, where=f"step={getattr(self.step, '__name__', type(self.step).__name__)}", fix=fix)
         self.averages.update(result)
         # A schedule never moves before the optimizer has; an update that was left out is none.
         if result.applied and self.state.schedule is not None:
@@ -220,6 +215,10 @@ class Run:
         every = self.validation.every
         due = every.due(step=progress.step, epoch=progress.epoch, at_epoch_end=at_epoch_end, seconds=since)
         return due and progress.evaluated != progress.step
+
+    def _pending(self) -> Iterator[Event]:
+        if (evaluated := self._evaluate()) is not None:
+            yield self._tell(evaluated)
 
     def _evaluate(self) -> Evaluated | None:
         """Closes a row: the training's means since the last one, and the validation. None, and nothing has happened,

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 from torch import nn
 
 from epochal.checkpoint.weights import refuse_another_model
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from epochal.data.window import Window
     from epochal.optim.schedules import Scheduled
 
+Count = Annotated[int, Meta(ge=0)]
+
 
 @dataclass
 class Progress:
@@ -32,11 +36,11 @@ class Progress:
     samples: samples seen in all. evaluated: the step of the last evaluation. seconds: time spent.
     """
 
-    step: int = 0
-    epoch: int = 0
-    windows: int = 0
-    samples: int = 0
-    evaluated: int = 0
+    step: Count = 0
+    epoch: Count = 0
+    windows: Count = 0
+    samples: Count = 0
+    evaluated: Count = 0
     seconds: float = 0.0
 
     def tick(self, window: Window) -> None:
@@ -48,11 +52,8 @@ class Progress:
     def close_epoch(self) -> None:
         """All windows of the epoch were consumed; an epoch without one is an error, not an endless loop."""
         if self.windows == 0:
-            raise DataError(
-                "the training data gave no batch.",
-                where=f"train, epoch {self.epoch + 1}",
-                fix="an iterable data set has to start anew at every __iter__; drop_last drops a lone small batch",
-            )
+            fix = "an iterable data set has to start anew at every __iter__; drop_last drops a lone small batch"
+            raise DataError("the training data gave no batch.", where=f"train, epoch {self.epoch + 1}", fix=fix)
         self.epoch += 1
         self._closed, self.windows = self.windows, 0
 
@@ -98,7 +99,7 @@ class TrainState:
         watching = ("extras.observers.", "extras.early_stopping")
         return [name for name in self._parts() if not name.startswith(watching)]
 
-    def _parts(self) -> dict[str, Stateful]:
+    def _parts(self) -> dict[str, Any]:
         """What has a state of its own; the modules last, so that nothing reaches a weight if another part refuses."""
         named = {name: getattr(self, name) for name in ("optimizer", "schedule", "scaler")}
         extras = {f"extras.{name}": part for name, part in self.extras.items()}
@@ -119,8 +120,14 @@ class TrainState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts everything back, the random generators last; what is not in ``state`` stays as it is.
 
-        Raises CheckpointError, before anything has changed, if the weights are of another model.
+        Raises CheckpointError, before anything has changed, if the weights are of another model; TypeError, ValueError
+        or KeyError, before a weight has changed, if the state is of something else altogether.
         """
+        plain = msgspec.convert({name: state[name] for name in ("progress", "seed", "stop")}, _Plain)
+        rows = unpacked(state["rows"])
+        msgspec.convert(rows, list[_Dated])
+        stop = Stop(plain.stop["message"], StopReason[plain.stop["reason"]]) if plain.stop else None
+        seeding.try_generator_states(state["generators"])
         for name, module in {"model": self.model, "loss": self.loss}.items():
             if module is not None and name in state:
                 refuse_another_model(module.state_dict(), state[name], where=f"the {name} of the saved state")
@@ -129,13 +136,25 @@ class TrainState:
                 optimizers.load_exactly(part, state[name])
             elif name in state:
                 part.load_state_dict(state[name])
-        for name, value in state["progress"].items():
+        for name, value in asdict(plain.progress).items():
             setattr(self.progress, name, value)
-        self.seed = state["seed"]
-        self.rows[:] = unpacked(state["rows"])
-        stop = state["stop"]
-        self.stop = Stop(stop["message"], StopReason[stop["reason"]]) if stop else None
+        self.seed, self.rows[:], self.stop = plain.seed, rows, stop
         seeding.set_generator_states(state["generators"])
+
+
+class _Plain(msgspec.Struct):
+    """What a saved state holds beside its parts."""
+
+    progress: Progress
+    seed: int
+    stop: dict[str, str] | None
+
+
+class _Dated(msgspec.Struct):
+    """What every row of the history has."""
+
+    epoch: Count
+    step: Count
 
 
 def packed(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

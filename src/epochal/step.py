@@ -43,11 +43,9 @@ class Sum:
         """Gives the value to differentiate; None where nothing is counted, and the gradient would be 0 / 0."""
         value, weight = loss.value, loss.weight
         if not value.requires_grad:
-            raise LossError(
-                "the loss does not depend on any parameter that can be trained.",
-                where="loss.requires_grad is False",
-                fix="do not detach() the outputs, and do not compute the loss under torch.no_grad()",
-            )
+            what = "the loss does not depend on any parameter that can be trained."
+            fix = "do not detach() the outputs, and do not compute the loss under torch.no_grad()"
+            raise LossError(what, where="loss.requires_grad is False", fix=fix)
         # One batch is its own mean, and gives the bits of the plain loop. Of several, each counts by its
         # weight; samples are known before, what the weights add up to only afterwards.
         if self._alone:

@@ -102,11 +102,8 @@ def _encode(value: Any, path: tuple, found: _Found) -> Any:
     if kind is str:
         return value if _is_text(value) else {"$str": value.encode("utf-8", "surrogatepass").hex()}
     if len(path) > _DEPTH:
-        raise CheckpointError(
-            f"the state is nested deeper than {_DEPTH} levels.",
-            where=_name((*path[:8], "..")),
-            fix="look for a list or dict that contains itself",
-        )
+        what = f"the state is nested deeper than {_DEPTH} levels."
+        raise CheckpointError(what, where=_name((*path[:8], "..")), fix="look for a list or dict that contains itself")
     if kind is list or kind is tuple:
         # Python's generator is 625 numbers, and it is saved often: they are looked at all at once.
         small = set(map(type, value)) == {int} and min(value) >= -(2**63) and max(value) < 2**64
@@ -143,11 +140,9 @@ def _encode_mapping(value: Mapping, path: tuple, found: _Found) -> Any:
     pairs = [(key.value if _is_value(key) else key, part) for key, part in value.items()]
     for key, _ in pairs:
         if not _is_key(key):
-            raise CheckpointError(
-                f"a dict with a key of the type {type(key).__name__} cannot be saved.",
-                where=_name(path),
-                fix="use keys that are strings, numbers of up to 64 bits, None or tuples of them",
-            )
+            what = f"a dict with a key of the type {type(key).__name__} cannot be saved."
+            fix = "use keys that are strings, numbers of up to 64 bits, None or tuples of them"
+            raise CheckpointError(what, where=_name(path), fix=fix)
     if all(type(key) is str and not key.startswith("$") and _is_text(key) for key, _ in pairs):
         entries: Any = {key: _encode(part, (*path, key), found) for key, part in pairs}
     else:
@@ -304,9 +299,8 @@ def _decode(tree: Any, path: tuple, stored: _Stored) -> Any:
         ((mark, content),) = tree.items()
         return _decode_mark(mark, content, path, stored)
     except _MALFORMED as error:
-        raise CheckpointError(
-            f"the state is malformed: {error}.", where=_name(path), fix="use an older checkpoint"
-        ) from error
+        fix = "use an older checkpoint"
+        raise CheckpointError(f"the state is malformed: {error}.", where=_name(path), fix=fix) from error
 
 
 def _decode_mark(mark: str, content: Any, path: tuple, stored: _Stored) -> Any:
@@ -394,6 +388,5 @@ def loads(data: bytes) -> Any:
             raise ValueError("it is not written as epochal writes it")
         return tree
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
-        raise CheckpointError(
-            f"the state cannot be read: {error}.", where="the JSON of a checkpoint", fix="use an older checkpoint"
-        ) from error
+        what = f"the state cannot be read: {error}."
+        raise CheckpointError(what, where="the JSON of a checkpoint", fix="use an older checkpoint") from error

@@ -1,6 +1,6 @@
-"""The disk: every call that writes, renames or removes, so that a crash or a full disk leaves the old or the new, whole.
+"""The disk: whatever writes, renames or removes, so that a crash or a full disk leaves the old or the new, whole.
 
-All of it goes through ``os`` of this module and nothing else, so that the campaigns can watch, break and kill each call.
+All of it goes through ``os`` of this module and nothing else: the campaigns watch, break and kill each call there.
 """
 
 from __future__ import annotations

@@ -71,11 +71,9 @@ def read_manifest(folder: Path) -> Manifest:
         data = files.read(folder / MANIFEST, most=LARGEST)
         version = msgspec.json.decode(data, type=_Versioned).format
         if version != FORMAT:
-            raise CheckpointError(
-                f"the checkpoint has format {version}, and this version of epochal reads format {FORMAT}.",
-                where=str(folder),
-                fix="read it with the version of epochal that wrote it, or a newer one",
-            )
+            what = f"the checkpoint has format {version}, and this version of epochal reads format {FORMAT}."
+            fix = "read it with the version of epochal that wrote it, or a newer one"
+            raise CheckpointError(what, where=str(folder), fix=fix)
         manifest = msgspec.json.decode(data, type=Manifest)
     except FileNotFoundError as error:
         raise damaged(folder, f"it has no {MANIFEST}") from error

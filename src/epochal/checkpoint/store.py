@@ -47,7 +47,9 @@ class Saving:
         if self.share is not None and not (isinstance(self.share, int | float) and self.share > 0):
             raise PlanError("share is a part of the time, above 0.", where=f"share={self.share!r}", fix="try 0.05")
         if self.on_full not in ("stop", "continue"):
-            raise UnknownNameError.of_name("policy for a full disk", self.on_full, ("stop", "continue"), where="on_full")
+            raise UnknownNameError.of_name(
+                "policy for a full disk", self.on_full, ("stop", "continue"), where="on_full"
+            )
 
     @classmethod
     def of(cls, given: Saving | str | None) -> Saving:
@@ -224,8 +226,5 @@ def _unwritable(folder: Path, error: OSError) -> CheckpointError:
         errno.EROFS: "make the disk writable",
         errno.EACCES: "give the user of this process the right to write there",
     }.get(error.errno or 0, "look at the disk, or choose another place")
-    return kind(
-        f"the checkpoint cannot be written: {error.strerror or error}.",
-        where=str(folder),
-        fix=f"{fix}; the checkpoints there are untouched",
-    )
+    fix = f"{fix}; the checkpoints there are untouched"
+    return kind(f"the checkpoint cannot be written: {error.strerror or error}.", where=str(folder), fix=fix)

@@ -54,7 +54,7 @@ def _memory(tensor: Tensor) -> Data:
 def parse(data: bytes, where: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises CheckpointError if it is none."""
     try:
-        return load(data)
+        return dict(sorted(load(data).items()))  # the library gives them in a random order
     except (safetensors.SafetensorError, AssertionError, KeyError, MemoryError, RuntimeError, TypeError) as error:
         raise CheckpointError(
             f"it is not a safetensors file: {error}.", where=where, fix="give a .safetensors file, copied whole"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from epochal.checkpoint import files, tensors
 from epochal.errors import CheckpointError
 
+IMPORTED = "imported.safetensors"  # in a run folder: what a run begins with that has no checkpoint yet
 SHARED = "epochal.shared"  # metadata: names that share a tensor -> the name it is stored under
 
 
@@ -28,11 +29,9 @@ def save_weights(weights: Mapping[str, Any], path: str | Path) -> None:
     for name, value in weights.items():
         if not isinstance(value, Tensor) or value.dtype not in tensors.DTYPES:
             what = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise CheckpointError(
-                f"{what} cannot be kept in a safetensors file.",
-                where=f"entry {name!r} of the state dict",
-                fix='keep other things out of get_extra_state(), or use torch\'s own format: result.save("model.pt")',
-            )
+            what = f"{what} cannot be kept in a safetensors file."
+            fix = 'keep other things out of get_extra_state(), or use torch\'s own format: result.save("model.pt")'
+            raise CheckpointError(what, where=f"entry {name!r} of the state dict", fix=fix)
         place = _place(value)
         if place in first:
             shared[name] = first[place]
@@ -76,11 +75,9 @@ def refuse_another_model(own: Mapping[str, Any], weights: Mapping[str, Any], whe
         if names
     ]
     if problems:
-        raise CheckpointError(
-            "these weights belong to another model.",
-            where=f"{where}; {'; '.join(problems)}",
-            fix="build the model as it was when they were saved",
-        )
+        what = "these weights belong to another model."
+        fix = "build the model as it was when they were saved"
+        raise CheckpointError(what, where=f"{where}; {'; '.join(problems)}", fix=fix)
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:

@@ -108,6 +108,8 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
     from epochal.cli import training
 
     plan = planned(path, make, chosen, given)
+    if given.get("seed") is None and "seed" not in chosen:
+        given = {**given, "seed": plan.seed}  # so that a resume plans with what was drawn
     files = {"recipe.py": path.read_text(encoding="utf-8")}
     with blaming(path):
         words = ["train", str(path.absolute())]
@@ -128,7 +130,8 @@ def planned(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], giv
     changed = {name: given[name] for name in ("run", *PLANNED) if given.get(name) is not None}
     changed |= {"resume": True} if given.get("resume") else {}
     changed |= dict(_change(change) for change in given["changes"])
-    seed = changed.get("seed", chosen.get("seed"))
+    drawn = int.from_bytes(os.urandom(4))
+    seed = changed.get("seed", chosen.get("seed", drawn))
     with blaming(path):
         if isinstance(seed, int):
             seed_everything(seed)  # before plan() makes the weights
@@ -136,6 +139,8 @@ def planned(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], giv
     if not isinstance(plan, epochal.Plan):
         what = f"plan() gave a {type(plan).__name__}, not an epochal.Plan."
         raise RecipeError(what, where=str(path), fix="end it with: return epochal.Plan(...)")
+    if plan.seed is None and seed is drawn:
+        changed["seed"] = drawn
     return plan.replace(**changed)
 
 

@@ -35,13 +35,13 @@ def import_checkpoint(
     itself, or of its entry model_state_dict, state_dict or model.
     """
     from epochal.checkpoint.files import replace_bytes
-    from epochal.checkpoint.weights import save_weights
+    from epochal.checkpoint.weights import IMPORTED, save_weights
     from epochal.observe.recorder import claim
 
     weights, digest = _read(file)
     lock = claim(run, resume=False)
     try:
-        save_weights(weights, run / "model.safetensors")
+        save_weights(weights, run / IMPORTED)
         facts = {"status": "imported", "from": file.name, "sha256": digest}
         replace_bytes(run / "run.json", json.dumps(facts, indent=1).encode() + b"\n")
     finally:
@@ -57,10 +57,11 @@ def import_checkpoint(
 
 def _read(file: Path) -> tuple[dict[str, Any], str]:
     """The weights in a file of torch's, and the sha256 of the file. Raises CheckpointError; nothing in it is run."""
-
     from epochal.checkpoint.imported import read_pt
 
     try:
+        if file.exists() and not file.is_file():  # a pipe or a device may never end
+            raise OSError("it is not a file")
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             size = stream.tell()
@@ -152,11 +153,12 @@ def _of_run(run: Path) -> dict[str, Any]:
     import torch
 
     from epochal.checkpoint.store import Checkpoints
-    from epochal.checkpoint.weights import load_weights
+    from epochal.checkpoint.weights import IMPORTED, load_weights
     from epochal.cli.runs import read_facts
 
-    if read_facts(run)["status"] in ("ended", "imported"):
-        return load_weights(run / "model.safetensors")
+    finals = {"ended": "model.safetensors", "imported": IMPORTED}
+    if (name := finals.get(read_facts(run)["status"])) is not None:
+        return load_weights(run / name)
     if (found := Checkpoints(run / "checkpoints").newest_whole()) is None:
         fix = "name a run that has saved a checkpoint, or has ended"
         raise RunFolderError("there are no weights in the folder yet.", where=str(run), fix=fix)

@@ -53,11 +53,9 @@ class Loader:
         self.source: Source = open_source(data, where=where, target=target, dtype=dtype)
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         if workers > 1 and isinstance(self.source, Stream):
-            raise PlanError(
-                f"an iterable data set is read by one worker at most, not by {workers}.",
-                where=where,
-                fix="use workers=1, or give a DataLoader over a data set that splits itself among its workers",
-            )
+            what = f"an iterable data set is read by one worker at most, not by {workers}."
+            fix = "use workers=1, or give a DataLoader over a data set that splits itself among its workers"
+            raise PlanError(what, where=where, fix=fix)
         self._arrays = self.source if isinstance(self.source, Arrays) and not pin_memory else None
         if self._arrays is None:
             self._epoch = _Epoch(self.samples or 0, batch_size, shuffle, seed)
@@ -242,9 +240,8 @@ def end_workers(batches: Any, at_once: bool = False) -> None:
 
 
 def ended_early(where: str) -> DataError:
-    return DataError(
-        "the data ended before their end.", where=where, fix="look for a StopIteration that the data set lets out"
-    )
+    fix = "look for a StopIteration that the data set lets out"
+    return DataError("the data ended before their end.", where=where, fix=fix)
 
 
 class _Epoch:

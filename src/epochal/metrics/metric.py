@@ -54,6 +54,13 @@ class Foreign:
     def label(self) -> str:
         return self.name or re.sub(WORD_BORDER, "_", type(self.metric).__name__).lower()
 
+    @property
+    def keys(self) -> list[str]:
+        """What it puts into a row."""
+        if isinstance(self.metric, nn.ModuleDict):  # what a MetricCollection is
+            return [f"{self.name}_{key}" if self.name else str(key) for key in self.metric.keys()]  # noqa: SIM118
+        return [self.label]
+
 
 def is_foreign(item: object) -> bool:
     """Whether this is an instance of a torchmetrics class; known by its shape, as torchmetrics may be absent."""
@@ -67,15 +74,7 @@ def names_of(metrics: Iterable[Metric | Foreign]) -> list[str]:
     ``multiclass_accuracy``. A collection gives its own keys, after ``name_`` where the user gave a name.
     (A torchmetrics metric whose value is a dict gives the keys of that dict, which only its value tells.)
     """
-    return [name for metric in metrics for name in _names(metric)]
-
-
-def _names(metric: Metric | Foreign) -> list[str]:
-    if isinstance(metric, Metric):
-        return [metric.name]
-    if isinstance(metric.metric, nn.ModuleDict):  # what a MetricCollection is
-        return [f"{metric.name}_{key}" if metric.name else str(key) for key in metric.metric.keys()]  # noqa: SIM118
-    return [metric.label]
+    return [name for one in metrics for name in (one.keys if isinstance(one, Foreign) else [one.name])]
 
 
 def widest_float(device: torch.device) -> torch.dtype:
@@ -188,7 +187,7 @@ class Stream:
     def __init__(self, metrics: Sequence[Metric | Foreign]) -> None:
         self._metrics = [metric if isinstance(metric, Metric) else _copied(metric) for metric in metrics]
         self._own = [metric for metric in self._metrics if isinstance(metric, Metric)]
-        self._foreign = {", ".join(_names(one)): one for one in self._metrics if isinstance(one, Foreign)}
+        self._foreign = {", ".join(one.keys): one for one in self._metrics if isinstance(one, Foreign)}
         self._sums: dict[str, Tensor] = {}  # of each of our own metrics
         self._is_empty = True
         self._device: torch.device | None = None
@@ -239,10 +238,8 @@ class Stream:
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and dicts only. Later updates do not change it (merging makes new sums)."""
         foreign = {} if self._is_empty else self._foreign
-        return {
-            "sums": dict(self._sums),
-            "foreign": {name: _foreign_state(one.metric) for name, one in foreign.items()},
-        }
+        states = {name: _foreign_state(one.metric) for name, one in foreign.items()}
+        return {"sums": dict(self._sums), "foreign": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a ``state_dict``.
@@ -255,12 +252,10 @@ class Stream:
         if not saved:
             return
         if saved != mine:
-            raise CheckpointError(
-                f"the checkpoint lies inside an epoch that counts the metrics {', '.join(sorted(saved))};"
-                f" this run has {', '.join(sorted(mine)) or 'none'}.",
-                where="metrics",
-                fix="resume with the same metrics, and change them at the end of an epoch",
-            )
+            counted, here = ", ".join(sorted(saved)), ", ".join(sorted(mine)) or "none"
+            what = f"the checkpoint lies inside an epoch that counts the metrics {counted}; this run has {here}."
+            fix = "resume with the same metrics, and change them at the end of an epoch"
+            raise CheckpointError(what, where="metrics", fix=fix)
         self._sums = dict(state["sums"])
         for name, foreign in self._foreign.items():
             _load_foreign(foreign.metric, state["foreign"][name])

@@ -47,11 +47,8 @@ class BestSoFar:
         """Looks at a row; True if it is the best one so far."""
         if not isinstance(row.get(self.monitor), int | float):
             known = sorted(name for name, value in row.items() if isinstance(value, float))
-            raise PlanError(
-                f"there is no number {self.monitor!r} to monitor.",
-                where=f"epoch {row['epoch']}; the row has {', '.join(known)}",
-                fix="monitor one of these",
-            )
+            where = f"epoch {row['epoch']}; the row has {', '.join(known)}"
+            raise PlanError(f"there is no number {self.monitor!r} to monitor.", where=where, fix="monitor one of these")
         value = row[self.monitor]
         if not improves(value, self.best.value if self.best else None, mode=self.mode, min_delta=self.min_delta):
             return False

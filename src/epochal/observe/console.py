@@ -148,15 +148,14 @@ class Console:
         self._rows.append(event.row)
         row = {name: value for name, value in event.row.items() if isinstance(value, Real)}
         row |= {"dur": now - self._evaluated_at}
-        self._evaluated_at = self._rated_at = now  # the evaluation itself must not slow the samples/s
-        self._rated = self._samples
+        # The evaluation itself must not slow the samples/s.
+        self._evaluated_at, self._rated_at, self._rated = now, now, self._samples
         line = Line(row, event.is_best, self._new_leaders(row, event.is_best))
         soon = not self._terminal and self._told >= FIRST_LINES and now - self._told_at < SECONDS_A_LINE
-        if len(self._rows) % self._every or soon:
-            self._withheld = line
-            return
-        self._told, self._told_at, self._withheld = self._told + 1, now, None
-        self._write(self._text(line), live=self._live)
+        self._withheld = line if len(self._rows) % self._every or soon else None
+        if self._withheld is None:
+            self._told, self._told_at = self._told + 1, now
+            self._write(self._text(line), live=self._live)
 
     def _new_leaders(self, row: Row, is_best: bool) -> set[str]:
         """The columns whose value is better than all before; what is better is known for the monitored one."""
@@ -170,23 +169,21 @@ class Console:
         return leading
 
     def _text(self, line: Line) -> str:
-        names = self._names(line.row)
+        names, header = self._names(line.row), ""
         if not self._terminal:
             return self._plain(line, names)
         layout = fitting(names, terminal_width(self._stream), self._started.monitor)
-        header = ""
         if layout != self._layout:
             self._layout = layout
             header = self._paint("  ".join(name.rjust(width_of(name)) for name in layout), STRONG) + "\n"
-        cells = [self._cell(name, line) for name in layout]
         star = "  " + self._paint("*", f"{STRONG} {GOOD}") if line.is_best else ""
-        return f"{header}{'  '.join(cells)}{star}\n"
+        return f"{header}{'  '.join(self._cell(name, line) for name in layout)}{star}\n"
 
     def _names(self, row: Row) -> list[str]:
         """The columns in their order: when, the losses, each metric of train and val, how."""
-        first = ["epoch", "step", "train_loss", "val_loss"] if self._by_step else ["epoch", "train_loss", "val_loss"]
+        first = ["epoch", *["step"] * self._by_step, "train_loss", "val_loss"]
         metrics = [name for name in row if name not in (*first, "step", "time", "lr", "dur")]
-        stems = [stem(name) for name in metrics]
+        stems = list(map(stem, metrics))
         metrics.sort(key=lambda name: (stems.index(stem(name)), name.startswith("val_")))
         return [name for name in (*first, *metrics, "lr", "dur") if name in row]
 
@@ -219,7 +216,7 @@ def summary(ended: Ended, rows: list[Row], by_step: bool = False) -> dict[str, s
     """The lines of the summary, label to text; ``by_step`` where an epoch has several evaluations."""
     lines = {"ended": (ended.message or ended.reason.message).removesuffix(".")}  # an error's is a sentence
     best = ended.best
-    if best is not None:
+    if best:
         at = f"epoch {best.epoch}" + (f", step {best.step:,}" if by_step else "")
         lines["best"] = f"{at}, {best.metric} {number(best.value)}"
         kept = ended.restored or best.step == ended.steps
@@ -228,8 +225,7 @@ def summary(ended: Ended, rows: list[Row], by_step: bool = False) -> dict[str, s
         lines["best"] = "none: the monitored value was never finite"
     took = f"{ended.seconds:.2f} s" if ended.seconds < 60 else stopwatch(ended.seconds)
     lines["trained"] = f"{counted(ended.epochs, 'epoch')}, {counted(ended.steps, 'step')} in {took}"
-    since = overfitting_since(rows)
-    if since is not None:
+    if (since := overfitting_since(rows)) is not None:
         lines["note"] = f"val_loss has risen since epoch {since} while train_loss fell: the model may be overfitting"
     return lines
 

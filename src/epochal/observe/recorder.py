@@ -21,11 +21,12 @@ from epochal.events import Best, Ended, Evaluated, Event, Noted, Row, Saved, Sta
 from epochal.runtime.lock import Lock
 
 SECONDS_A_NOTE = 10.0  # between two writings of run.json while a run goes on
-BEFORE_A_RUN = {"config.toml", "journal.jsonl", "recipe.py", "recipe.toml", "fit.toml", "demo.toml", "table.json"}  # it was never begun
+# What is left where a run was killed before it had begun.
+BEFORE_A_RUN = {"config.toml", "journal.jsonl", "recipe.py", "recipe.toml", "fit.toml", "demo.toml", "table.json"}
 
 
 class Recorder:
-    """Writes ``run.json``, ``config.toml``, ``metrics.jsonl``, ``results.csv``, ``journal.jsonl``, ``model.safetensors``.
+    """Writes all files of a run folder but its checkpoints: what was planned, what was measured, what happened.
 
     folder: claimed by this run. environment: facts for ``run.json``. goes_on: a full disk ends nothing; what could not
     be written is made good later.
@@ -72,7 +73,7 @@ class Recorder:
     def _start(self, event: Started) -> None:
         files.sweep(self.folder)
         self._tell("resumed" if event.step else "started", epochs=event.done, step=event.step)
-        if not (self.folder / "config.toml").exists():  # a run that is continued keeps the record of its start
+        if not (self.folder / "run.json").exists():  # a run that is continued keeps the record of its start
             files.replace_bytes(self.folder / "config.toml", tomlkit.dumps(dict(event.config)).encode())
         self._note(
             status="running", started=_now(), reason=None, best=None, command=list(event.command) or None,
@@ -128,26 +129,31 @@ def claim(folder: Path, *, resume: bool) -> Lock:
     """
     try:
         files.make_folder(folder)
+        _refuse_what_is_not_ours(folder, resume)  # before a lock is left in a stranger's folder
         lock = Lock(folder)
-        held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise RunFolderError(
-            f"the run folder cannot be used: {error.strerror or error}.",
-            where=str(folder),
-            fix="choose a folder that can be written",
-        ) from error
-    if set(held) <= BEFORE_A_RUN:
-        return lock
+        what = f"the run folder cannot be used: {error.strerror or error}."
+        raise RunFolderError(what, where=str(folder), fix="choose a folder that can be written") from error
+    try:
+        _refuse_what_is_not_ours(folder, resume)  # another run may have been quicker
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def _refuse_what_is_not_ours(folder: Path, resume: bool) -> None:
+    held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    is_run = bool({"run.json", "checkpoints"} & set(held))
+    if set(held) <= BEFORE_A_RUN or (is_run and resume):
+        return
     where = f"{folder}: {', '.join(held[:4])}{' ...' if len(held) > 4 else ''}"
-    if not resume:
-        lock.release()
-        fix = f"choose another name for the run, or continue this one with resume=True (epochal resume {folder})"
-        raise RunFolderError("the run folder is not empty, and a run is never overwritten.", where=where, fix=fix)
-    if not {"run.json", "checkpoints"} & set(held):
-        lock.release()
+    if resume:
         fix = "name the folder of a run, or choose another name"
         raise RunFolderError("there is no run in the folder that could be resumed.", where=where, fix=fix)
-    return lock
+    fix = "choose another name for the run"
+    fix += f", or continue this one with resume=True (epochal resume {folder})" if is_run else ""
+    raise RunFolderError("the run folder is not empty, and a run is never overwritten.", where=where, fix=fix)
 
 
 def _timeless(row: Row) -> dict[str, Any]:

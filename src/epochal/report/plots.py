@@ -6,12 +6,12 @@ under settings that are put back.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ VAL, TRAIN, BEST, RATE = "#0b5394", "#f2a65a", "#b3261e", "#9a9a9a"
 INK, FAINT, LINE, PALE = "#333333", "#666666", "#bbbbbb", "#e6e6e6"
 PANEL_WIDTH, PANEL_HEIGHT, PANELS_IN_A_ROW = 4.7, 3.5, 3  # inches
 WIDE = 100  # a range of more than this many times is drawn on a log scale
+BEHIND: dict[str, Any] = {"linewidth": 1.2, "markersize": 2.4, "zorder": 3}
 FEW_ROWS = 25  # up to here every value gets a marker
 FEW_CLASSES = 12  # up to here the cells of a confusion matrix are labelled
 NOT_CURVES = ("epoch", "step", "time", "lr")
@@ -114,15 +115,11 @@ def _picture(figure: Figure, kind: str) -> bytes:
     return stream.getvalue()
 
 
-@contextlib.contextmanager
-def _style() -> Iterator[None]:
+def _style() -> AbstractContextManager[None]:
     """matplotlib's own defaults and ours over them, whatever the user has set; theirs again afterwards."""
-    import matplotlib as mpl
+    from matplotlib import style
 
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(STYLE)
-        yield
+    return style.context(STYLE, after_reset=True)
 
 
 def _panels(rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -172,18 +169,11 @@ def _draw_panel(axes: Axes, name: str, curves: list[str], rows, x: list[float], 
     columns = {curve: _values(rows, curve) for curve in curves}
     for curve, values in columns.items():
         side, _, measured = curve.partition("_")
-        empty = not any(map(math.isfinite, values))
-        train = side == "train" and len(curves) > 1  # the paler and finer one, behind
-        axes.plot(
-            *(x, values),
-            label=(side if measured == name else curve) + " (all nan)" * empty,
-            color=TRAIN if side == "train" else VAL,
-            linewidth=1.2 if train else 1.9,
-            zorder=3 if train else 4,
-            marker="o",
-            markersize=2.4 if train else 3.2,
-            markevery=_marked(values),
-        )
+        label = (side if measured == name else curve) + " (all nan)" * (not any(map(math.isfinite, values)))
+        front = side != "train" or len(curves) == 1  # the train curve is the paler and finer one, behind
+        widths: dict[str, Any] = {"linewidth": 1.9, "markersize": 3.2, "zorder": 4} if front else BEHIND
+        color = TRAIN if side == "train" else VAL
+        axes.plot(x, values, label=label, color=color, marker="o", markevery=_marked(values), **widths)
     everything = [value for values in columns.values() for value in values]
     if name.endswith(("loss", "mse", "mae", "rmse")) and _spans_widely(everything):
         axes.set_yscale("log")

@@ -24,11 +24,9 @@ def choose(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise PlanError(
-            f"the device {device!r} cannot be used.",
-            where=f"device={device!r}; torch says: {str(error).strip().splitlines()[0]}",
-            fix='use device="auto" or "cpu", or install a torch build for this device',
-        ) from error
+        where = f"device={device!r}; torch says: {str(error).strip().splitlines()[0]}"
+        fix = 'use device="auto" or "cpu", or install a torch build for this device'
+        raise PlanError(f"the device {device!r} cannot be used.", where=where, fix=fix) from error
     return chosen
 
 

@@ -60,6 +60,13 @@ def set_generator_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
+def try_generator_states(states: dict[str, Any]) -> None:
+    """Raises what :func:`set_generator_states` would raise, and changes no generator."""
+    _set_python_state(random.Random(), states["python"])
+    np.random.RandomState().set_state(states["numpy"])
+    torch.Generator().set_state(states["torch"])
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Inside, the host's generators start from ``seed``; afterwards they are as before.

@@ -1,0 +1,113 @@
+"""R21: guard, recorder with checkpoints, console and observers, on or off: the same weights, and what they cost."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import epochal
+from campaigns import harness
+from campaigns.harness import Outcome, Part
+from epochal.observe.console import Console
+from epochal.step import Update
+
+WHAT = "guard, recorder, console, observers on or off"
+PARTS = ("guard", "recorder", "console", "observers")
+ROUNDS = {"small": 0, "full": 15}  # of the timing, in turns
+X = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))
+Y = X[:, :10].argmax(1)
+
+
+def run(scale: str) -> Outcome:
+    """Every combination of them once for its bits; each of them alone, and all, for what it costs."""
+
+    def work(part: Part, rng: random.Random, share: int, shares: int) -> None:
+        with harness.scratch() as folder:
+            os.chdir(folder)
+            _bits(part, folder, [set(one) for n in range(5) for one in itertools.combinations(PARTS, n)])
+            _cost(part, folder, ROUNDS[scale])
+
+    return harness.outcome("R21", WHAT, work)
+
+
+def bites() -> Outcome:
+    """An observer that draws a random number."""
+
+    def work(part: Part, rng: random.Random, share: int, shares: int) -> None:
+        with harness.scratch() as folder, harness.changed(Observing, draws=True):
+            os.chdir(folder)
+            _bits(part, folder, [set(), {"observers"}])
+
+    return harness.outcome("R21", WHAT, work)
+
+
+class Observing:
+    """An observer of every event, which reads what it is told."""
+
+    draws = False
+
+    def __init__(self) -> None:
+        self.losses: list[torch.Tensor] = []
+
+    def __call__(self, event: epochal.Event) -> None:
+        if isinstance(event, epochal.StepDone):
+            self.losses.append(event.result.loss)
+            if self.draws:
+                torch.rand(())
+
+
+@contextmanager
+def unguarded() -> Iterator[None]:
+    """Updates that are not looked at; what the guard would put back is not kept either."""
+    with harness.changed(Update, _look_for_nonfinite=lambda self, state, loss: None):
+        yield
+
+
+def fit(on: set[str], folder: Path, epochs: int) -> tuple[str, float]:
+    """A digest of what was trained, and the seconds it took."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, 128), nn.ReLU(),
+        nn.Linear(128, 10),
+    )  # fmt: skip
+    watching = [*([Console(io.StringIO())] if "console" in on else []), *([Observing()] if "observers" in on else [])]
+    with nullcontext() if "guard" in on else unguarded():
+        began = time.perf_counter()
+        result = epochal.fit(
+            model, (X, Y), val=(X[:128], Y[:128]), loss="cross_entropy", optimizer="adamw", lr=0.003, epochs=epochs,
+            batch_size=32, seed=0, metrics=["accuracy"], observers=watching,
+            run=folder if "recorder" in on else None,
+        )  # fmt: skip
+        seconds = time.perf_counter() - began
+    rows = [{name: value for name, value in row.items() if name != "time"} for row in result.history]
+    return harness.digest([result.model.state_dict(), rows, torch.get_rng_state()]), seconds
+
+
+def _bits(part: Part, folder: Path, combinations: list[set[str]]) -> None:
+    expected, _ = fit(set(), folder / "none", 2)
+    for number, on in enumerate(combinations):
+        part.tried += 1
+        if fit(on, folder / f"bits-{number}", 2)[0] != expected:
+            part.fail(f"with {', '.join(sorted(on)) or 'nothing'} the bits are others")
+
+
+def _cost(part: Part, folder: Path, rounds: int) -> None:
+    """The ratio of the medians, to a run with nothing on; all of them in turns."""
+    cases = {"nothing": set(), **{name: {name} for name in PARTS}, "all": set(PARTS)}
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds):
+        for name, on in cases.items():
+            seconds[name].append(fit(on, folder / f"cost-{name}-{number}", 8)[1])
+    for name in cases if rounds else ():
+        median = statistics.median(seconds[name])
+        part.figures[f"time with {name} on, of that with nothing"] = median / statistics.median(seconds["nothing"])
