@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench campaign clean
 
 demo: $(VENV)/epochal
 	$(BIN)/epochal demo
@@ -20,6 +20,10 @@ lint: $(VENV)/test
 
 bench: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/seed_example.py --epochs 100
+
+# Hours of trying to lose something; docs/reliability.md has what came of it. `make campaign ROWS="r1 r5"` runs some.
+campaign: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns $(ROWS)
 
 clean:
 	rm -rf $(VENV)

@@ -86,7 +86,7 @@ class Last(nn.Module):
 # The shape of an input, and the layers around the one that spoils.
 MODELS: dict[str, tuple[tuple[int, ...], Callable[[nn.Module], list[nn.Module]]]] = {
     "MLP": ((6,), lambda spoils: [
-        nn.Linear(6, 8), nn.ReLU(), spoils, nn.Linear(8, 8), nn.Dropout(0.2), nn.Linear(8, 1),
+        nn.Linear(6, 8), nn.LeakyReLU(), spoils, nn.Linear(8, 8), nn.Dropout(0.2), nn.Linear(8, 1),
     ]),
     "CNN": ((1, 6, 6), lambda spoils: [
         nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), spoils, nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(),
@@ -257,7 +257,8 @@ def _left(case: Case, model: nn.Module, before: nn.Module, folder: Path, name: s
 
 def _plant_weight(model: nn.Module, case: Case, at: int) -> str:
     """Makes a weight not finite while the step of a number is done, and gives the name of it."""
-    named = [name for name, _ in model.named_parameters()]
+    # Not a bias: an infinite one before a gate or a tanh saturates it, and leaves loss and gradients finite.
+    named = [name for name, weight in model.named_parameters() if weight.dim() > 1]
     name, calls = named[case.row % len(named)], [0]
 
     def plant(module: nn.Module, inputs: Any) -> None:
