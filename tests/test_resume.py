@@ -188,6 +188,16 @@ class Unsaveable:
         pass
 
 
+def test_what_is_saved_needs_a_folder(tmp_path):
+    plan = epochal.Plan(**given(save="1 epoch"))  # as a recipe may plan it
+    with pytest.raises(epochal.PlanError) as caught:
+        plan.fit()
+    assert caught.value.describe() == (
+        "PlanError: save needs a run folder.\n  where: save='1 epoch', run=None\n  fix:   give run=\"runs/x\""
+    )
+    plan.check()
+
+
 def test_a_state_that_cannot_be_saved_is_known_before_training(tmp_path):
     with pytest.raises(epochal.CheckpointError) as caught:
         epochal.fit(**given(run="r", observers=[Unsaveable()]))

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 import epochal
 from epochal.checkpoint import codec
 from epochal.data.given import GivenLoader
-from epochal.data.loader import worker_error
+from epochal.data.workers import worker_error
 
 X = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
 Y = X.sum(1, keepdim=True)
@@ -93,7 +93,7 @@ def test_a_hung_worker_is_named_in_time(make):
     with pytest.raises(epochal.WorkerError) as caught:
         list(batches)
     assert 1 <= time.perf_counter() - began < 5
-    assert caught.value.what == "a process that loads data hangs: it gave no batch in 1.0 seconds."
+    assert caught.value.what == "a process that loads data hangs: it gave no batch in 1 seconds."
     assert caught.value.where.startswith("batch 5 was awaited; worker 1 (pid ")
     assert living() <= before
     assert len(list(loader.batches(0))) == 10
@@ -229,3 +229,69 @@ list(loader.batches(0))
     assert done.stderr.strip().splitlines()[-3].startswith("epochal.WorkerError: a process that loads data"), (
         done.stderr
     )
+
+
+class DiesOnce(Dataset):
+    """Validation data that end their own worker, the first time that they are read."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 7 and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.full((3,), index / 8), torch.ones(1)
+
+
+def test_a_worker_that_dies_in_the_validation_costs_no_row(tmp_path):
+    """At the end of an epoch: what was not measured is measured after the resume."""
+
+    def fit(**options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 1))
+        return epochal.fit(
+            model, Troubled(), DiesOnce(tmp_path / "died"), loss="mse", epochs=3, workers=2, seed=1, batch_size=4,
+            observers=(), save=epochal.Saving("1 step", share=None), **options,
+        )  # fmt: skip
+
+    with pytest.raises((epochal.WorkerError, RuntimeError)):
+        fit(run=tmp_path / "r")
+    resumed = fit(run=tmp_path / "r", resume=True)
+    fit(run=tmp_path / "straight")
+    assert len(resumed.history) == 3
+    for name in ("model.safetensors", "metrics.jsonl", "results.csv"):
+        assert (tmp_path / "r" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
+
+
+class Stopping(Dataset):
+    """One of its workers is stopped in its second epoch, wherever it is."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        if index == 3:
+            if self.mark.exists():
+                os.kill(os.getpid(), signal.SIGSTOP)
+            self.mark.touch()
+        return torch.full((3,), index / 8), torch.ones(1)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_stopped_worker_is_noticed(tmp_path, own):
+    data = Stopping(tmp_path / "seen")
+    if own:
+        loader = epochal.Loader(data, 3, workers=2, timeout=1.0)
+    else:
+        loader = GivenLoader(DataLoader(data, 3, num_workers=2, timeout=1.0))
+    assert len(list(loader.batches(0))) == 4
+    with pytest.raises(epochal.WorkerError, match=r"hangs|died"):
+        list(loader.batches(1))
+    loader.close()

@@ -174,10 +174,8 @@ def _stopping(plan: Plan) -> None:
 
 
 def _run(plan: Plan) -> None:
-    for name in ("resume", "save"):
-        if getattr(plan, name) and plan.run is None:
-            where = f"{name}={getattr(plan, name)!r}, run=None"
-            raise PlanError(f"{name} needs a run folder.", where=where, fix='give run="runs/x"')
+    if plan.resume and plan.run is None:
+        raise PlanError("resume needs a run folder.", where="resume=True, run=None", fix='give run="runs/x"')
     if plan.save is not None:
         Saving.of(plan.save)
 

@@ -58,6 +58,9 @@ def prepare(plan: Plan) -> Run:
         module.to(device)
     mistakes = Mistakes()
     with mistakes:
+        if plan.save is not None and plan.run is None:  # not before: the command line gives a recipe's plan its folder
+            raise PlanError("save needs a run folder.", where=f"save={plan.save!r}, run=None", fix='give run="runs/x"')
+    with mistakes:
         data = read(plan, losses.kind(loss), device, float_type(plan.model))
         _materialise(plan.model, data, device)
     with mistakes:

@@ -15,8 +15,9 @@ from epochal import loop
 from epochal.cadence import Every
 from epochal.checkpoint.saver import Saver
 from epochal.data.given import GivenLoader
-from epochal.data.loader import Loader, worker_error
+from epochal.data.loader import Loader
 from epochal.data.window import Window, windows
+from epochal.data.workers import worker_error
 from epochal.errors import CheckpointError, DiskFullError, NonFiniteError, PlanError, WorkerError
 from epochal.events import Ended, Evaluated, Event, Noted, Saved, Started, StepDone, Stop, StopReason
 from epochal.metrics.metric import Stream
@@ -106,9 +107,8 @@ class Run:
                 yield self._tell(StepDone(progress.step, progress.epoch + 1, progress.samples, result))
                 yield from map(self._note, result.notes)
             due = self._evaluation_is_due(at_epoch_end)
-            evaluated = self._evaluate() if due else None
+            evaluated = self._evaluate(at_epoch_end) if due else None
             if due and evaluated is None:  # a signal came: it is made when the run is resumed
-                progress.reopen_epoch(at_epoch_end)
                 break
             if at_epoch_end and state.schedule is not None:
                 state.schedule.after_epoch()
@@ -220,19 +220,24 @@ class Run:
         if (evaluated := self._evaluate()) is not None:
             yield self._tell(evaluated)
 
-    def _evaluate(self) -> Evaluated | None:
+    def _evaluate(self, at_epoch_end: bool = False) -> Evaluated | None:
         """Closes a row: the training's means since the last one, and the validation. None, and nothing has happened,
-        if a signal came meanwhile.
+        if a signal came meanwhile; an error, too, leaves all as it was.
         """
         progress, validation = self.state.progress, self.validation
         self._settle()
         measured = {}
         if validation.loader is not None:
-            before = seeding.generator_states(), validation.loader.state_dict()
-            measured = self._validate(validation.loader)
-            if self.signals.received is not None:
-                validation.loader.load_state_dict(before[1])
-                seeding.set_generator_states(before[0])
+            before, is_whole = (seeding.generator_states(), validation.loader.state_dict()), False
+            try:
+                measured = self._validate(validation.loader)
+                is_whole = self.signals.received is None
+            finally:
+                if not is_whole:
+                    progress.reopen_epoch(at_epoch_end)
+                    validation.loader.load_state_dict(before[1])
+                    seeding.set_generator_states(before[0])
+            if not is_whole:
                 return None
         row: dict[str, Any] = {"epoch": max(1, progress.epoch_in_hand), "step": progress.step}
         row.update({"lr": self._lr(), "time": 0.0, **self.averages.take(), **measured})

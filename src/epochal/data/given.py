@@ -8,10 +8,12 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from epochal.data.loader import READ_FORWARD, RUNS_ON, end_workers, ended_early, watched
+from epochal.data.loader import READ_FORWARD, RUNS_ON, ended_early
+from epochal.data.workers import end_workers, watched
 from epochal.protocols import Stateful
 from epochal.runtime import seeding
 
+GRACE = 2  # times the user's timeout, for torch's own to come first
 _NOT_LATER = "is not torch's own: a resumed run repeats what it draws when an epoch begins, which may not be all"
 
 
@@ -143,7 +145,9 @@ class GivenLoader:
             self._asked.load_state_dict(place)
             self._was_put = True
         if place is not None and start and loaded["is_over"]:
-            return watched(iter(()), self.loader, start)  # it was saved after the last batch of its epoch
+            return watched(
+                lambda: iter(()), self.loader, start, timeout=0
+            )  # it was saved after the last batch of its epoch
         was_put, self._was_put = self._was_put, False
         if start:
             self._put(began)
@@ -167,7 +171,7 @@ class GivenLoader:
             return self._reading
 
         return watched(
-            batches, self.loader, start, skip=skip,
+            lambda: batches, self.loader, start, timeout=GRACE * self.loader.timeout, skip=skip,
             in_place=(lambda: self._put(now)) if start else None,
             anew=anew if was_put and not start else None,
         )  # fmt: skip

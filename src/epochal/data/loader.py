@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count
 from typing import Any
@@ -15,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from epochal.data.order import AUGMENTATION, batch_indices, epoch_order
 from epochal.data.sources import Arrays, Samples, Source, Stream, open_source
-from epochal.errors import DataError, PlanError, WorkerError
+from epochal.data.workers import end_workers, watched
+from epochal.errors import DataError, PlanError
 from epochal.protocols import Stateful
 from epochal.runtime.seeding import derive, generators_in, own_states, seeded, set_own_states
 
@@ -59,7 +57,8 @@ class Loader:
         self._arrays = self.source if isinstance(self.source, Arrays) and not pin_memory else None
         if self._arrays is None:
             self._epoch = _Epoch(self.samples or 0, batch_size, shuffle, seed)
-            self._torch_loader = _torch_loader(self.source, self._epoch, workers, pin_memory, timeout)
+            self._torch_loader = _torch_loader(self.source, self._epoch, workers, pin_memory)
+        self._timeout = timeout
         self._dataset = getattr(self.source, "dataset", None)
         asks = isinstance(self.source, Stream) and isinstance(self._dataset, Stateful) and workers == 0
         self._asked: Any = self._dataset if asks else None  # knows its place itself
@@ -101,7 +100,8 @@ class Loader:
             self._epoch.number, self._epoch.start, self._epoch.seed = epoch, start, self.seed
             self._epoch.first_read = start if was_put else 0
             read = partial(iter, self._torch_loader)
-            yield from watched(read(), self._torch_loader, start, anew=read if was_put and not start else None)
+            anew = read if was_put and not start else None
+            yield from watched(read, self._torch_loader, start, timeout=self._timeout, anew=anew)
         self._began, self._epoch.is_over = None, False
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,103 +140,6 @@ READ_FORWARD = "a stream that cannot be asked for its place: a resumed run reads
 RUNS_ON = (
     "generators that persist in workers run on: a resumed run repeats the order of the samples, not what these draw"
 )
-
-
-def watched(
-    batches: Iterator[Any],
-    loader: DataLoader,
-    first: int,
-    *,
-    skip: int = 0,
-    in_place: Callable[[], Any] | None = None,
-    anew: Callable[[], Iterator[Any]] | None = None,
-) -> Generator[Any, None, int]:
-    """The batches of one pass over a DataLoader, numbered from ``first``; a lost worker becomes a WorkerError.
-
-    skip: how many are read and thrown away before. in_place: called after that. anew: gives what is read if there is
-    nothing, as from a data set that was put back to its very end. Returns the number of the last batch, plus one.
-    """
-    number = first
-    try:
-        for _ in range(skip):
-            next(batches, None)
-        if in_place is not None:
-            in_place()
-        while True:
-            for batch in batches:
-                number += 1
-                yield batch
-            if anew is None or number > first:
-                return number
-            batches, anew = anew(), None
-    except Exception as error:
-        try:
-            told = worker_error(error, f"batch {number} was awaited", batches)
-        except RuntimeError:  # torch tells of a dead worker in the midst of anything, once
-            told = worker_error(error, f"batch {number} was awaited", batches)
-        if told is None:
-            if not loader.persistent_workers:
-                end_workers(batches)
-            raise
-        end_workers(batches, at_once=True)
-        loader._iterator = None
-        raise told from error
-
-
-def worker_error(error: BaseException, where: str, batches: Any = None) -> WorkerError | None:
-    """A lost worker as an error that names it; None if ``error`` is about something else.
-
-    torch tells of a dead worker wherever the main thread is, in the model's forward too; or what the worker had sent
-    cannot be fetched from it any more. batches: torch's iterator, which knows its workers.
-    """
-    workers = list(getattr(batches, "_workers", ()))
-    text = str(error)
-    hung = died = None
-    if isinstance(error, RuntimeError):
-        hung = re.match(r"DataLoader timed out after (\S+) seconds", text)
-        died = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text)
-    if not (hung or died):
-        if text.startswith("Caught") or not workers or not isinstance(error, RuntimeError | OSError | EOFError):
-            return None
-        for worker in workers:  # what it had sent is gone: it may be about to die
-            worker.join(1.0 / len(workers))
-    dead = {f"worker {i} (pid {worker.pid}, {_end_of(worker)})" for i, worker in enumerate(workers) if worker.exitcode}
-    if hung:
-        what, lost = f"a process that loads data hangs: it gave no batch in {hung[1]} seconds.", _awaited(batches)
-        fix = "look for what the data set waits for (a lock, a disk, a network), or give a longer timeout"
-    elif died or dead:
-        what, lost = "a process that loads data died.", ", ".join(sorted(dead)) or (died and f"pid {died[1]}")
-        fix = "if memory ran out, use fewer workers or smaller samples; without workers the data set's errors show"
-    else:
-        return None
-    saved = "a saved run can be resumed, and its samples come in the same order"
-    return WorkerError(what, where=f"{where}; {lost}", fix=f"{fix}; {saved}")
-
-
-def _end_of(worker: Any) -> str:
-    code = worker.exitcode
-    return f"exit code {code}" if code > 0 else f"signal {-code}: {signal.strsignal(-code)}"
-
-
-def _awaited(batches: Any) -> str:
-    """The worker that has the next batch in hand; torch keeps it to itself."""
-    try:
-        number = batches._task_info[batches._rcvd_idx][0]
-        return f"worker {number} (pid {batches._workers[number].pid})"
-    except (AttributeError, LookupError):
-        return "one of the workers"
-
-
-def end_workers(batches: Any, at_once: bool = False) -> None:
-    """Ends the workers of torch's iterator, if it has any; those that hang, or that a dead one may block, at once."""
-    workers = getattr(batches, "_workers", ())
-    if at_once or any(worker.exitcode for worker in workers):
-        for worker in workers:
-            with suppress(RuntimeError):  # torch tells of this end too
-                worker.kill()
-                worker.join()
-    if hasattr(batches, "_shutdown_workers"):
-        batches._shutdown_workers()
 
 
 def ended_early(where: str) -> DataError:
@@ -303,7 +206,7 @@ class _StreamedBatches(IterableDataset):
         self.epoch.is_over = True
 
 
-def _torch_loader(source: Source, epoch: _Epoch, workers: int, pin_memory: bool, timeout: float) -> DataLoader:
+def _torch_loader(source: Source, epoch: _Epoch, workers: int, pin_memory: bool) -> DataLoader:
     """torch's own loader moves requests and batches between the processes."""
     stream = isinstance(source, Stream)
     return DataLoader(
@@ -312,7 +215,6 @@ def _torch_loader(source: Source, epoch: _Epoch, workers: int, pin_memory: bool,
         batch_size=None,  # a request is a whole batch
         collate_fn=_as_it_is,
         num_workers=workers,
-        timeout=timeout if workers else 0,
         persistent_workers=workers > 0 and not stream,  # a stream's worker learns the epoch when it starts
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its own, so that the training's is not drawn from

@@ -1,0 +1,160 @@
+"""The processes of a DataLoader: how they are waited for, and what becomes of those that die or hang."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from epochal.errors import WorkerError
+
+_NOTHING = object()
+
+
+class _Watchdog(threading.Thread):
+    """Kills workers that have kept the training waiting too long, so that whatever waits for them wakes up.
+
+    torch's own timeout does not see a worker that stops while it hands a batch over. since: the time at which the
+    wait in hand began, None while there is none. found: how long and for which worker was waited, once too long.
+    """
+
+    def __init__(self, patience: float, batches: Callable[[], Any]):
+        super().__init__(daemon=True, name="watchdog")
+        self.patience, self._batches = patience, batches
+        self.since: float | None = None
+        self.found: tuple[float, str] | None = None
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(min(1.0, self.patience / 4)):
+            since = self.since
+            if since is not None and time.monotonic() - since > self.patience:
+                self.found = self.patience, _awaited(self._batches())
+                for worker in getattr(self._batches(), "_workers", ()):
+                    worker.kill()
+                return
+
+    def wait_for(self, get: Callable[..., Any], *arguments: Any) -> Any:
+        self.since = time.monotonic()
+        try:
+            return get(*arguments)
+        finally:
+            self.since = None
+
+
+def watched(
+    make: Callable[[], Iterator[Any]],
+    loader: DataLoader,
+    first: int,
+    *,
+    timeout: float,
+    skip: int = 0,
+    in_place: Callable[[], Any] | None = None,
+    anew: Callable[[], Iterator[Any]] | None = None,
+) -> Generator[Any, None, int]:
+    """The batches of one pass over a DataLoader, numbered from ``first``; a lost worker becomes a WorkerError.
+
+    make: gives torch's iterator. timeout: seconds without a batch after which the workers count as hung, 0 for ever.
+    skip: how many batches are read and thrown away before. in_place: called after that. anew: gives what is read if
+    there is nothing, as from a data set that was put back to its very end. Returns the number of the last batch, plus
+    one.
+    """
+    number, batches = first, getattr(loader, "_iterator", None)
+
+    dog = _Watchdog(timeout, lambda: batches)
+    if loader.num_workers and timeout:
+        dog.start()
+    try:
+        batches = dog.wait_for(make)
+        for _ in range(skip):
+            dog.wait_for(next, batches, None)
+        if in_place is not None:
+            in_place()
+        while True:
+            while (batch := dog.wait_for(next, batches, _NOTHING)) is not _NOTHING:
+                number += 1
+                yield batch
+                del batch
+            if anew is None or number > first:
+                return number
+            batches, anew = anew(), None
+    except Exception as error:
+        try:
+            told = worker_error(error, f"batch {number} was awaited", batches, dog.found)
+        except RuntimeError:  # torch tells of a dead worker in the midst of anything, once
+            told = worker_error(error, f"batch {number} was awaited", batches, dog.found)
+        if told is None:
+            if not loader.persistent_workers:
+                end_workers(batches)
+            raise
+        end_workers(batches, at_once=True)
+        loader._iterator = None
+        raise told from error
+    finally:
+        dog.over.set()
+
+
+def worker_error(
+    error: BaseException, where: str, batches: Any = None, hung: tuple[float, str] | None = None
+) -> WorkerError | None:
+    """A lost worker as an error that names it; None if ``error`` is about something else.
+
+    torch tells of a dead worker wherever the main thread is, in the model's forward too; or what the worker had sent
+    cannot be fetched from it any more. batches: torch's iterator, which knows its workers. hung: the seconds and the
+    worker that were waited for in vain, where that is known.
+    """
+    workers = list(getattr(batches, "_workers", ()))
+    text = str(error)
+    died = None
+    if isinstance(error, RuntimeError):
+        if timed_out := re.match(r"DataLoader timed out after (\S+) seconds", text):
+            hung = float(timed_out[1]), _awaited(batches)
+        died = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text)
+    if not (hung or died):
+        if text.startswith("Caught") or not workers or not isinstance(error, RuntimeError | OSError | EOFError):
+            return None
+        for worker in workers:  # what it had sent is gone: it may be about to die
+            worker.join(1.0 / len(workers))
+    dead = {f"worker {i} (pid {worker.pid}, {_end_of(worker)})" for i, worker in enumerate(workers) if worker.exitcode}
+    if hung:
+        what, lost = f"a process that loads data hangs: it gave no batch in {hung[0]:g} seconds.", hung[1]
+        fix = "look for what the data set waits for (a lock, a disk, a network), or give a longer timeout"
+    elif died or dead:
+        what, lost = "a process that loads data died.", ", ".join(sorted(dead)) or (died and f"pid {died[1]}")
+        fix = "if memory ran out, use fewer workers or smaller samples; without workers the data set's errors show"
+    else:
+        return None
+    saved = "a saved run can be resumed, and its samples come in the same order"
+    return WorkerError(what, where=f"{where}; {lost}", fix=f"{fix}; {saved}")
+
+
+def _end_of(worker: Any) -> str:
+    code = worker.exitcode
+    return f"exit code {code}" if code > 0 else f"signal {-code}: {signal.strsignal(-code)}"
+
+
+def _awaited(batches: Any) -> str:
+    """The worker that has the next batch in hand; torch keeps it to itself."""
+    try:
+        number = batches._task_info[batches._rcvd_idx][0]
+        return f"worker {number} (pid {batches._workers[number].pid})"
+    except (AttributeError, LookupError):
+        return "one of the workers"
+
+
+def end_workers(batches: Any, at_once: bool = False) -> None:
+    """Ends the workers of torch's iterator, if it has any; those that hang, or that a dead one may block, at once."""
+    workers = getattr(batches, "_workers", ())
+    if at_once or any(worker.exitcode for worker in workers):
+        for worker in workers:
+            with suppress(RuntimeError):  # torch tells of this end too
+                worker.kill()
+                worker.join()
+    if hasattr(batches, "_shutdown_workers"):
+        batches._shutdown_workers()
