@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from typing import Any
 
+import psutil
 from torch.utils.data import DataLoader
 
 from epochal.errors import WorkerError
@@ -140,11 +141,17 @@ def _end_of(worker: Any) -> str:
 
 
 def _awaited(batches: Any) -> str:
-    """The worker that has the next batch in hand; torch keeps it to itself."""
+    """A worker that is stopped, for it may keep the others waiting too; else the one that has the next batch in hand,
+    which torch keeps to itself.
+    """
     try:
-        number = batches._task_info[batches._rcvd_idx][0]
-        return f"worker {number} (pid {batches._workers[number].pid})"
-    except (AttributeError, LookupError):
+        workers = batches._workers
+        stopped = (i for i, one in enumerate(workers) if psutil.Process(one.pid).status() == psutil.STATUS_STOPPED)
+        number = next(stopped, None)
+        if number is None:
+            number = batches._task_info[batches._rcvd_idx][0]
+        return f"worker {number} (pid {workers[number].pid})"
+    except (AttributeError, LookupError, psutil.Error):
         return "one of the workers"
 
 
