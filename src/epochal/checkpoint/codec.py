@@ -1,4 +1,4 @@
-"""Any state as tensors plus JSON, and back, exactly. No pickle, no class names.
+"""Any state as tensors plus JSON, and back, exactly. No code, no class names.
 
 What JSON cannot say itself stands in a dict with one key, a mark: ``{"$tuple": [1, 2]}``. All marks are read in
 ``_decode_mark``; a dict of the user's with a key that begins with ``$`` is written as ``$dict``, so none is mistaken.

@@ -57,7 +57,7 @@ class Loader:
         self._arrays = self.source if isinstance(self.source, Arrays) and not pin_memory else None
         if self._arrays is None:
             self._epoch = _Epoch(self.samples or 0, batch_size, shuffle, seed)
-            self._torch_loader = _torch_loader(self.source, self._epoch, workers, pin_memory)
+            self._data_loader = _data_loader(self.source, self._epoch, workers, pin_memory)
         self._timeout = timeout
         self._dataset = getattr(self.source, "dataset", None)
         asks = isinstance(self.source, Stream) and isinstance(self._dataset, Stateful) and workers == 0
@@ -99,9 +99,9 @@ class Loader:
             self._began = own_states(self._dataset)
             self._epoch.number, self._epoch.start, self._epoch.seed = epoch, start, self.seed
             self._epoch.first_read = start if was_put else 0
-            read = partial(iter, self._torch_loader)
+            read = partial(iter, self._data_loader)
             anew = read if was_put and not start else None
-            yield from watched(read, self._torch_loader, start, timeout=self._timeout, anew=anew)
+            yield from watched(read, self._data_loader, start, timeout=self._timeout, anew=anew)
         self._began, self._epoch.is_over = None, False
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Loader:
     def close(self) -> None:
         """Ends the workers; reading again starts new ones. Left to the collector of cycles they cost 5 seconds each."""
         if self._arrays is None:
-            batches, self._torch_loader._iterator = self._torch_loader._iterator, None
+            batches, self._data_loader._iterator = self._data_loader._iterator, None
             end_workers(batches)
 
     @property
@@ -132,7 +132,7 @@ class Loader:
         """What a resumed run cannot repeat exactly, in a sentence; None where it repeats everything."""
         if isinstance(self.source, Stream):
             return None if self._asked is not None else READ_FORWARD
-        in_workers = self._arrays is None and self._torch_loader.num_workers > 0
+        in_workers = self._arrays is None and self._data_loader.num_workers > 0
         return RUNS_ON if in_workers and generators_in(self._dataset) else None
 
 
@@ -206,7 +206,7 @@ class _StreamedBatches(IterableDataset):
         self.epoch.is_over = True
 
 
-def _torch_loader(source: Source, epoch: _Epoch, workers: int, pin_memory: bool) -> DataLoader:
+def _data_loader(source: Source, epoch: _Epoch, workers: int, pin_memory: bool) -> DataLoader:
     """torch's own loader moves requests and batches between the processes."""
     stream = isinstance(source, Stream)
     return DataLoader(
