@@ -288,3 +288,9 @@ def test_there_is_a_word_when_the_disk_is_small(tmp_path, monkeypatch):
     assert notes(seen)[1] == (
         "the checkpoint cannot be written: No space left on device. The run goes on, and will try again."
     )
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "rmsprop", "adam"])
+def test_one_cycle_goes_with_every_optimizer(optimizer):
+    rates = epochal.fit(**given(optimizer=optimizer, schedule="onecycle", save=None)).history.lr
+    assert max(rates) > rates[-1] > 0
