@@ -201,7 +201,7 @@ def test_what_is_saved_needs_a_folder(tmp_path):
 def test_a_state_that_cannot_be_saved_is_known_before_training(tmp_path):
     with pytest.raises(epochal.CheckpointError) as caught:
         epochal.fit(**given(run="r", observers=[Unsaveable()]))
-    assert caught.value.where == "state.extras.observers.0.hook"
+    assert caught.value.where == "state.extras.observers.Unsaveable.0.hook"
 
 
 def test_an_observer_that_was_not_there_begins_anew(tmp_path):
@@ -294,3 +294,120 @@ def test_there_is_a_word_when_the_disk_is_small(tmp_path, monkeypatch):
 def test_one_cycle_goes_with_every_optimizer(optimizer):
     rates = epochal.fit(**given(optimizer=optimizer, schedule="onecycle", save=None)).history.lr
     assert max(rates) > rates[-1] > 0
+
+
+class Drawing(torch.utils.data.Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return torch.full((4,), index / 12) + torch.rand(()), torch.ones(1)
+
+
+def test_without_a_seed_the_validation_draws_the_same_too(tmp_path):
+    torch.manual_seed(5)
+    straight = epochal.fit(**given(run="straight", seed=None, val=Drawing()))
+    torch.manual_seed(5)
+    with pytest.raises(PullThePlug):
+        epochal.fit(**given(run="r", seed=None, val=Drawing(), observers=[unplug_at(7)]))
+    torch.manual_seed(6)
+    resumed = epochal.fit(**given(run="r", seed=None, val=Drawing(), resume=True))
+    assert resumed.history.val_loss == straight.history.val_loss
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_written_over(tmp_path):
+    import shutil
+
+    epochal.fit(**given(run="r"))
+    before = Path("r/model.safetensors").read_bytes(), Path("r/metrics.jsonl").read_bytes()
+    shutil.rmtree("r/checkpoints")
+    with pytest.raises(epochal.RunFolderError, match="no checkpoint that could be resumed from"):
+        epochal.fit(**given(run="r", resume=True))
+    assert before == (Path("r/model.safetensors").read_bytes(), Path("r/metrics.jsonl").read_bytes())
+
+
+def test_damaged_checkpoints_take_nobodys_place(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (20, 30, 40):
+        checkpoints.save(step, {"w": torch.ones(3)})
+    for step in (30, 40):
+        (tmp_path / f"step-000000{step}" / "state.json").write_text("{}")
+    again = Checkpoints(tmp_path, keep=3)
+    assert again.newest_whole().path.name == "step-00000020"
+    for step in (22, 24, 26):
+        again.save(step, {"w": torch.ones(3)})
+    names = [path.name for path in again.all()]
+    assert names == [f"step-000000{step}" for step in (22, 24, 26, 30, 40)]
+
+
+def test_leaving_the_loop_saves_what_was_done(tmp_path):
+    with epochal.Plan(**given(run="r", save=None)).prepare() as run:
+        for event in run:
+            if isinstance(event, epochal.StepDone) and event.step == 3:
+                break
+    assert Checkpoints("r/checkpoints").newest_whole().state["progress"]["step"] == 3
+
+
+def test_an_error_while_leaving_does_not_hide_the_first_one_and_ends_the_run(tmp_path):
+    def fails_when_saved(event):
+        if isinstance(event, epochal.Saved) and event.step:
+            raise ValueError("of the observer")
+
+    run = epochal.Plan(**given(run="r", observers=[fails_when_saved])).prepare()
+    with pytest.raises(KeyError) as caught, run:  # noqa: PT012 (it is the loop that is left)
+        for event in run:
+            if isinstance(event, epochal.StepDone) and event.step == 1:
+                run.saver.start(1, {**run.state.state_dict(), "about": run.about})
+                raise KeyError("mine")
+    assert caught.value.__notes__ == ["epochal: of the observer"]
+    assert run.ended.reason is epochal.StopReason.FAILED
+    epochal.fit(**given(run="r", resume=True))  # the folder is free
+
+
+def test_links_in_a_run_folder_are_not_followed(tmp_path):
+    epochal.fit(**given(run="r", epochs=1))
+    Path("victim").write_text("mine")
+    for name in (".lock", "journal.jsonl"):
+        Path("r", name).unlink()
+        Path("r", name).symlink_to(tmp_path / "victim")
+        with pytest.raises(epochal.EpochalError):
+            epochal.fit(**given(run="r", epochs=2, resume=True))
+        Path("r", name).unlink()
+    assert Path("victim").read_text() == "mine"
+
+
+def test_sparse_buffers_do_no_harm(tmp_path):
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+            self.register_buffer("adjacency", torch.eye(4).to_sparse(), persistent=False)
+
+        def forward(self, x):
+            return self.layer(x @ self.adjacency.to_dense())
+
+    assert epochal.fit(**given(model=Graph(), run="r", epochs=1)).reason is epochal.StopReason.EPOCHS
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ({"loss": nn.SmoothL1Loss(beta=1.0)}, {"loss": nn.SmoothL1Loss(beta=0.5)}, "loss beta 1.0 → 0.5"),
+        (
+            {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "lr": None},
+            {"optimizer": lambda p: torch.optim.SGD(p, lr=0.2), "lr": None},
+            "optimizer lr 0.1 → 0.2",
+        ),
+    ],
+)
+def test_settings_inside_objects_are_compared(tmp_path, one, other, told):
+    epochal.fit(**given(run="r", epochs=1, **one))
+    seen = []
+    epochal.fit(**given(run="r", epochs=2, resume=True, observers=[seen.append], **other))
+    assert any(told in message and message.startswith("no longer exact") for message in notes(seen)), notes(seen)
+
+
+def test_another_column_to_monitor_is_refused(tmp_path):
+    epochal.fit(**given(run="r", epochs=1, metrics=["r2"]))
+    with pytest.raises(epochal.CheckpointError, match=r"begun with monitor val_loss \(min\), and now val_r2 \(max\)"):
+        epochal.fit(**given(run="r", epochs=2, metrics=["r2"], monitor="val_r2", resume=True))

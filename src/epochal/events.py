@@ -111,7 +111,7 @@ class Noted:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """After the last step; the model holds the weights it will keep."""
+    """After the last step; the model holds the weights it will keep. is_torn: they may be those of half an update."""
 
     reason: StopReason
     message: str
@@ -120,6 +120,7 @@ class Ended:
     epochs: int
     steps: int
     seconds: float
+    is_torn: bool = False
 
 
 Event = Started | StepDone | Evaluated | Saved | Noted | Ended

@@ -184,7 +184,7 @@ def _watch(plan: Plan, run: Run) -> None:
     extras: dict[str, Any] = {
         "best": run.best, "averages": run.averages, "data.train": run.train, "data.val": run.validation.loader,
         "early_stopping": stopping.fresh() if stopping else None, "step": run.step,
-        **{f"observers.{i}": one for i, one in enumerate(chosen)},
+        **_by_kind(chosen),
     }  # fmt: skip
     run.state.extras.update({name: one for name, one in extras.items() if isinstance(one, Stateful)})
     run.observers = [*([extras["early_stopping"]] if stopping else []), *chosen]
@@ -195,6 +195,12 @@ def _watch(plan: Plan, run: Run) -> None:
         except BaseException:
             run.lock.release()
             raise
+
+
+def _by_kind(observers: Sequence[Any]) -> dict[str, Any]:
+    """Each by its type and its number among those of that type, so that another one beside it does not matter."""
+    kinds = [type(one).__qualname__ for one in observers]
+    return {f"observers.{kind}.{kinds[:i].count(kind)}": one for i, (kind, one) in enumerate(zip(kinds, observers))}
 
 
 def _record(plan: Plan, run: Run, folder: Path) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from epochal.checkpoint.store import Checkpoints, Found, Saving, free_space
 from epochal.checkpoint.weights import IMPORTED, load_into, load_weights
 from epochal.data.fingerprint import fingerprint
 from epochal.describe import config
-from epochal.errors import CheckpointError, DiskFullError
+from epochal.errors import CheckpointError, DiskFullError, RunFolderError
 from epochal.observe.early_stopping import EarlyStopping
 from epochal.runtime.environment import environment
 
@@ -35,19 +36,34 @@ HARMLESS = {
     "cores",
     "workers",
 }
+_LAYOUTS = (torch.strided, torch.sparse_coo)
 LENGTHS = ("epochs", "max_steps", "max_time")
 
 
 def about(plan: Plan, run: Run) -> dict[str, Any]:
     """What a run is compared with when it is resumed: its plan, its data, and what it ran on."""
     state, val = run.state, run.validation.loader
+    is_named = plan.optimizer is None or isinstance(plan.optimizer, str)  # its settings stand in the plan
     machine = {name: value for name, value in environment().items() if name != "memory_gib"}
     return {
         "plan": {name: value for name, value in config(plan).items() if name not in UNTOLD},
-        "parts": {"optimizer": _kind(state.optimizer), "schedule": _kind(getattr(state.schedule, "scheduler", None))},
+        "parts": {
+            "optimizer": _kind(state.optimizer),
+            "schedule": _kind(getattr(state.schedule, "scheduler", None)),
+            "monitor": f"{run.best.monitor} ({run.best.mode})",
+        },
+        "settings": {
+            "loss": _plain(vars(plan.loss)) if isinstance(plan.loss, nn.Module) else {},
+            "optimizer": {} if is_named else _plain(getattr(state.optimizer, "defaults", {})),
+        },
         "data": {"train": fingerprint(run.train)} | ({} if val is None else {"val": fingerprint(val)}),
         "environment": {**machine, "device": str(run.setting.device)},
     }
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    known = (name for name, value in settings.items() if isinstance(value, bool | int | float | str))
+    return {name: settings[name] for name in known if not name.startswith("_")}
 
 
 def _kind(part: Any) -> str:
@@ -64,8 +80,12 @@ def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
         if (weights := folder / IMPORTED).exists():
             load_into(run.state.model, load_weights(weights), str(weights))
             yield "begun with the weights that were imported."
-        else:
-            yield "there is no checkpoint yet: the run begins anew."
+            return
+        rows = folder / "results.csv"  # empty as long as there is none
+        if (folder / "model.safetensors").exists() or (rows.exists() and rows.stat().st_size):
+            what, fix = "the run has no checkpoint that could be resumed from.", "begin another one in a new folder"
+            raise RunFolderError(what, where=f"{folder}: it holds results, which would be overwritten", fix=fix)
+        yield "there is no checkpoint yet: the run begins anew."
         return
     for damaged in found.damaged:
         yield f"{Path(damaged.where or '').name} is left out: {damaged.what}"
@@ -85,7 +105,7 @@ def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
 def _told(found: Found) -> dict[str, dict[str, Any]]:
     try:
         return msgspec.convert(found.state.pop("about"), dict[str, dict[str, Any]])
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise _misfit(found, "what it says of its run cannot be read") from error
 
 
@@ -117,7 +137,7 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """A short list of what differs; what lets the run leave the path of an undisturbed one stands apart."""
     changed = {
         name: f"{name} {_text(before.get(name))} → {_text(after.get(name))}"
-        for section in ("plan", "data", "environment")
+        for section in ("plan", "settings", "data", "environment")
         for before, after in [(_flat(then[section]), _flat(now[section]))]
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
@@ -125,7 +145,7 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     if harmless := [line for name, line in changed.items() if name in HARMLESS]:
         yield f"changed since: {', '.join(harmless)}."
     if serious := [line for name, line in changed.items() if name not in HARMLESS]:
-        kept = " The optimizer keeps the rate of the checkpoint." if "lr" in changed else ""
+        kept = " The optimizer keeps the rate of the checkpoint." if {"lr", "optimizer lr"} & changed.keys() else ""
         yield f"no longer exact, as these have changed: {', '.join(serious)}.{kept}"
 
 
@@ -138,11 +158,13 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     text = "none" if value is None else str(value)
-    return text if len(text) <= 24 else f"{text[:8]}…"
+    return text if len(text) <= 60 else f"{text[:12]}…{text[-12:]}"
 
 
 def _is_longer(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    return any(now.get(name) != then.get(name) for name in LENGTHS if name in now or name in then)
+    """Whether a limit was raised, or taken away."""
+    limits = [(then[name], now.get(name)) for name in LENGTHS if name in then]
+    return any(limit is None or (type(limit) is type(before) and limit > before) for before, limit in limits)
 
 
 def _counted(count: int, thing: str) -> str:
@@ -157,7 +179,8 @@ def room_on_disk(state: TrainState, folder: Path, saving: Saving) -> Iterator[st
     """
     weights = [value for module in state.modules for value in module.state_dict().values() if isinstance(value, Tensor)]
     trained = sum(p.nbytes for module in state.modules for p in module.parameters() if p.requires_grad)
-    needed, free = 2 * sum(value.nbytes for value in weights) + 2 * trained + 2**16, free_space(folder)
+    dense = [value._values() if value.is_sparse else value for value in weights if value.layout in _LAYOUTS]
+    needed, free = 2 * sum(value.nbytes for value in dense) + 2 * trained + 2**16, free_space(folder)
     told = f"a checkpoint takes about {_size(needed)}, and {_size(free)} are free"
     if needed > free and saving.on_full == "stop":
         fix = 'free some space, choose another disk, or give save=epochal.Saving(on_full="continue")'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
@@ -18,7 +17,7 @@ from epochal.data.given import GivenLoader
 from epochal.data.loader import Loader
 from epochal.data.window import Window, windows
 from epochal.data.workers import worker_error
-from epochal.errors import CheckpointError, DiskFullError, NonFiniteError, PlanError, WorkerError
+from epochal.errors import DiskFullError, NonFiniteError, PlanError, WorkerError
 from epochal.events import Ended, Evaluated, Event, Noted, Saved, Started, StepDone, Stop, StopReason
 from epochal.metrics.metric import Stream
 from epochal.observe.averages import TrainAverages
@@ -126,19 +125,30 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        lost = isinstance(error, WorkerError)  # between two steps: the state is that of the last finished one
-        asked = self.signals.received is not None and lost  # by a signal that reached the workers too
+        asked = self.signals.received is not None and isinstance(error, WorkerError)  # the signal reached them too
         try:
             if self.ended is None:
-                with suppress(CheckpointError):  # what ended the run matters more
-                    if not isinstance(error, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
-                        list(self._save(wait=True) if lost else self._saved(wait=True))
-                self._end(*(self._reason() if asked else (_reason_of(error), _first_line(error))))
+                self._leave(error, *(self._reason() if asked else (_reason_of(error), _first_line(error))))
         finally:
             self.signals.__exit__(kind, error, trace)
         if error is not None and (told := worker_error(error, f"step {self.state.progress.step}")) is not None:
             raise told from error  # torch heard of it in the middle of a step
         return asked
+
+    def _leave(self, error: BaseException | None, reason: StopReason, message: str) -> None:
+        """The end of a run that did not come to its end by itself."""
+        try:
+            if error is None or isinstance(error, WorkerError):  # between two steps, or two events: the state is whole
+                list(self._save(wait=True))
+            elif not isinstance(error, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
+                list(self._saved(wait=True))
+            self._end(reason, message, is_torn=isinstance(error, KeyboardInterrupt))
+        except Exception as failure:
+            if self.ended is None:
+                self._end(reason, message)
+            if error is None:
+                raise
+            error.add_note(f"epochal: {failure}")  # what ended the run matters more
 
     @property
     def result(self) -> Result:
@@ -163,8 +173,9 @@ class Run:
             if not module.training:
                 module.train()
         self._train_modes = [(part, part.training) for part, _ in self._modes]
-        if isinstance(self.train, Loader):
-            self.train.seed = self.state.seed  # that of a resumed run
+        for loader in (self.train, self.validation.loader):
+            if isinstance(loader, Loader):
+                loader.seed = self.state.seed  # that of a resumed run
 
     def _windows(self, progress: Progress) -> Iterator[Window]:
         """The windows of the epoch in hand that are still to come; what an observer left in eval mode trains again."""
@@ -315,16 +326,17 @@ class Run:
             if written is not None:
                 yield self._tell(Saved(written[1], written[0]))
 
-    def _end(self, reason: StopReason, message: str) -> Ended:
-        """Puts the best weights and the modules' modes back, and tells."""
+    def _end(self, reason: StopReason, message: str, *, is_torn: bool = False) -> Ended:
+        """Puts the best weights and the modules' modes back, and tells. is_torn: an update may be half done."""
         progress = self.state.progress
         restored = self.best.restore()
         for part, training in self._modes:
             part.training = training
         seconds = self._seconds()
         self.ended = Ended(
-            reason, message or reason.message, self.best.best, restored, progress.epoch, progress.step, seconds
-        )
+            reason, message or reason.message, self.best.best, restored, progress.epoch, progress.step, seconds,
+            is_torn and not restored,
+        )  # fmt: skip
         try:
             self._tell(self.ended)
         finally:

@@ -17,7 +17,8 @@ from epochal.errors import FileError
 Data = bytes | bytearray | memoryview
 SMALL = 2**20  # bytes that are put together and written at once
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
-FOR_READING = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # no link, and no waiting pipe
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+FOR_READING = os.O_RDONLY | NO_LINK | getattr(os, "O_NONBLOCK", 0)  # and no waiting for a pipe
 
 
 def write(path: Path, *chunks: Data) -> None:
@@ -39,7 +40,7 @@ def write(path: Path, *chunks: Data) -> None:
 
 def append(path: Path, data: bytes) -> None:
     """Adds to the end of a file, which is made if it is missing; does not wait for the disk. Raises OSError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINK, 0o666)
     try:
         if (written := os.write(descriptor, data)) < len(data):
             raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes were written")

@@ -79,6 +79,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, keep: int = 3):
         self.folder, self.keep = Path(folder), keep
+        self._damaged: set[Path] = set()
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Commits a checkpoint of the state, and removes the oldest ones."""
@@ -137,10 +138,14 @@ class Checkpoints:
         return self.folder / (f"step-{step:08d}" + (f"-{max(taken) + 1}" if taken else ""))
 
     def _prune(self, newest: Path) -> None:
-        """Removes all but the last of the newest steps, and ``newest``, which has just been verified."""
-        last = {_order(path)[0]: path for path in self.all()}
+        """Removes all but the last of the newest steps, and ``newest``, which has just been verified.
+
+        What was found damaged takes nobody's place, and stays.
+        """
+        whole = [path for path in self.all() if path not in self._damaged]
+        last = {_order(path)[0]: path for path in whole}
         kept = {newest, *list(last.values())[-self.keep :]}
-        for path in self.all():
+        for path in whole:
             if path not in kept:
                 _remove(path)
 
@@ -166,6 +171,7 @@ class Checkpoints:
                 return Found(path, self.load(path), problems)
             except CheckpointError as error:
                 problems.append(error)
+                self._damaged.add(path)
         if not problems:
             return None
         told = "; ".join(f"{problem.where}: {problem.what.removeprefix('the checkpoint is ')}" for problem in problems)

@@ -11,6 +11,7 @@ import msgspec
 from cyclopts import Parameter
 from msgspec import Struct
 
+from epochal.checkpoint import files
 from epochal.cli import application
 from epochal.cli.folders import existing
 from epochal.cli.training import FLAGS
@@ -59,7 +60,7 @@ def _facts(run: Path) -> Facts:
         fix = "name the folder of a run; epochal import-checkpoint FILE.pt RUN makes one of weights alone"
         raise RunFolderError("it is a file, and not a run folder.", where=str(run), fix=fix)
     try:
-        facts = msgspec.json.decode((existing(run) / "run.json").read_bytes(), type=Facts)
+        facts = msgspec.json.decode(files.read(existing(run) / "run.json"), type=Facts)
     except FileNotFoundError:
         what = "there is no run in the folder: it holds no run.json."
         raise RunFolderError(what, where=str(run), fix="name the folder of a run; epochal runs ls lists them") from None

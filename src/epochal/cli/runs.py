@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from epochal.checkpoint import files
 from epochal.cli.folders import RUNS, existing, held, numbers, print_facts
 from epochal.cli.options import Json
 from epochal.errors import EpochalError, RunFolderError
@@ -79,7 +80,7 @@ def show(run: Annotated[Path, Parameter(help="A run folder.")], /, *, json: Json
 def read_facts(folder: Path) -> dict[str, Any]:
     """The FACTS of run.json; where it is missing or damaged, ``status`` and ``message`` say so."""
     try:
-        read = text.loads((folder / "run.json").read_text(encoding="utf-8"))
+        read = text.loads(files.read(folder / "run.json"))
         facts = {"run": str(folder), **{name: read.get(name) for name in FACTS}}
         if facts["status"] == "running" and not is_held(folder):
             facts["status"] = "stopped"  # its process is gone, and had no time to say so

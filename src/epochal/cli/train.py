@@ -38,6 +38,7 @@ def train(
     changes: Set = [],  # noqa: B006  (it is only read)
     config: Config = None,
     resume: Resume = False,
+    drawn: Annotated[int | None, Parameter(show=False)] = None,  # the seed of a run that was given none, to resume it
 ) -> None:
     """Train what a recipe plans: plan(...) in a Python file.
 
@@ -107,9 +108,9 @@ def load(path: Path) -> Callable[..., Any]:
 def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     from epochal.cli import training
 
+    if given.get("drawn") is None and given.get("seed") is None and "seed" not in chosen:
+        given = {**given, "drawn": int.from_bytes(os.urandom(4))}
     plan = planned(path, make, chosen, given)
-    if given.get("seed") is None and "seed" not in chosen:
-        given = {**given, "seed": plan.seed}  # so that a resume plans with what was drawn
     files = {"recipe.py": path.read_text(encoding="utf-8")}
     with blaming(path):
         words = ["train", str(path.absolute())]
@@ -119,7 +120,7 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
 def flags(chosen: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The flags with which the same is asked of the recipe again; the run folder is not part of it."""
     changes = [change for change in given["changes"] if not re.match(r"\s*(run|resume)\s*=", change)]
-    return {**{name: given.get(name) for name in PLANNED}, **chosen, "set": changes}
+    return {**{name: given.get(name) for name in (*PLANNED, "drawn")}, **chosen, "set": changes}
 
 
 def planned(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], given: Mapping[str, Any]) -> Plan:
@@ -130,7 +131,7 @@ def planned(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], giv
     changed = {name: given[name] for name in ("run", *PLANNED) if given.get(name) is not None}
     changed |= {"resume": True} if given.get("resume") else {}
     changed |= dict(_change(change) for change in given["changes"])
-    drawn = int.from_bytes(os.urandom(4))
+    drawn = given.get("drawn")
     seed = changed.get("seed", chosen.get("seed", drawn))
     with blaming(path):
         if isinstance(seed, int):
@@ -139,7 +140,7 @@ def planned(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], giv
     if not isinstance(plan, epochal.Plan):
         what = f"plan() gave a {type(plan).__name__}, not an epochal.Plan."
         raise RecipeError(what, where=str(path), fix="end it with: return epochal.Plan(...)")
-    if plan.seed is None and seed is drawn:
+    if plan.seed is None and "seed" not in changed and drawn is not None:
         changed["seed"] = drawn
     return plan.replace(**changed)
 

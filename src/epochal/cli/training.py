@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -40,6 +41,8 @@ def train(plan: Plan, command: Sequence[str], flags: Mapping[str, Any], files: M
     finally:
         if plan.run is None:
             with suppress(OSError):  # it holds something, unless the run failed before its start
+                if os.listdir(folder) == [".lock"]:
+                    os.unlink(folder / ".lock")
                 folder.rmdir()
                 RUNS.rmdir()
     facts = {"results": _measured(result), "files": f"{folder}: {', '.join(held(folder))}"}

@@ -165,4 +165,8 @@ def _of_run(run: Path) -> dict[str, Any]:
     for damaged in found.damaged:
         print(f"left out: {damaged.where}: {damaged.what}", file=sys.stderr)
     print(f"the run has not ended: these are the weights of {found.path.name}", file=sys.stderr)
-    return {name: value for name, value in found.state["model"].items() if isinstance(value, torch.Tensor)}
+    try:
+        return {name: value for name, value in found.state["model"].items() if isinstance(value, torch.Tensor)}
+    except (AttributeError, KeyError, TypeError) as error:
+        what, fix = "the checkpoint holds no model.", "name a run of epochal's"
+        raise CheckpointError(what, where=str(found.path), fix=fix) from error

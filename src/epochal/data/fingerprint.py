@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from epochal.data.given import GivenLoader
 from epochal.data.loader import Loader
@@ -36,12 +36,15 @@ def fingerprint(data: Source | DataLoader | Loader | GivenLoader) -> dict[str, s
             "batch_size": str(data.batch_size),
             "sampler": type(data.batch_sampler if data.batch_size is None else data.sampler).__name__,
             "drop_last": str(data.drop_last),
+            "num_workers": data.num_workers,
         }
     if isinstance(data, Arrays):
         return _of_arrays(data)
     facts: dict[str, str | int] = {"data": type(data.dataset).__name__}
     if isinstance(data, Samples) and hasattr(data.dataset, "__len__"):
         facts["samples"] = len(data.dataset)
+        if isinstance(data.dataset, Subset):  # another division of the same data is another data set
+            facts["indices"] = hashlib.sha256(repr(list(data.dataset.indices)).encode()).hexdigest()
     return facts
 
 

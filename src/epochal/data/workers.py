@@ -33,9 +33,11 @@ class _Watchdog(threading.Thread):
         self.over = threading.Event()
 
     def run(self) -> None:
-        while not self.over.wait(min(1.0, self.patience / 4)):
-            since = self.since
-            if since is not None and time.monotonic() - since > self.patience:
+        pause, waited, since = min(1.0, self.patience / 4), 0.0, None
+        while not self.over.wait(pause):
+            # What it has seen pass counts, and not the clock: a program that was suspended has not waited.
+            waited, since = (waited + pause if self.since == since else 0.0), self.since
+            if since is not None and waited > self.patience:
                 self.found = self.patience, _awaited(self._batches())
                 for worker in getattr(self._batches(), "_workers", ()):
                     worker.kill()

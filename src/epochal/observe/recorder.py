@@ -51,7 +51,8 @@ class Recorder:
             self._record(event)
         except FileError as error:
             cause = error.__cause__
-            if not (self.goes_on and isinstance(cause, OSError) and cause.errno in files.NO_SPACE):
+            goes_on = self.goes_on and not isinstance(event, Ended)  # an end that is not written is no success
+            if not (goes_on and isinstance(cause, OSError) and cause.errno in files.NO_SPACE):
                 raise
             self._is_torn = True
 
@@ -73,7 +74,7 @@ class Recorder:
     def _start(self, event: Started) -> None:
         files.sweep(self.folder)
         self._tell("resumed" if event.step else "started", epochs=event.done, step=event.step)
-        if not (self.folder / "run.json").exists():  # a run that is continued keeps the record of its start
+        if not (event.step and (self.folder / "config.toml").exists()):  # a run that goes on keeps that of its start
             files.replace_bytes(self.folder / "config.toml", tomlkit.dumps(dict(event.config)).encode())
         self._note(
             status="running", started=_now(), reason=None, best=None, command=list(event.command) or None,
@@ -85,11 +86,12 @@ class Recorder:
     def _end(self, event: Ended) -> None:
         if self._is_torn:
             self._write_rows()
-        weights = {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
-        save_weights(weights, self.folder / "model.safetensors")  # any extra state is in the checkpoints
+        if not event.is_torn:  # else the newest checkpoint has the last whole ones
+            weights = {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
+            save_weights(weights, self.folder / "model.safetensors")  # any extra state is in the checkpoints
         ended = {**asdict(event), "reason": event.reason.name.lower(), "best": _plain_best(event.best)}
         self._tell("ended", **ended)
-        self._note(status="ended", **ended)
+        self._note(status="stopped" if event.is_torn else "ended", **ended)
 
     def _note(self, **facts: Any) -> None:
         self._facts.update(facts)

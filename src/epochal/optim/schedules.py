@@ -145,7 +145,7 @@ def build(schedule: Any, optimizer: Optimizer, *, epochs: int | None, steps: int
 def _named(schedule: Schedule, optimizer: Optimizer, length: int | None, mode: str) -> LRScheduler:
     kind, settings = schedule.kind, schedule.settings
     highest = [group["lr"] for group in optimizer.param_groups]
-    has_momentum = bool({"momentum", "betas"} & optimizer.defaults.keys())
+    momentum = bool({"momentum", "betas"} & optimizer.defaults.keys())
     made_by: dict[str, tuple[Callable[..., LRScheduler], dict[str, Any]]] = {
         "step": (lr_scheduler.StepLR, {"step_size": 30, "gamma": 0.1}),
         "multistep": (lr_scheduler.MultiStepLR, {}),
@@ -153,7 +153,7 @@ def _named(schedule: Schedule, optimizer: Optimizer, length: int | None, mode: s
         "plateau": (ReduceLROnPlateau, {"mode": mode}),
         "cosine": (lr_scheduler.CosineAnnealingLR, {"T_max": length}),
         "linear": (lr_scheduler.LinearLR, {"start_factor": 1.0, "end_factor": 0.0, "total_iters": length}),
-        "onecycle": (lr_scheduler.OneCycleLR, {"max_lr": highest, "total_steps": length, "cycle_momentum": cycles}),
+        "onecycle": (lr_scheduler.OneCycleLR, {"max_lr": highest, "total_steps": length, "cycle_momentum": momentum}),
     }
     make, defaults = made_by[kind]
     try:

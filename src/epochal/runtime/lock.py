@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from epochal.errors import RunFolderError
@@ -32,7 +33,7 @@ class Lock:
         path = folder / NAME
         if os.path.exists(path) and _place(os.stat(path)) in _HELD:  # closing it again would let go of that lock
             raise _taken(folder, "this process")
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             if fcntl is not None:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,10 +43,11 @@ class Lock:
                 os.close(descriptor)
                 raise _taken(folder, holder or "it has just begun") from error
             # else a file system without locks
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._descriptor, self._held = descriptor, _place(os.fstat(descriptor))
         _HELD.add(self._held)
+        with suppress(OSError):  # a full disk: what the file says is only for people
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def release(self) -> None:
         if self._descriptor is not None:

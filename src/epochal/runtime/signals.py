@@ -31,13 +31,14 @@ class Signals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Signals:
-        self._process = os.getpid()
+        self._process, self._is_over = os.getpid(), False
         if threading.current_thread() is threading.main_thread():
             self._replace({number for number, usual in self.expected.items() if signal.getsignal(number) == usual})
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
+        self._is_over = True
+        for number, handler in list(self._before.items()):
             signal.signal(number, handler)
         self._before = {}
 
@@ -50,11 +51,15 @@ class Signals:
             if number != signal.SIGINT:  # a Ctrl-C reaches the whole group; the run will end its workers
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-        elif number == signal.SIGINT == self.received:
+        elif number == signal.SIGINT == self.received and not self._is_over:
             raise KeyboardInterrupt
         elif number != CHILD:
             self.received = signal.Signals(number)
-            if CHILD is not None and getattr(signal.getsignal(CHILD), "__module__", "").startswith("torch."):
+            if (
+                CHILD is not None
+                and not self._is_over
+                and getattr(signal.getsignal(CHILD), "__module__", "").startswith("torch.")
+            ):
                 self._replace([CHILD])
 
     def pass_on(self) -> None:
