@@ -180,6 +180,8 @@ def _one_run(
     if "in memory" in ended.value and ended.value["in memory"] != expected["in memory"]:
         part.fail(told + "other weights than those of a run without errors")
     again = harness.ask(lambda: training.trained(folder, **options))
+    if _is_refused(again, folder):
+        return
     if again.error is not None:
         part.fail(told + f"then {again.error}")
     elif wrong := training.differences(again.value, expected):
@@ -215,6 +217,12 @@ def _really(part: Part, expected: dict[str, str]) -> None:
                 _judge(part, "read-only", ended, folder / "read-only" / "run", expected, typed=True)
 
 
+def _is_refused(again: harness.Ended, folder: Path) -> bool:
+    """A run that trained on a full disk, and could save nothing but its results: they are not written over."""
+    saved = Checkpoints(folder / "checkpoints").all()
+    return not saved and again.error is not None and "no checkpoint that could be resumed from" in again.error
+
+
 def _begin(folder: Path) -> None:
     """Some steps of a run, until it is killed."""
     harness.ask(lambda: killed_at(200, lambda: training.fit(folder)))
@@ -227,6 +235,8 @@ def _judge(part: Part, name: str, ended: harness.Ended, folder: Path, expected: 
         part.fail(f"{name}: {ended}")
     is_saved = bool(Checkpoints(folder / "checkpoints").all())  # a run that could save nothing cannot be continued
     again = harness.ask(lambda: training.trained(folder))
+    if _is_refused(again, folder):
+        return
     wrong = again.error or (is_saved and training.differences(again.value, expected))
     if wrong:
         part.fail(f"{name}, then: {wrong}")
