@@ -133,15 +133,15 @@ def claim(folder: Path, *, resume: bool) -> Lock:
         files.make_folder(folder)
         _refuse_what_is_not_ours(folder, resume)  # before a lock is left in a stranger's folder
         lock = Lock(folder)
+        try:
+            _refuse_what_is_not_ours(folder, resume)  # another run may have been quicker
+        except BaseException:
+            lock.release()
+            raise
+        return lock
     except OSError as error:
-        what = f"the run folder cannot be used: {error.strerror or error}."
-        raise RunFolderError(what, where=str(folder), fix="choose a folder that can be written") from error
-    try:
-        _refuse_what_is_not_ours(folder, resume)  # another run may have been quicker
-    except BaseException:
-        lock.release()
-        raise
-    return lock
+        what, fix = f"the run folder cannot be used: {error.strerror or error}.", "choose a folder that can be written"
+        raise RunFolderError(what, where=str(folder), fix=fix) from error
 
 
 def _refuse_what_is_not_ours(folder: Path, resume: bool) -> None:
