@@ -16,7 +16,8 @@ from campaigns.harness import LISTED, Outcome
 def programs() -> dict[str, str]:
     """The modules by the number of their row: ``{"r1": "campaigns.r01_kill", ...}``."""
     found = sorted(Path(__file__).parent.glob("r[0-9][0-9]_*.py"))
-    return {f"r{int(path.stem[1:3])}": f"campaigns.{path.stem}" for path in found}
+    rows = {f"r{int(path.stem[1:3])}": f"campaigns.{path.stem}" for path in found}
+    return rows | {"cli": "campaigns.cli_kills"}
 
 
 def main() -> int:
@@ -26,7 +27,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="the small versions, as the tests run them")
     parser.add_argument("--json", type=Path, help="a file for the outcomes")
     given = parser.parse_args()
-    chosen = [re.sub(r"^r?0*", "r", row.lower()) for row in given.rows] or list(known)
+    chosen = [re.sub(r"^r?0*(?=\d)", "r", row.lower()) for row in given.rows] or list(known)
     if unknown := set(chosen) - known.keys():
         parser.error(f"there is no campaign {', '.join(sorted(unknown))}")
     outcomes = []

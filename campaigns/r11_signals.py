@@ -242,7 +242,8 @@ def _end(part: Part, case: Case, run: Path, ended: Ended, sent: float) -> list[s
     if case.spares_the_run:
         return [] if got in expected else [f"ends with {got}, not {expected}"]
     problems = []
-    if got in (0, "EPOCHS") and len(steps) == STEPS and case.at[0] != "step":
+    is_late = got in (0, "EPOCHS") or (got == -case.number and bool(ends))  # after its end, it is nobody's any more
+    if is_late and len(steps) == STEPS and case.at[0] != "step":
         part.count("came after the last step")
     elif got not in expected and not (case.stops_at_once and "KeyboardInterrupt" in str(got)):
         problems.append(f"ends with {got}, not {expected}: {run.with_suffix('.err').read_text()[-300:]}")
@@ -258,7 +259,9 @@ def _end(part: Part, case: Case, run: Path, ended: Ended, sent: float) -> list[s
     found = Checkpoints(run / "checkpoints").newest_whole()
     saved = found.state["progress"]["step"] if found else None
     last = steps[-1][0] if steps else 0
-    if saved != last and not case.stops_at_once:
+    # torch tells of a lost worker in the middle of a step, and half a step is not saved.
+    is_broken_off = case.how == "worker" and got in (1, "WorkerError")
+    if saved != last and not case.stops_at_once and not (is_broken_off and saved is not None):
         problems.append(f"step {last} is done, and step {saved} saved")
     return problems
 

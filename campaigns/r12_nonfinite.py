@@ -234,7 +234,7 @@ def _stops(case: Case, folder: Path) -> list[str]:
         "gradient": f"the backward pass of layer '{layer}' (Spoils) made the first gradient",
         "weight": f"the weight '{name}' is not finite",
     }[case.place]  # fmt: skip
-    where = f"step {step}, epoch 1, batch {step}; " + (f"row {row}; " if row is not None else "")
+    where = f"step {step}, epoch 1, batch {step}; " + (f"row {row} of it; " if row is not None else "")
     problems = [] if told.what.startswith(expected) else [f"says: {told.what}; not: {expected}"]
     problems += [] if (told.where or "").startswith(where) else [f"says: {told.where}; not: {where}"]
     problems += [] if told.exit_code == 3 else [f"exit code {told.exit_code}"]

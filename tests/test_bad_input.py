@@ -143,7 +143,7 @@ PlanError: there is nothing to minimise.
   fix:   give loss="mse", loss="cross_entropy", a function f(outputs, targets), or objective=f(model, batch)"""),
     case(net(), (torch.where(X > 2, torch.nan, X), Y), **MSE, shuffle=False, text="""
 NonFiniteError: the inputs hold a value that is not finite; the weights were not touched.
-  where: step 0, epoch 1, batch 0; rows 4, 5, 6, 8, 27; loss nan, gradient norm nan, lr 0.001
+  where: step 0, epoch 1, batch 0; rows 4, 5, 6, 8, 27 of it; loss nan, gradient norm nan, lr 0.001
   fix:   mend or leave out these rows, or use nonfinite="skip\""""),
     # the model
     case(net(), ((X * 10).long(), Y), **MSE, text="""
@@ -308,7 +308,7 @@ def test_a_run_folder_is_never_overwritten(tmp_path):
     assert caught.value.describe() == (
         "RunFolderError: the run folder is not empty, and a run is never overwritten.\n"
         "  where: runs/x: checkpoints, config.toml, journal.jsonl, metrics.jsonl ...\n"
-        "  fix:   choose another name for the run, or continue this one with resume=True (epochal resume runs/x)"
+        "  fix:   choose another name for the run, or continue this one with resume=True (epochal resume runs/x, if a command began it)"
     )
     assert before == {path: path.read_bytes() for path in (tmp_path / "runs/x").rglob("*") if path.is_file()}
 

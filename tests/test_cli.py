@@ -309,11 +309,10 @@ def test_a_run_folder_is_never_overwritten(command):
     assert command("demo", "--epochs", "1", "--run", "runs/demo-1") == (
         1,
         "",
-        """\
-RunFolderError: the run folder is not empty, and a run is never overwritten.
-  where: runs/demo-1: checkpoints, config.toml, demo.toml, journal.jsonl ...
-  fix:   choose another name for the run, or continue this one with resume=True (epochal resume runs/demo-1)
-""",
+        "RunFolderError: the run folder is not empty, and a run is never overwritten.\n"
+        "  where: runs/demo-1: checkpoints, config.toml, demo.toml, journal.jsonl ...\n"
+        "  fix:   choose another name for the run, or continue this one with resume=True "
+        "(epochal resume runs/demo-1, if a command began it)\n",
     )
     assert {path: path.read_bytes() for path in before} == before
     assert accuracies("runs/demo-1") == accuracies("runs/demo-2")  # the same seed

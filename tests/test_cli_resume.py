@@ -198,6 +198,19 @@ def test_flags_are_those_of_the_start_wherever_they_came_from(command, recipe, m
     assert load_weights("run/model.safetensors")["layers.0.weight"].shape == (5, 4)
 
 
+def test_the_plan_can_be_changed_on_a_resume(command, recipe):
+    given = ["--epochs", 6, "--set", "max_steps=12", "--run", "run"]
+    assert command("train", recipe, *given, "--set", "weight_decay=0.1")[0] == 0
+    assert (facts("run")["reason"], facts("run")["epochs"]) == ("max_steps", 1)
+    assert command("resume", "run", "--set", "max_steps=none")[0] == 0
+    assert (facts("run")["reason"], facts("run")["epochs"]) == ("epochs", 6)
+    changed = ["max_steps=12", "weight_decay=0.1", "max_steps=none"]
+    assert tomllib.loads(Path("run/recipe.toml").read_text())["set"] == changed
+    assert command("demo", "--epochs", 1, "--run", "demo")[0] == 0
+    code, _, err = command("resume", "demo", "--set", "lr=1")
+    assert code == 2 and "--set changes the plan of a recipe, and this run has none." in err
+
+
 def test_a_recipe_that_is_gone_or_changed(command, recipe):
     assert command("train", recipe, "--epochs", 1, "--run", "run")[0] == 0
     original = recipe.absolute()
@@ -211,6 +224,21 @@ def test_a_recipe_that_is_gone_or_changed(command, recipe):
     assert command("resume", "moved", "--epochs", 4)[0] == 0
 
 
+def test_a_parameter_that_is_called_otherwise_now(command, recipe):
+    assert command("train", recipe, "--hidden", 5, "--epochs", 1, "--run", "run")[0] == 0
+    recipe.write_text(RECIPE.replace("hidden", "width"))
+    code, _, err = command("resume", "run", "--epochs", 2)
+    assert code == 2 and err.endswith(
+        'PlanError: Unknown option: "[hidden]" from run/recipe.toml.\n'
+        "  where: run\n"
+        "  fix:   what the run was begun with stands in run/recipe.toml: "
+        "change there what the recipe calls otherwise now\n"
+    )
+    flags = Path("run/recipe.toml")
+    flags.write_text(flags.read_text().replace("hidden", "width"))
+    assert command("resume", "run", "--epochs", 2)[0] == 0
+
+
 def test_a_run_killed_before_it_began_counts_as_new(command, recipe):
     folder = Path("run")
     folder.mkdir()
@@ -220,7 +248,7 @@ def test_a_run_killed_before_it_began_counts_as_new(command, recipe):
     assert (folder / "recipe.py").read_text() == RECIPE
     assert "hidden" not in tomllib.loads((folder / "recipe.toml").read_text())
     code, _, err = command("train", recipe, "--run", folder)
-    assert code == 1 and "(epochal resume run)\n" in err
+    assert code == 1 and "(epochal resume run, if a command began it)\n" in err
 
 
 # -- what cannot be resumed --
@@ -260,7 +288,7 @@ RunFolderError: the run was begun by a script, not by a command.
         (
             '{"status": "imported"}',
             "it holds imported weights, and no run yet.\n  where: run\n"
-            "  fix:   begin one with them: epochal train RECIPE.py --run run --set resume=true\n",
+            "  fix:   begin one with them: epochal train RECIPE.py --run run --resume\n",
         ),
     ],
 )
@@ -377,6 +405,20 @@ def test_a_recipe_that_hides_something_is_found_out(command, text, equal, differ
     assert code == 1 and f"RecipeError: {what}" in err and f"{where}\n" in err, err
     assert {name for name in EQUAL if told[name] == "equal"} - {"the rest"} == equal
     assert all(told[name].startswith(line) for name, line in different.items())
+
+
+def test_sigterm_ends_a_verification_and_leaves_nothing(tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    Path("recipe.py").write_text(RECIPE)
+    process = begin("verify-resume", "recipe.py", "--pause", "30")
+    wait_for(process, lambda: list(scratch.glob("*/straight-0.jsonl")))
+    process.terminate()
+    err = process.communicate(timeout=20)[1]
+    assert process.returncode == 143 and "Traceback" not in err
+    assert err.endswith("Interrupted: ended by SIGTERM.\n  fix:   run it again; nothing was left behind\n")
+    assert list(scratch.iterdir()) == []
 
 
 def test_a_recipe_that_fails_cannot_be_verified(command):

@@ -61,7 +61,7 @@ def test_weights_are_taken_and_nothing_else(command, content, told, is_zip):
         0,
         "weights  2 tensors, 2 numbers\n"
         "files    runs/new run: imported.safetensors, run.json\n"
-        "next     epochal train RECIPE.py --run 'runs/new run' --set resume=true\n",
+        "next     epochal train RECIPE.py --run 'runs/new run' --resume\n",
         told,
     )
     assert json.loads(Path("runs/new run/run.json").read_text()) == {

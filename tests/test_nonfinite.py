@@ -86,7 +86,7 @@ def test_a_value_in_the_inputs_names_its_rows(value):
     bad[[21, 28], 3] = value
     error = stopped(net(), (bad, Y))
     assert error.what == "the inputs hold a value that is not finite; the weights were not touched."
-    assert error.where.startswith("step 2, epoch 1, batch 2; rows 1, 5, 8; loss nan, gradient norm nan, lr 0.001")
+    assert error.where.startswith("step 2, epoch 1, batch 2; rows 1, 5, 8 of it; loss nan, gradient norm nan, lr 0.001")
     assert error.fix == 'mend or leave out these rows, or use nonfinite="skip"'
 
 
@@ -94,14 +94,16 @@ def test_a_value_in_the_inputs_names_its_rows(value):
 def test_a_value_in_the_targets_names_its_rows(value):
     error = stopped(net(), (X, planted(39, value, Y)))
     assert error.what == "the targets hold a value that is not finite; the weights were not touched."
-    assert error.where.startswith(f"step 3, epoch 1, batch 3; row 9; loss {value:g}, gradient norm")
+    assert error.where.startswith(f"step 3, epoch 1, batch 3; row 9 of it; loss {value:g}, gradient norm")
 
 
 def test_many_rows_are_counted_and_a_micro_batch_is_named():
     bad = X.clone()
     bad[15:25] = torch.nan
     error = stopped(nn.Linear(4, 1), (bad, Y), batch_size=15, accumulate=2)
-    assert "step 0, epoch 1, batch 0, micro-batch 1; rows 0, 1, 2, 3, 4, 5, 6, 7 and 2 more; loss nan" in error.where
+    assert (
+        "step 0, epoch 1, batch 0, micro-batch 1; rows 0, 1, 2, 3, 4, 5, 6, 7 and 2 more of it; loss nan" in error.where
+    )
 
 
 def test_an_entry_of_a_dict_is_named_and_one_of_several_inputs_too():
@@ -115,7 +117,7 @@ def test_an_entry_of_a_dict_is_named_and_one_of_several_inputs_too():
 
     assert stopped(Two(), {"a": X, "b": planted(11, torch.nan), "y": Y}).what.startswith("input 'b' holds a value")
     error = stopped(Two(), (planted(11, torch.nan), X, Y))
-    assert error.what.startswith("input 0 holds a value") and "row 1;" in error.where
+    assert error.what.startswith("input 0 holds a value") and "row 1 of it;" in error.where
 
 
 def test_the_first_layer_is_named_and_not_those_after_it():
@@ -125,7 +127,7 @@ def test_the_first_layer_is_named_and_not_those_after_it():
     entered = torch.tanh(model[:2](X[:10]))
     rows = (entered <= 0).any(1).nonzero().flatten().tolist()
     assert "; ".join(error.where.split("; ")[1:2]) == "rows " + ", ".join(map(str, rows[:8])) + (
-        f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+        f" and {len(rows) - 8} more of it" if len(rows) > 8 else " of it"
     )
 
 
@@ -138,7 +140,7 @@ def test_the_step_is_run_again_with_the_same_dropout():
 
     error = stopped(net(nn.Dropout(0.02), Apply(rooted)), (X, Y))
     first = next(rows for rows in kept if rows)
-    assert f"row{'s' if len(first) > 1 else ''} {', '.join(map(str, first))}; loss" in error.where
+    assert f"row{'s' if len(first) > 1 else ''} {', '.join(map(str, first))} of it; loss" in error.where
     assert "layer '3' (Apply)" in error.what
 
 
@@ -169,7 +171,7 @@ def test_a_loss_is_named_with_its_rows(loss):
     targets[32] = 99.0
     error = stopped(model, (X, targets), loss=loss)
     assert error.what == "the loss made the first value that is not finite; the weights were not touched."
-    assert "step 3, epoch 1, batch 3; row 2; loss " in error.where
+    assert "step 3, epoch 1, batch 3; row 2 of it; loss " in error.where
 
 
 def test_the_layer_whose_backward_pass_makes_it_is_named():
@@ -228,7 +230,7 @@ def test_frozen_layers_and_an_objective_of_ones_own():
     given = {"loss": None, "objective": lambda model, batch: F.mse_loss(model(batch["x"]), batch["y"])}
     assert stopped(model, {"x": X, "y": Y}, **given).what.startswith("layer '2' (Apply)")
     error = stopped(net(), {"x": planted(3, torch.nan), "y": Y}, **given)
-    assert error.what.startswith("part 'x' of the batch holds") and "row 3;" in error.where
+    assert error.what.startswith("part 'x' of the batch holds") and "row 3 of it;" in error.where
 
 
 def test_markers_of_missing_values_that_the_model_masks_stop_nothing():
@@ -354,7 +356,7 @@ def test_read_late_the_weights_are_untouched_and_the_right_step_is_named(kind, b
         if given is batches:
             assert done == min(bad + 1, 4), "found during the step that follows, or at the end"
             assert error.what.startswith("the inputs hold") and hooks(model) == 0
-            assert f"step {bad}, epoch 1, batch {bad}; row 4; loss nan" in error.where
+            assert f"step {bad}, epoch 1, batch {bad}; row 4 of it; loss nan" in error.where
     assert same(*left), "all is as it was before the step that was not finite"
 
 
@@ -390,7 +392,7 @@ def test_an_optimizer_that_cannot_leave_out_an_update_is_read_at_once():
     model = net()
     step, state = late_update(model, torch.optim.RMSprop(model.parameters(), lr=0.1))
     done, error = run_steps(step, state, batches)
-    assert done == 1 and "step 1, epoch 1, batch 1; row 4" in error.where
+    assert done == 1 and "step 1, epoch 1, batch 1; row 4 of it" in error.where
 
 
 @pytest.mark.cuda
@@ -418,6 +420,6 @@ def test_random_plants():
         train = (X, planted(row, value, Y)) if into_targets else (planted(row, value), Y)
         model = net(nn.Dropout(0.2))
         error = stopped(model, train)
-        assert f"step {row // 10}, epoch 1, batch {row // 10}; row {row % 10}; loss" in error.where
+        assert f"step {row // 10}, epoch 1, batch {row // 10}; row {row % 10} of it; loss" in error.where
         assert error.what.startswith("the targets hold" if into_targets else "the inputs hold")
         assert all(torch.isfinite(weight).all() for weight in bits(model))

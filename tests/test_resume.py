@@ -1,16 +1,23 @@
 """Exact resume: stopped anywhere and continued, a run leaves the bits and the files of one that was never disturbed."""
 
 import copy
+import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import epochal
+from epochal.checkpoint import files
 from epochal.checkpoint.store import Checkpoints
+from epochal.checkpoint.weights import save_weights
+from epochal.observe import recorder
 from epochal.optim.optimizers import load_exactly
+from epochal.runtime.lock import Lock
 
 EVERY_STEP = epochal.Saving("1 step", share=None, keep=2)
 FILES = ("model.safetensors", "metrics.jsonl", "results.csv")
@@ -100,7 +107,11 @@ def test_asked_for_more_epochs_it_goes_on_as_if_they_had_been_planned(tmp_path, 
 def test_a_schedule_over_the_whole_run_is_stretched_when_the_run_is_made_longer(tmp_path, schedule):
     straight = epochal.fit(**given(epochs=5, schedule=schedule, save=None))
     epochal.fit(**given(run="longer", epochs=2, schedule=schedule))
-    longer = epochal.fit(**given(run="longer", epochs=5, schedule=schedule, resume=True))
+    seen = []
+    longer = epochal.fit(**given(run="longer", epochs=5, schedule=schedule, resume=True, observers=[seen.append]))
+    moves = (6, 21) if isinstance(schedule, epochal.Schedule) and schedule.warmup else (10, 25)
+    told = f"no longer exact: the schedule is stretched from {moves[0]} moves to {moves[1]}, and the rate follows."
+    assert notes(seen)[-1] == told
     assert longer.history.lr[2:] == pytest.approx(straight.history.lr[2:], rel=1e-9, abs=1e-12)
 
 
@@ -108,10 +119,157 @@ def test_early_stopping_is_kept_unless_more_is_asked_for(tmp_path):
     stopping = epochal.EarlyStopping(patience=2, min_delta=100.0)
     first = epochal.fit(**given(run="r", epochs=9, early_stopping=stopping))
     assert (first.reason, len(first.history)) == (epochal.StopReason.EARLY_STOPPING, 3)
-    again = epochal.fit(**given(run="r", epochs=9, early_stopping=stopping, resume=True))
+    seen = []
+    again = epochal.fit(**given(run="r", epochs=9, early_stopping=stopping, resume=True, observers=[seen.append]))
+    told = "it had ended, and is not trained further: for that, raise epochs, max_steps, max_time or patience."
+    assert notes(seen)[-1] == told
     assert (again.reason, len(again.history)) == (epochal.StopReason.EARLY_STOPPING, 3)
-    more = epochal.fit(**given(run="r", epochs=20, early_stopping=stopping, resume=True))
+    more = epochal.fit(**given(run="r", epochs=20, early_stopping=stopping, resume=True, observers=[seen.append]))
+    assert notes(seen)[-1] == "early stopping begins to count anew."
     assert (more.reason, len(more.history)) == (epochal.StopReason.EARLY_STOPPING, 5)
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(3, 4), (6, 7), (None, 9)])
+def test_a_new_patience_decides_over_what_was_counted(tmp_path, patience, epochs):
+    def limits(patience):
+        stopping = epochal.EarlyStopping(patience=patience, min_delta=100.0) if patience else None
+        return given(run="r", epochs=9, early_stopping=stopping)
+
+    epochal.fit(**limits(2))
+    again = epochal.fit(**limits(patience), resume=True)
+    ended = epochal.StopReason.EARLY_STOPPING if patience else epochal.StopReason.EPOCHS
+    assert (again.reason, len(again.history)) == (ended, epochs)
+
+
+def failing(monkeypatch, name, at):
+    """Half of the ``at``-th line that is added to the file, and then an error of the disk."""
+    append, seen = files.append, []
+
+    def half(path, line):
+        seen.append(path.name)
+        if path.name == name and seen.count(name) == at:
+            append(path, line[: len(line) // 2])
+            raise OSError(errno.EIO, "broken")
+        append(path, line)
+
+    monkeypatch.setattr(files, "append", half)
+
+
+def test_a_run_whose_start_cannot_be_written_has_not_begun(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        failing(patch, "journal.jsonl", 1)
+        with pytest.raises(epochal.FileError):
+            epochal.fit(**given(run="r"))
+    assert not Path("r/model.safetensors").exists()
+    assert epochal.fit(**given(run="r", resume=True)).reason is epochal.StopReason.EPOCHS
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "results.csv"])
+def test_half_a_line_is_mended_at_the_end(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(recorder, "SECONDS_A_LINE", 0.0)
+    epochal.fit(**given(run="whole"))
+    with monkeypatch.context() as patch:
+        failing(patch, name, 1)
+        with pytest.raises(epochal.FileError):
+            epochal.fit(**given(run="r"))
+    for file in ("metrics.jsonl", "results.csv"):
+        found = Path("r", file).read_text()
+        assert found.endswith("\n") and Path("whole", file).read_text().startswith(found)
+    epochal.fit(**given(run="r", resume=True))
+    assert all(Path("r", file).read_bytes() == Path("whole", file).read_bytes() for file in FILES)
+
+
+def test_weights_that_an_update_made_infinite_are_not_saved(tmp_path):
+    model = nn.Linear(4, 1, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+    huge = data(10, 0)[0] * 1e8, torch.ones(10, 1)
+    usual = {"lr": 3e38, "optimizer": "sgd", "val": None, "train": huge, "epochs": 1, "model": model}
+    with pytest.raises(epochal.NonFiniteError) as caught:
+        epochal.fit(**given(run="r", **usual))
+    assert caught.value.what == "the weight 'weight' is not finite, though loss and gradients were; it is not saved."
+    assert caught.value.where == "after step 1"
+    assert [path.name for path in Path("r/checkpoints").iterdir()] == ["step-00000000"]
+    assert not Path("r/model.safetensors").exists()
+    assert json.loads(Path("r/run.json").read_text())["status"] == "stopped"
+
+
+def test_a_run_is_iterated_over_once(tmp_path):
+    with epochal.Plan(**given(save=None)).prepare() as run:
+        for event in run:
+            if isinstance(event, epochal.StepDone):
+                break
+        with pytest.raises(epochal.PlanError, match="iterated over once"):
+            next(iter(run))
+    with pytest.raises(epochal.PlanError, match="iterated over once"):
+        next(iter(run))
+
+
+@pytest.mark.parametrize("kind", ["step", "optimizer"])
+def test_half_an_update_does_not_become_the_final_weights(tmp_path, kind):
+    class Half(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            raise RuntimeError("halfway")
+
+    def step(state, window):
+        raise RuntimeError("halfway")
+
+    model = net()
+    changes = {"optimizer": lambda p: Half(p, lr=0.1), "lr": None}
+    if kind == "step":
+        changes = {"step": step, "loss": None, "lr": None, "val": None}
+    with pytest.raises(RuntimeError, match="halfway"):
+        epochal.fit(**given(run="r", model=model, **changes))
+    facts = json.loads(Path("r/run.json").read_text())
+    assert (facts["status"], facts["reason"]) == ("stopped", "failed")
+    assert not Path("r/model.safetensors").exists()
+
+
+def test_an_imported_run_without_its_checkpoints_is_not_written_over(tmp_path):
+    Path("r").mkdir()
+    save_weights(net().state_dict(), Path("r/imported.safetensors"))
+    Path("r/run.json").write_text('{"status": "imported"}')
+    epochal.fit(**given(run="r", epochs=2, resume=True))
+    before = Path("r/metrics.jsonl").read_bytes()
+    shutil.rmtree("r/checkpoints")
+    with pytest.raises(epochal.RunFolderError, match="no checkpoint that could be resumed from"):
+        epochal.fit(**given(run="r", epochs=2, resume=True))
+    assert Path("r/metrics.jsonl").read_bytes() == before
+
+
+def test_files_of_somebody_else_are_left_alone(tmp_path):
+    Path("mine").mkdir()
+    for name in ("recipe.py", "config.toml"):
+        Path("mine", name).write_text("mine")
+    with pytest.raises(epochal.RunFolderError, match="not empty"):
+        epochal.fit(**given(run="mine", epochs=1))
+    assert Path("mine/recipe.py").read_text() == Path("mine/config.toml").read_text() == "mine"
+    Path("hidden").mkdir()
+    Path("hidden/.draft.tmp").write_text("mine")
+    epochal.fit(**given(run="hidden", epochs=1))
+    assert Path("hidden/.draft.tmp").read_text() == "mine"
+
+
+def test_a_best_model_that_cannot_be_put_back_ends_the_run_all_the_same(tmp_path):
+    model, seen = net(), []
+
+    def cut(event):
+        seen.append(event)
+        if isinstance(event, epochal.Evaluated):
+            prune.random_unstructured(model[0], "weight", amount=0.5)
+
+    with pytest.raises(RuntimeError, match="Missing key"):
+        epochal.fit(**given(run="r", model=model, epochs=1, observers=[cut], save="9 epochs"))
+    assert isinstance(seen[-1], epochal.Ended) and not seen[-1].restored
+    assert Lock(Path("r")).release() is None
+
+
+def test_limits_of_time_are_compared_as_times(tmp_path):
+    stopping = epochal.EarlyStopping(patience=1, min_delta=100.0)
+    usual = {"run": "r", "early_stopping": stopping, "epochs": 9}
+    epochal.fit(**given(max_time="5 min", **usual))
+    for longest, rows in (("4 min", 2), ("10 min", 3)):
+        assert len(epochal.fit(**given(max_time=longest, resume=True, **usual)).history) == rows
 
 
 def test_what_has_changed_is_told(tmp_path):
@@ -119,10 +277,10 @@ def test_what_has_changed_is_told(tmp_path):
     seen = []
     changes = {"train": data(44, 0), "batch_size": 20, "lr": 0.01, "epochs": 2}
     epochal.fit(**given(run="r", resume=True, observers=[seen.append], **changes))
-    _, harmless, serious = notes(seen)
+    _, harmless, kept, serious = notes(seen)
     assert harmless == "changed since: epochs 1 → 2."
-    assert serious.startswith("no longer exact, as these have changed: batch_size 10 → 20, lr 0.1 → 0.01, train ")
-    assert serious.endswith(" The optimizer keeps the rate of the checkpoint.")
+    assert serious.startswith("no longer exact, as these have changed: batch_size 10 → 20, train ")
+    assert kept == "not taken over, for the checkpoint's own goes on: lr 0.1 → 0.01."
     assert "43 → 44" in serious
 
 
@@ -389,6 +547,20 @@ def test_sparse_buffers_do_no_harm(tmp_path):
     assert epochal.fit(**given(model=Graph(), run="r", epochs=1)).reason is epochal.StopReason.EPOCHS
 
 
+@pytest.mark.parametrize("odd", [torch.eye(4).to_sparse(), torch.eye(4, dtype=torch.complex128)])
+def test_weights_that_cannot_be_kept_are_known_before_training(tmp_path, odd):
+    model = net()
+    model.register_buffer("odd", odd)
+    with pytest.raises(epochal.CheckpointError) as caught:
+        epochal.fit(**given(model=model, run="r"))
+    assert caught.value.describe() == (
+        f"CheckpointError: a tensor ({odd.dtype}, {odd.layout}) cannot be kept in a safetensors file.\n"
+        "  where: entry 'odd' of the state dict\n"
+        "  fix:   train without run=, or make it a buffer with persistent=False"
+    )
+    assert [path.name for path in Path("r").iterdir()] == [".lock"]
+
+
 @pytest.mark.parametrize(
     ("one", "other", "told"),
     [
@@ -404,7 +576,8 @@ def test_settings_inside_objects_are_compared(tmp_path, one, other, told):
     epochal.fit(**given(run="r", epochs=1, **one))
     seen = []
     epochal.fit(**given(run="r", epochs=2, resume=True, observers=[seen.append], **other))
-    assert any(told in message and message.startswith("no longer exact") for message in notes(seen)), notes(seen)
+    begin = "not taken over" if "optimizer" in told else "no longer exact"
+    assert any(told in message and message.startswith(begin) for message in notes(seen)), notes(seen)
 
 
 def test_another_column_to_monitor_is_refused(tmp_path):

@@ -59,9 +59,28 @@ def test_what_is_no_tensor_is_refused(tmp_path):
     assert caught.value.describe() == (
         "CheckpointError: a dict cannot be kept in a safetensors file.\n"
         "  where: entry 'extra' of the state dict\n"
-        '  fix:   keep other things out of get_extra_state(), or use torch\'s own format: result.save("model.pt")'
+        '  fix:   keep it out of get_extra_state(), or use torch\'s own format: result.save("model.pt")'
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_weights({"a": torch.ones(2, 3), "b": torch.arange(4)}, path)
+    whole = path.read_bytes()
+    found, expected = set(), load_weights(path)
+    for bit in range(8 * len(whole)):
+        broken = bytearray(whole)
+        broken[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(broken)
+        try:
+            loaded = load_weights(path)
+        except epochal.CheckpointError:
+            found.add(bit)
+        else:  # the name of the digest, say: then it is only not looked at
+            assert loaded.keys() == expected.keys()
+            assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+    assert len(found) > 6 * len(whole)
 
 
 def test_weights_of_another_model_change_nothing():

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from epochal.checkpoint.store import Checkpoints as Checkpoints
     from epochal.checkpoint.store import Saving as Saving
     from epochal.data.loader import Loader as Loader
     from epochal.data.window import Window as Window
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "checkpoint.store": "Saving",
+    "checkpoint.store": "Checkpoints Saving",
     "data.loader": "Loader",
     "data.window": "Window",
     "errors": """CheckpointError DataError DiskFullError EpochalError FileError Interrupted LossError LossShapeError

@@ -36,12 +36,12 @@ class Buffers:
         self._statistics: list[Tensor] = []
         self._kept: dict[int, Kept] = {}
         self._cuda = device if device.type == "cuda" else None
-        self._generators: list[Tensor] = []
+        self._host_state = self._cuda_state = torch.empty(0)
 
     def keep(self) -> None:
-        self._generators = [torch.get_rng_state()]
+        self._host_state = torch.default_generator.get_state()
         if self._cuda is not None:
-            self._generators.append(torch.cuda.get_rng_state(self._cuda))
+            self._cuda_state = torch.cuda.get_rng_state(self._cuda)
         if self._norms or self._others:
             self._keep_buffers()
 
@@ -62,9 +62,9 @@ class Buffers:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        torch.set_rng_state(self._generators[0])
+        torch.default_generator.set_state(self._host_state)
         if self._cuda is not None:
-            torch.cuda.set_rng_state(self._generators[1], self._cuda)
+            torch.cuda.set_rng_state(self._cuda_state, self._cuda)
         for (home, name), values in zip(self._norms, self._statistics):
             if (now := home.get(name)) is not None:
                 now.copy_(values)

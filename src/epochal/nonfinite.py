@@ -20,8 +20,25 @@ _DATA = 'mend or leave out these rows, or use nonfinite="skip"'
 _LAYER = f"keep its inputs where it is defined (add an epsilon, clamp), {_MILDER}"
 _LOSS = f"keep what it takes a logarithm, a root or a quotient of away from 0, {_MILDER}"
 _GRADIENT = f"a root, a norm or a quotient has no finite gradient at 0: add an epsilon; or {_MILDER}"
-_WEIGHT = "look at the file the weights came from, and at whatever else changes them: no update has made this"
+_WEIGHT = "an update has overflowed (lower lr), or look at the file the weights came from and at what else changes them"
 _UNKNOWN = f"look for NaN in the data, {_MILDER}"
+
+
+def weight(modules: Sequence[nn.Module]) -> str | None:
+    """The name of a trained weight that is not finite, None if all of them are."""
+    every = [named for module in modules for named in module.named_parameters()]
+    # Neither for sparse ones nor for those of a byte does torch know it.
+    trained = [(n, p) for n, p in every if p.requires_grad and p.layout is torch.strided and p.dtype.itemsize > 1]
+    finite = [torch.isfinite(p.detach()).all() for _, p in trained]
+    if not finite or torch.stack([one.to(finite[0].device) for one in finite]).all():  # one look, nothing else waits
+        return None
+    return next(name for (name, _), one in zip(trained, finite) if not one)
+
+
+def of_weight(name: str, step: int) -> NonFiniteError:
+    """What to raise instead of saving it."""
+    what = f"the weight {name!r} is not finite, though loss and gradients were; it is not saved."
+    return NonFiniteError(what, where=f"after step {step}", fix=f"{_WEIGHT}; resume goes on from the newest checkpoint")
 
 
 class Place(NamedTuple):
@@ -48,7 +65,7 @@ class Finding(NamedTuple):
         if self.rows:
             rows = ", ".join(map(str, self.rows[:ROWS_TOLD]))
             more = f" and {len(self.rows) - ROWS_TOLD} more" if len(self.rows) > ROWS_TOLD else ""
-            told.append(f"row{'s' if len(self.rows) > 1 else ''} {rows}{more}")
+            told.append(f"row{'s' if len(self.rows) > 1 else ''} {rows}{more} of it")
         measured = f"loss {loss:g}, " + (f"gradient norm {norm:g}, " if norm is not None else "")
         told.append(f"{measured}lr {place.lr:g}")
         return NonFiniteError(f"{self.what}; the weights were not touched.", where="; ".join(told), fix=self.fix)

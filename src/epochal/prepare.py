@@ -15,6 +15,7 @@ from epochal.cadence import Every
 from epochal.checkpoint import codec
 from epochal.checkpoint.saver import Saver
 from epochal.checkpoint.store import Checkpoints, Saving
+from epochal.checkpoint.weights import refuse_unholdable, weights_of
 from epochal.data.batch import split
 from epochal.data.given import GivenLoader
 from epochal.data.window import Window
@@ -112,12 +113,18 @@ def _materialise(model: nn.Module, data: Data, device: torch.device) -> None:
 
 
 def _on_device(step: Step, device: torch.device) -> Step:
-    """A user's step gets its batches on the run's device."""
-    if not devices.moves(device):
-        return step
-    return lambda state, window: step(
-        state, Window([devices.move(batch, device) for batch in window.batches], window.sizes)
-    )
+    """A user's step, which gets its batches on the run's device; when it has moved which weights, only it knows."""
+
+    def whole(state: TrainState, window: Window) -> Any:
+        if devices.moves(device):
+            window = Window([devices.move(batch, device) for batch in window.batches], window.sizes)
+        state.is_torn = True
+        result = step(state, window)
+        state.is_torn = False
+        return result
+
+    whole.__name__ = getattr(step, "__name__", type(step).__name__)
+    return whole
 
 
 def _optimizer(plan: Plan, modules: Sequence[nn.Module]) -> Any:
@@ -183,7 +190,7 @@ def _watch(plan: Plan, run: Run) -> None:
     chosen = plan.observers if plan.observers is not None else ([Console()] if is_first else [])
     extras: dict[str, Any] = {
         "best": run.best, "averages": run.averages, "data.train": run.train, "data.val": run.validation.loader,
-        "early_stopping": stopping.fresh() if stopping else None, "step": run.step,
+        "early_stopping": stopping.fresh() if stopping else None, "step": plan.step or run.step,
         **_by_kind(chosen),
     }  # fmt: skip
     run.state.extras.update({name: one for name, one in extras.items() if isinstance(one, Stateful)})
@@ -211,6 +218,7 @@ def _record(plan: Plan, run: Run, folder: Path) -> None:
     recorder = Recorder(folder, plan.model, environment=run.about["environment"], goes_on=saving.on_full == "continue")
     run.observers = [recorder, *run.observers]  # first: another observer's error does not silence it
     codec.encode(run.state.state_dict())  # what cannot be saved is known before anything is trained
+    refuse_unholdable(weights_of(plan.model), "train without run=, or make it a buffer with persistent=False")
     run.notes += room_on_disk(run.state, folder, saving)
     if plan.resume:
         run.notes += resume(run, folder, checkpoints)

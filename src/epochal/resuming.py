@@ -11,11 +11,13 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from epochal.cadence import Every
 from epochal.checkpoint.store import Checkpoints, Found, Saving, free_space
 from epochal.checkpoint.weights import IMPORTED, load_into, load_weights
 from epochal.data.fingerprint import fingerprint
 from epochal.describe import config
 from epochal.errors import CheckpointError, DiskFullError, RunFolderError
+from epochal.events import StopReason
 from epochal.observe.early_stopping import EarlyStopping
 from epochal.runtime.environment import environment
 
@@ -25,19 +27,11 @@ if TYPE_CHECKING:
     from epochal.state import TrainState
 
 UNTOLD = {"run", "resume", "save"}  # options that say nothing of the training
-HARMLESS = {
-    "epochs",
-    "max_steps",
-    "max_time",
-    "patience",
-    "early_stopping",
-    "epochal",
-    "git_commit",
-    "cores",
-    "workers",
-}
-_LAYOUTS = (torch.strided, torch.sparse_coo)
 LENGTHS = ("epochs", "max_steps", "max_time")
+# What may change without a bit of an update changing.
+HARMLESS = {*LENGTHS, "patience", "early_stopping", "epochal", "git_commit", "cores", "workers"}
+KEPT = {"lr", "weight_decay", "seed"}  # as the settings of an optimizer, they are in the state
+_LAYOUTS = (torch.strided, torch.sparse_coo)
 
 
 def about(plan: Plan, run: Run) -> dict[str, Any]:
@@ -54,6 +48,7 @@ def about(plan: Plan, run: Run) -> dict[str, Any]:
         },
         "settings": {
             "loss": _plain(vars(plan.loss)) if isinstance(plan.loss, nn.Module) else {},
+            "early_stopping": _plain(vars(plan.early_stopping)) if plan.early_stopping else {},
             "optimizer": {} if is_named else _plain(getattr(state.optimizer, "defaults", {})),
         },
         "data": {"train": fingerprint(run.train)} | ({} if val is None else {"val": fingerprint(val)}),
@@ -77,15 +72,15 @@ def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
     """
     found = checkpoints.newest_whole()
     if found is None:
-        if (weights := folder / IMPORTED).exists():
-            load_into(run.state.model, load_weights(weights), str(weights))
-            yield "begun with the weights that were imported."
-            return
         rows = folder / "results.csv"  # empty as long as there is none
         if (folder / "model.safetensors").exists() or (rows.exists() and rows.stat().st_size):
             what, fix = "the run has no checkpoint that could be resumed from.", "begin another one in a new folder"
             raise RunFolderError(what, where=f"{folder}: it holds results, which would be overwritten", fix=fix)
-        yield "there is no checkpoint yet: the run begins anew."
+        if (weights := folder / IMPORTED).exists():
+            load_into(run.state.model, load_weights(weights), str(weights))
+            yield "begun with the weights that were imported."
+        else:
+            yield "there is no checkpoint yet: the run begins anew."
         return
     for damaged in found.damaged:
         yield f"{Path(damaged.where or '').name} is left out: {damaged.what}"
@@ -95,11 +90,22 @@ def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
     run.keep_as_saved()
     yield f"resumed from {found.path.name}, after {_counted(run.state.progress.step, 'step')}."
     yield from _changes(recorded, run.about)
-    if run.state.stop is not None and _is_longer(recorded["plan"], run.about["plan"]):
+    if (schedule := run.state.schedule) is not None and schedule.length != (old := found.state["schedule"]["length"]):
+        yield f"no longer exact: the schedule is stretched from {old} moves to {schedule.length}, and the rate follows."
+    if run.state.stop is None:
+        return
+    stopping = [part for part in run.state.extras.values() if isinstance(part, EarlyStopping)]
+    if _is_longer(recorded["plan"], run.about["plan"]):
         run.state.stop = None
-        for part in run.state.extras.values():
-            if isinstance(part, EarlyStopping):
-                part.begin_anew()
+        for part in stopping:
+            part.begin_anew()
+            yield "early stopping begins to count anew."
+    elif run.state.stop.reason is StopReason.EARLY_STOPPING and _stopping(recorded) != _stopping(run.about):
+        run.state.stop = None
+        for part in stopping:
+            part.early_stop = False  # the new patience decides, over what has been counted
+    else:
+        yield "it had ended, and is not trained further: for that, raise epochs, max_steps, max_time or patience."
 
 
 def _told(found: Found) -> dict[str, dict[str, Any]]:
@@ -142,11 +148,18 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     }
-    if harmless := [line for name, line in changed.items() if name in HARMLESS]:
+    harmless, kept, serious = [], [], []
+    for name, line in changed.items():
+        first = name.partition(" ")[0]
+        (harmless if first in HARMLESS else kept if name in KEPT or name.startswith("optimizer ") else serious).append(
+            line
+        )
+    if harmless:
         yield f"changed since: {', '.join(harmless)}."
-    if serious := [line for name, line in changed.items() if name not in HARMLESS]:
-        kept = " The optimizer keeps the rate of the checkpoint." if {"lr", "optimizer lr"} & changed.keys() else ""
-        yield f"no longer exact, as these have changed: {', '.join(serious)}.{kept}"
+    if kept:
+        yield f"not taken over, for the checkpoint's own goes on: {', '.join(kept)}."
+    if serious:
+        yield f"no longer exact, as these have changed: {', '.join(serious)}."
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -163,8 +176,16 @@ def _text(value: Any) -> str:
 
 def _is_longer(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether a limit was raised, or taken away."""
-    limits = [(then[name], now.get(name)) for name in LENGTHS if name in then]
-    return any(limit is None or (type(limit) is type(before) and limit > before) for before, limit in limits)
+    limits = [(_amount(then[name]), _amount(now.get(name))) for name in LENGTHS if name in then]
+    return any(limit is None or (before is not None and limit > before) for before, limit in limits)
+
+
+def _amount(limit: Any) -> float | None:
+    return Every.parse(limit).count if isinstance(limit, str) else limit
+
+
+def _stopping(recorded: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    return [recorded[section].get(name) for section in ("plan", "settings") for name in ("patience", "early_stopping")]
 
 
 def _counted(count: int, thing: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from epochal import loop
+from epochal import loop, nonfinite
 from epochal.cadence import Every
 from epochal.checkpoint.saver import Saver
 from epochal.data.given import GivenLoader
@@ -87,12 +87,17 @@ class Run:
     _last_evaluation: float = field(default_factory=time.perf_counter, init=False)
     _last_saving: float = field(default_factory=time.perf_counter, init=False)
     _saved_mark: tuple = field(default=(), init=False)
+    _has_begun: bool = field(default=False, init=False)
+    _were_finite: bool = field(default=False, init=False)  # the weights at the start, of a run that saves
     _modes: list[tuple[nn.Module, bool]] = field(default_factory=list, init=False)
     _train_modes: list[tuple[nn.Module, bool]] = field(default_factory=list, init=False)
 
     def __iter__(self) -> Iterator[Event]:
         """The whole run, in the order in which things happen."""
         state, progress = self.state, self.state.progress
+        if self._has_begun:
+            fix = "iterate over it once; resume=True continues it in another run"
+            raise PlanError("a run is iterated over once, and this one was.", where="iter(Run)", fix=fix)
         self._begin()
         yield self._tell(self.started)
         yield from map(self._note, self.notes)
@@ -128,7 +133,8 @@ class Run:
         asked = self.signals.received is not None and isinstance(error, WorkerError)  # the signal reached them too
         try:
             if self.ended is None:
-                self._leave(error, *(self._reason() if asked else (_reason_of(error), _first_line(error))))
+                reason, message = self._reason() if asked else (_reason_of(error), _first_line(error))
+                self._leave(None if asked else error, reason, message)
         finally:
             self.signals.__exit__(kind, error, trace)
         if error is not None and (told := worker_error(error, f"step {self.state.progress.step}")) is not None:
@@ -142,11 +148,11 @@ class Run:
                 list(self._save(wait=True))
             elif not isinstance(error, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
                 list(self._saved(wait=True))
-            self._end(reason, message, is_torn=isinstance(error, KeyboardInterrupt))
-        except Exception as failure:
+            self._end(reason, message, is_torn=self.state.is_torn or isinstance(error, KeyboardInterrupt))
+        except BaseException as failure:
             if self.ended is None:
-                self._end(reason, message)
-            if error is None:
+                self._end(reason, message, is_torn=self.state.is_torn)
+            if error is None or not isinstance(failure, Exception):
                 raise
             error.add_note(f"epochal: {failure}")  # what ended the run matters more
 
@@ -163,7 +169,8 @@ class Run:
         )  # fmt: skip
 
     def _begin(self) -> None:
-        progress = self.state.progress
+        progress, self._has_begun = self.state.progress, True
+        self._were_finite = self.saver is not None and nonfinite.weight(self.state.modules) is None
         self.started = replace(self.started, done=progress.epoch, step=progress.step, rows=tuple(self.state.rows))
         self._began = time.perf_counter() - self.state.progress.seconds
         self._last_evaluation = self._last_saving = time.perf_counter()
@@ -297,6 +304,9 @@ class Run:
         if self.saver is None or self._mark() == self._saved_mark:
             return
         self._settle()
+        if self._were_finite and (name := nonfinite.weight(self.state.modules)) is not None:
+            self.state.is_torn = True  # nor may they be the final ones
+            raise nonfinite.of_weight(name, self.state.progress.step)
         self.state.progress.seconds = self._seconds()
         self.saver.start(self.state.progress.step, {**self.state.state_dict(), "about": self.about})
         self.keep_as_saved()
@@ -328,24 +338,28 @@ class Run:
 
     def _end(self, reason: StopReason, message: str, *, is_torn: bool = False) -> Ended:
         """Puts the best weights and the modules' modes back, and tells. is_torn: an update may be half done."""
-        progress = self.state.progress
-        restored = self.best.restore()
-        for part, training in self._modes:
-            part.training = training
-        seconds = self._seconds()
-        self.ended = Ended(
-            reason, message or reason.message, self.best.best, restored, progress.epoch, progress.step, seconds,
-            is_torn and not restored,
-        )  # fmt: skip
+        progress, restored = self.state.progress, False
         try:
-            self._tell(self.ended)
-        finally:
-            for resource in (self.train, self.validation.loader):
-                if resource is not None:
-                    resource.close()
-            if self.lock is not None:
-                self.lock.release()
+            restored = self.best.restore()
+        finally:  # a model that was changed meanwhile may not take them
+            for part, training in self._modes:
+                part.training = training
+            self.ended = Ended(
+                reason, message or reason.message, self.best.best, restored, progress.epoch, progress.step,
+                self._seconds(), is_torn and not restored,
+            )  # fmt: skip
+            try:
+                self._tell(self.ended)
+            finally:
+                self._let_go()
         return self.ended
+
+    def _let_go(self) -> None:
+        for loader in (self.train, self.validation.loader):
+            if loader is not None:
+                loader.close()
+        if self.lock is not None:
+            self.lock.release() if self.saver is None else self.saver.then(self.lock.release)
 
 
 def _first_line(error: BaseException | None) -> str:

@@ -74,7 +74,8 @@ class TrainState:
 
     optimizer: None where the step brings its own. seed: of the order of the samples. rows: the history. stop: what
     an observer decided, if it did. extras: what else has a state, by name (the best weights so far, early stopping,
-    running means, stateful observers and steps).
+    running means, stateful observers and steps). is_torn: while weights are moved, so that half an update is known
+    as one when an error comes out of it.
     """
 
     model: nn.Module
@@ -86,6 +87,7 @@ class TrainState:
     seed: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
     stop: Stop | None = None
+    is_torn: bool = False
     extras: dict[str, Stateful] = field(default_factory=dict)
 
     @property

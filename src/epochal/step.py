@@ -25,6 +25,9 @@ from epochal.runtime import precision as precisions
 if TYPE_CHECKING:
     from epochal.state import TrainState
 
+# The kernel of torch's own GradScaler; with a scale of 1 it changes no bit of what is finite.
+_flag_nonfinite = torch._amp_foreach_non_finite_check_and_unscale_
+
 
 class Sum:
     """What the micro-batches of a window (as it was cut, if it was) add up to: the weighted mean, and its weight.
@@ -183,7 +186,8 @@ class Update:
             parts = (part for module in state.modules for part in module.modules())
             self._batch_norm = any(isinstance(part, _BatchNorm) for part in parts)
             self._kept.extend(Buffers(state.modules, self.device) for _ in range(2 if self._reads_late else 1))
-        self._kept.rotate()
+        if self._reads_late:
+            self._kept.rotate()
         before = self._kept[0]
         before.keep()
         return before
@@ -235,18 +239,16 @@ class Update:
         """Sets the flag where the loss or a gradient is not finite: one pass over them, and nothing waits."""
         if self._moves:
             loss = loss.to(self.device)
-        # The kernel of torch's own GradScaler, with a scale of 1: it changes no bit of what is finite.
-        check = torch._amp_foreach_non_finite_check_and_unscale_
         if state.scaler is not None:
             # An fp16 gradient may overflow: its scaler sees that, skips the update and scales down.
             state.scaler.unscale_(state.optimizer)
-            return check([loss], self._found, self._one)
+            return _flag_nonfinite([loss], self._found, self._one)
         looked_at = _gradients(state)
         looked_at.append(loss)
         try:
-            return check(looked_at, self._found, self._one)
+            return _flag_nonfinite(looked_at, self._found, self._one)
         except RuntimeError:  # a gradient is sparse or complex, which is not asked of each at every step
-            return check([*_dense_gradients(state), loss], self._found, self._one)
+            return _flag_nonfinite([*_dense_gradients(state), loss], self._found, self._one)
 
     def _leave_out(self, state: TrainState, doubtful: Doubtful, notes: list[str]) -> StepResult:
         """All is put back, as if the window had never been given to the model; unless that is an error."""
@@ -313,15 +315,18 @@ class Update:
         return norm
 
     def _move_weights(self, state: TrainState, unless_found: bool) -> bool:
-        if state.scaler is None:
-            if unless_found:
-                return _step_unless(self._found, state.optimizer)
+        state.is_torn, applied = True, True
+        if state.scaler is not None:
+            scale = state.scaler.get_scale()
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+            applied = state.scaler.get_scale() >= scale
+        elif unless_found:
+            _step_unless(self._found, state.optimizer)
+        else:
             state.optimizer.step()
-            return True
-        scale = state.scaler.get_scale()
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        return state.scaler.get_scale() >= scale
+        state.is_torn = False
+        return applied
 
 
 def _device_can_leave_out(state: TrainState) -> bool:
@@ -334,13 +339,12 @@ def _device_can_leave_out(state: TrainState) -> bool:
     return able and state.scaler is None and state.progress.step > 0
 
 
-def _step_unless(found: Tensor, optimizer: Any) -> bool:
+def _step_unless(found: Tensor, optimizer: Any) -> None:
     optimizer.found_inf = found
     try:
         optimizer.step()
     finally:
         del optimizer.found_inf
-    return True
 
 
 def _weighted(value: Tensor, weight: float | Tensor) -> Tensor:

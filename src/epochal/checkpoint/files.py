@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from epochal.errors import FileError
 Data = bytes | bytearray | memoryview
 SMALL = 2**20  # bytes that are put together and written at once
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+ASIDE = re.compile(r"\..+\.\d+\.tmp")  # as :func:`aside` makes them
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 FOR_READING = os.O_RDONLY | NO_LINK | getattr(os, "O_NONBLOCK", 0)  # and no waiting for a pipe
 
@@ -39,10 +41,13 @@ def write(path: Path, *chunks: Data) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Adds to the end of a file, which is made if it is missing; does not wait for the disk. Raises OSError."""
+    """Adds to the end of a file, which is made if it is missing; does not wait for the disk. Raises OSError, and adds
+    nothing then.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINK, 0o666)
     try:
         if (written := os.write(descriptor, data)) < len(data):
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)  # no half lines
             raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes were written")
     finally:
         os.close(descriptor)
@@ -126,7 +131,7 @@ def sweep(folder: Path) -> None:
     """Removes what crashed processes left aside in a folder that this process alone may write to."""
     with suppress(OSError):
         for name in os.listdir(folder):
-            if name.startswith(".") and name.endswith(".tmp"):
+            if ASIDE.fullmatch(name):
                 with suppress(OSError):
                     os.unlink(folder / name)
                 remove_folder(folder / name)

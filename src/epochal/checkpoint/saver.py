@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ class Saver:
         return self._thread is not None
 
     def may_start(self, seconds: float) -> bool:
-        """Whether one more save keeps within its share of the time that the run has taken until now."""
-        return self._share is None or (not self.is_busy and self._spent + self._last <= self._share * seconds)
+        """Whether one more save keeps within its share of the run's seconds until now, with what is to come in any
+        case: the one at the end, and the weights, which cost about as much.
+        """
+        return self._share is None or (not self.is_busy and self._spent + 3 * self._last <= self._share * seconds)
 
     def start(self, step: int, state: Mapping[str, Any]) -> None:
         """Takes a snapshot of the state and begins to write it. Nothing else may be in flight."""
@@ -39,6 +41,7 @@ class Saver:
         snapshot = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         # A daemon, so that a second Ctrl-C does not wait for it: what it leaves half-written is swept up later.
         self._thread = threading.Thread(target=self._write, args=(step, tree, snapshot), daemon=True, name="checkpoint")
+        self._outcome = None
         self._thread.start()
         self._last = time.perf_counter() - began
 
@@ -49,6 +52,13 @@ class Saver:
         except Exception as error:  # it is raised where the training can hear it
             outcome = error
         self._outcome = step, outcome, time.thread_time()
+
+    def then(self, function: Callable[[], object]) -> None:
+        """Calls the function when nothing is being written: at once, or after a writing that nobody waits for."""
+        if (writing := self._thread) is None:
+            function()
+        else:
+            threading.Thread(target=lambda: (writing.join(), function()), daemon=True).start()
 
     def finished(self, *, wait: bool = False) -> tuple[int, Path] | None:
         """The step and the folder of what has been written since the last call; raises what went wrong with it."""

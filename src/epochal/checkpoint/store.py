@@ -37,7 +37,7 @@ class Saving:
 
     every: str | Every = "1 epoch"
     keep: int = 3
-    share: float | None = 0.05
+    share: float | None = 0.02
     on_full: str = "stop"
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class Saving:
         if not isinstance(self.keep, int) or isinstance(self.keep, bool) or self.keep < 1:
             raise PlanError("keep must be an integer of at least 1.", where=f"keep={self.keep!r}", fix="try keep=3")
         if self.share is not None and not (isinstance(self.share, int | float) and self.share > 0):
-            raise PlanError("share is a part of the time, above 0.", where=f"share={self.share!r}", fix="try 0.05")
+            raise PlanError("share is a part of the time, above 0.", where=f"share={self.share!r}", fix="try 0.02")
         if self.on_full not in ("stop", "continue"):
             raise UnknownNameError.of_name(
                 "policy for a full disk", self.on_full, ("stop", "continue"), where="on_full"
@@ -229,6 +229,7 @@ def _unwritable(folder: Path, error: OSError) -> CheckpointError:
     fix = {
         errno.ENOSPC: "free some space",
         errno.EDQUOT: "free some space",
+        errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
         errno.EROFS: "make the disk writable",
         errno.EACCES: "give the user of this process the right to write there",
     }.get(error.errno or 0, "look at the disk, or choose another place")

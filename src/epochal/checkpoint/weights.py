@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from epochal.checkpoint import files, tensors
 from epochal.errors import CheckpointError
 
 IMPORTED = "imported.safetensors"  # in a run folder: what a run begins with that has no checkpoint yet
+DIGEST = "epochal.sha256"  # metadata, as the next one
 SHARED = "epochal.shared"  # metadata: names that share a tensor -> the name it is stored under
 
 
@@ -26,35 +28,58 @@ def save_weights(weights: Mapping[str, Any], path: str | Path) -> None:
     kept: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     first: dict[tuple, str] = {}
+    refuse_unholdable(weights, 'keep it out of get_extra_state(), or use torch\'s own format: result.save("model.pt")')
     for name, value in weights.items():
-        if not isinstance(value, Tensor) or value.dtype not in tensors.DTYPES:
-            what = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            what = f"{what} cannot be kept in a safetensors file."
-            fix = 'keep other things out of get_extra_state(), or use torch\'s own format: result.save("model.pt")'
-            raise CheckpointError(what, where=f"entry {name!r} of the state dict", fix=fix)
+        value = value.detach().resolve_conj().resolve_neg()  # a copy, where either is still to be done
         place = _place(value)
         if place in first:
             shared[name] = first[place]
         else:
             first[place] = name
-            kept[name] = value.detach().cpu().contiguous().resolve_conj().resolve_neg()
-    ties = {SHARED: msgspec.json.encode(shared).decode()} if shared else {}
-    files.replace_bytes(path, *tensors.chunks(kept, {"format": "pt", **ties}))
+            kept[name] = value.cpu().contiguous()
+    facts = {"format": "pt"} | ({SHARED: msgspec.json.encode(shared).decode()} if shared else {})
+    files.replace_bytes(path, *tensors.chunks(kept, {**facts, DIGEST: _digest(kept, facts)}))
+
+
+def _digest(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
+    """sha256 of what the file would be without it, so that the file itself tells whether it is whole."""
+    digest = hashlib.sha256()
+    for chunk in tensors.chunks(weights, facts):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a state dict; a module's extra state, which may be anything, is in the checkpoints alone."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def refuse_unholdable(weights: Mapping[str, Any], fix: str) -> None:
+    """CheckpointError for the first entry that a safetensors file cannot hold."""
+    for name, value in weights.items():
+        is_tensor = isinstance(value, Tensor)
+        if not is_tensor or value.dtype not in tensors.DTYPES or value.layout is not torch.strided:
+            what = f"a tensor ({value.dtype}, {value.layout})" if is_tensor else f"a {type(value).__name__}"
+            where = f"entry {name!r} of the state dict"
+            raise CheckpointError(f"{what} cannot be kept in a safetensors file.", where=where, fix=fix)
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Reads what :func:`save_weights` wrote, or any other safetensors file.
 
-    Raises CheckpointError if it is missing or is not a safetensors file.
+    Raises CheckpointError if it is missing, is not a safetensors file, or is not what epochal wrote.
     """
     try:
         data = files.read(Path(path), most=psutil.virtual_memory().available // 2)  # as bytes, and as tensors
     except OSError as error:
         why = f"the weights cannot be read: {error.strerror or error}."
         raise CheckpointError(why, where=str(path), fix="give a .safetensors file that epochal wrote") from error
-    found = tensors.parse(data, str(path))
+    found, facts = tensors.parse(data, str(path)), tensors.metadata(data)
+    if (written := facts.pop(DIGEST, None)) is not None and written != _digest(found, facts):
+        fix = "copy it from a backup; in a run folder, resume the run, or export a checkpoint of it"
+        raise CheckpointError("the weights are damaged: they are not what was written.", where=str(path), fix=fix)
     try:
-        shared = msgspec.json.decode(tensors.metadata(data).get(SHARED, "{}"), type=dict[str, str])
+        shared = msgspec.json.decode(facts.get(SHARED, "{}"), type=dict[str, str])
     except ValueError as error:
         what = f"the names of shared weights cannot be read: {error}."
         raise CheckpointError(what, where=str(path), fix="use the file as epochal wrote it") from error

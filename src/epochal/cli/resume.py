@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
-from cyclopts import Parameter
+from cyclopts import CycloptsError, Parameter
 from msgspec import Struct
 
 from epochal.checkpoint import files
 from epochal.cli import application
 from epochal.cli.folders import existing
+from epochal.cli.train import Set
 from epochal.cli.training import FLAGS
-from epochal.errors import RunFolderError
+from epochal.errors import PlanError, RunFolderError
 
 DONE = {"epochs", "max_steps", "max_time", "early_stopping", "asked"}  # reasons that are an end, not a break
 
@@ -25,23 +27,36 @@ def resume(
     /,
     *,
     epochs: Annotated[int | None, Parameter(help="Train until so many are done in all; else as it was begun.")] = None,
+    changes: Set = [],  # noqa: B006  (it is only read)
 ) -> None:
     """Go on with an interrupted run, or train one further.
 
     It continues from its newest checkpoint that is whole, with the flags that it was begun with; the recipe or table is
-    read where it was. A run that has ended is left as it is, unless --epochs asks for more.
+    read where it was. A run that has ended is left as it is, unless --epochs or --set ask for more; --set changes the
+    plan of a recipe, as in train.
     """
     facts = _facts(run)
     words, done = _command(run, facts.command), facts.epochs or 0
-    if facts.status == "ended" and facts.reason in DONE and (epochs is None or epochs <= done):
+    if facts.status == "ended" and facts.reason in DONE and (epochs is None or epochs <= done) and not changes:
         print(f"{run} has ended, after epoch {done}: {facts.message}", file=sys.stderr)
         print(f"epochal resume {shlex.quote(str(run))} --epochs N trains until N epochs are done", file=sys.stderr)
         return
     flags = run / FLAGS[words[0]]
     tokens = [*words, *(["--config", str(flags)] if flags.exists() else []), "--run", str(run), "--resume"]
     tokens += [] if epochs is None else ["--epochs", str(epochs)]
+    if changes and words[0] != "train":
+        fix = f"leave it out; {flags} holds the flags that the run was begun with"
+        raise PlanError("--set changes the plan of a recipe, and this run has none.", where=str(run), fix=fix)
+    if changes:  # the command line's take the place of the file's: those come first
+        before = tomllib.loads(flags.read_text()).get("set", []) if flags.exists() else []
+        tokens += [word for change in (*before, *changes) for word in ("--set", change)]
     # What the environment said when the run was begun stands in the file; what it says now is not asked.
-    application(tokens, environment=False)(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    app = application(tokens, environment=False)
+    try:
+        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        fix = f"what the run was begun with stands in {flags}: change there what the recipe calls otherwise now"
+        raise PlanError(str(error), where=str(run), fix=fix) from None
 
 
 class Facts(Struct):
@@ -68,7 +83,7 @@ def _facts(run: Path) -> Facts:
         what, fix = f"its run.json cannot be read: {error}.", "copy it from a backup; nothing else is touched"
         raise RunFolderError(what, where=str(run / "run.json"), fix=fix) from error
     if facts.status == "imported":
-        fix = f"begin one with them: epochal train RECIPE.py --run {shlex.quote(str(run))} --set resume=true"
+        fix = f"begin one with them: epochal train RECIPE.py --run {shlex.quote(str(run))} --resume"
         raise RunFolderError("it holds imported weights, and no run yet.", where=str(run), fix=fix)
     return facts
 

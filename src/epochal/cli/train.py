@@ -111,7 +111,7 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
     if given.get("drawn") is None and given.get("seed") is None and "seed" not in chosen:
         given = {**given, "drawn": int.from_bytes(os.urandom(4))}
     plan = planned(path, make, chosen, given)
-    files = {"recipe.py": path.read_text(encoding="utf-8")}
+    files = {"recipe.py": path.read_bytes()}
     with blaming(path):
         words = ["train", str(path.absolute())]
         training.train(plan, words, flags(chosen, given), files, "epochal runs show {run}")

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 FLAGS = {"demo": "demo.toml", "fit": "fit.toml", "train": "recipe.toml"}  # the file of a command's flags in its run
 
 
-def train(plan: Plan, command: Sequence[str], flags: Mapping[str, Any], files: Mapping[str, str], then: str) -> None:
+def train(
+    plan: Plan, command: Sequence[str], flags: Mapping[str, Any], files: Mapping[str, str | bytes], then: str
+) -> None:
     """Trains, in a new folder ``runs/name-N`` where the plan has none, and prints the results.
 
     command: the words without flags, paths absolute. flags: all of them, as they were resolved. files: texts that
@@ -61,7 +63,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str | list) else str(value)
 
 
-def _trained(plan: Plan, command: Sequence[str], files: Mapping[str, str]) -> Result:
+def _trained(plan: Plan, command: Sequence[str], files: Mapping[str, str | bytes]) -> Result:
     run, folder = None, Path(plan.run or "")
     try:
         with plan.prepare() as run:
@@ -70,7 +72,7 @@ def _trained(plan: Plan, command: Sequence[str], files: Mapping[str, str]) -> Re
             for name, text in files.items():
                 # A run that is continued keeps what it was begun with, but for the flags: it may be asked for more.
                 if not (has_begun and (folder / name).exists()) or name in FLAGS.values():
-                    replace_bytes(folder / name, text.encode())
+                    replace_bytes(folder / name, text.encode() if isinstance(text, str) else text)
             for _ in run:
                 pass
     except KeyboardInterrupt as error:
@@ -98,7 +100,7 @@ def _draw(run: Run, folder: Path) -> None:
 def _interrupted(run: Run, folder: Path, signal: Signals) -> Interrupted:
     step = run.state.progress.step
     checkpoints = run.saver.checkpoints.all() if run.saver is not None else []
-    is_saved = bool(checkpoints) and checkpoints[-1].name.startswith(f"step-{step:08d}")
+    is_saved = any(path.name.startswith(f"step-{step:08d}") for path in checkpoints)
     told = "a checkpoint is saved" if is_saved else "it could not be saved"
     what = f"{signal.name} ended the run after step {step}; {told}."
     error = Interrupted(what, where=str(folder), fix=f"epochal resume {shlex.quote(str(folder))}")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -19,7 +20,7 @@ from epochal.cli.folders import print_facts
 from epochal.cli.options import Config, Device, Epochs, Precision, Seed
 from epochal.cli.train import Set, blaming, flags, load, planned
 from epochal.cli.training import written
-from epochal.errors import CheckpointError, RecipeError
+from epochal.errors import CheckpointError, Interrupted, RecipeError
 
 TASK = "EPOCHAL_VERIFY"  # in the environment of a child: what it is to do, as JSON
 ASKED = "flags.toml"
@@ -77,7 +78,8 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
         _run(path, make, chosen, given, **json.loads(task))
         return
     kills, most = given.get("kills", 2), given.get("steps") or MOST
-    with tempfile.TemporaryDirectory(prefix="epochal-verify-") as folder, _server(path, Path(folder)) as server:
+    scratch = tempfile.TemporaryDirectory(prefix="epochal-verify-")
+    with _ended_by_sigterm(), scratch as folder, _server(path, Path(folder)) as server:
         Path(folder, ASKED).write_text(written(flags(chosen, given)))
         straight, killed = Path(folder, "straight"), Path(folder, "killed")
         print("running straight", file=sys.stderr)
@@ -94,10 +96,34 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
         _compare(path, straight, killed, at)
 
 
-def _server(path: Path, folder: Path) -> subprocess.Popen[str]:
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM leaves nothing in the temporary directory, as Ctrl-C does."""
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # nothing shall disturb the tidying
+        error = Interrupted("ended by SIGTERM.", fix="run it again; nothing was left behind")
+        error.exit_code = 128 + number
+        raise error
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _server(path: Path, folder: Path) -> Iterator[subprocess.Popen[str]]:
     given = {name: value for name, value in os.environ.items() if not name.startswith("EPOCHAL_")}
     command = [sys.executable, "-c", SERVER, "verify-resume", str(path), "--config", str(folder / ASKED)]
-    return subprocess.Popen(command, env=given, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipe: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=given, start_new_session=True, **pipe) as server:
+        try:
+            yield server
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)  # the run in hand, too, if this ends before it
 
 
 def _in_a_child(server: subprocess.Popen[str], task: dict[str, Any]) -> None:
@@ -129,7 +155,8 @@ def _run(
     with blaming(path), plan.prepare() as prepared, open(trace, "w") as log:
         names = {id(p): name for module in prepared.state.modules for name, p in module.named_parameters()}
         groups = prepared.state.optimizer.param_groups if prepared.state.optimizer is not None else []
-        print(json.dumps([names.get(id(p), "?") for group in groups for p in group["params"]]), file=log, flush=True)
+        parameters = [names.get(id(p), "?") for group in groups for p in group["params"]]
+        print(json.dumps({"parameters": parameters, "exactness": prepared.train.exactness}), file=log, flush=True)
         prepared.step = _traced(prepared.step, log)
         for event in prepared:
             if isinstance(event, StepDone) and event.step == kill_at:
@@ -189,13 +216,13 @@ def _state(run: Path) -> dict[str, Any]:
 
 def _compare(path: Path, straight: Path, killed: Path, at: Sequence[int]) -> None:
     """Prints what is equal and what is not. Raises RecipeError if anything is not."""
-    names, *lines = (json.loads(line) for line in _traces(straight)[0].read_text().splitlines())
+    known, *lines = (json.loads(line) for line in _traces(straight)[0].read_text().splitlines())
     expected = {line["step"]: line for line in lines}
     first = next(_deviations(expected, _traces(killed)), None)
     one, other = _state(straight), _state(killed)
     parts = (*SECTIONS, *sorted(one.keys() | other.keys()))
     places = {part: _difference(one.get(part), other.get(part)) for part in parts}
-    told = {name: _named(name, place, names) for name, place in places.items() if place is not None}
+    told = {name: _named(name, place, known["parameters"]) for name, place in places.items() if place is not None}
     if not told and (straight / "model.safetensors").read_bytes() != (killed / "model.safetensors").read_bytes():
         told["weights"] = "model.safetensors"
     rest = [line for name, line in told.items() if name not in SECTIONS]
@@ -209,7 +236,7 @@ def _compare(path: Path, straight: Path, killed: Path, at: Sequence[int]) -> Non
         }
     )
     if first is not None or told:
-        raise _failure(first, next(iter(told.values()), None))
+        raise _failure(first, next(iter(told.values()), None), known["exactness"])
 
 
 class Deviation(NamedTuple):
@@ -232,11 +259,12 @@ def _deviations(expected: Mapping[int, Any], traces: Sequence[Path]) -> Iterator
                     yield Deviation(kills, line["step"], part, number > 0)
 
 
-def _failure(first: Deviation | None, entry: str | None) -> RecipeError:
+def _failure(first: Deviation | None, entry: str | None, exactness: str | None) -> RecipeError:
+    """exactness: what is known of the loader that cannot be repeated."""
     what, at_the_end = "the resumed run differs", f"at the end, {entry}" if entry else "in the end it is the same again"
     if first is None:  # after the last update, or in what no update depends on
         return RecipeError(f"{what} in its end alone.", where=at_the_end, fix=KEPT)
-    fix = DRAWN
+    fix = exactness or DRAWN
     if first.part in ("parameters", "optimizer"):
         fix = KEPT
         if first.is_late:

@@ -50,7 +50,7 @@ def import_checkpoint(
         {
             "weights": f"{len(weights):,} tensors, {sum(value.numel() for value in weights.values()):,} numbers",
             "files": f"{run}: {', '.join(held(run))}",
-            "next": f"epochal train RECIPE.py --run {shlex.quote(str(run))} --set resume=true",
+            "next": f"epochal train RECIPE.py --run {shlex.quote(str(run))} --resume",
         }
     )
 

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import tomlkit
-from torch import Tensor, nn
+from torch import nn
 
 from epochal.checkpoint import files
-from epochal.checkpoint.weights import save_weights
+from epochal.checkpoint.weights import IMPORTED, save_weights, weights_of
 from epochal.errors import FileError, RunFolderError
 from epochal.events import Best, Ended, Evaluated, Event, Noted, Row, Saved, Started, StepDone
+from epochal.runtime.lock import NAME as LOCK
 from epochal.runtime.lock import Lock
 
 SECONDS_A_NOTE = 10.0  # between two writings of run.json while a run goes on
+SECONDS_A_LINE = 0.25  # between two writings of what was measured, so that short epochs do not wait for the disk
 # What is left where a run was killed before it had begun.
 BEFORE_A_RUN = {"config.toml", "journal.jsonl", "recipe.py", "recipe.toml", "fit.toml", "demo.toml", "table.json"}
 
@@ -32,7 +34,8 @@ class Recorder:
     be written is made good later.
 
     What was measured stands in ``metrics.jsonl`` and ``results.csv``, a line an evaluation, the same bytes in every run
-    of the same plan: no line tells the time. When what happened stands in ``journal.jsonl``.
+    of the same plan: no line tells the time. When what happened stands in ``journal.jsonl``. Lines are written when an
+    evaluation comes a quarter of a second after the last writing, and at the end.
     """
 
     def __init__(
@@ -42,7 +45,8 @@ class Recorder:
         self._facts: dict[str, Any] = {"environment": dict(environment or {})}
         self._rows: list[dict[str, Any]] = []
         self._columns: list[str] = []
-        self._noted_at, self._is_torn = 0.0, False
+        self._written, self._written_at, self._noted_at, self._is_torn = 0, 0.0, 0.0, False
+        self._has_begun = False
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, StepDone):  # first, for it comes most often
@@ -50,18 +54,19 @@ class Recorder:
         try:
             self._record(event)
         except FileError as error:
-            cause = error.__cause__
+            self._is_torn, cause = True, error.__cause__
             goes_on = self.goes_on and not isinstance(event, Ended)  # an end that is not written is no success
             if not (goes_on and isinstance(cause, OSError) and cause.errno in files.NO_SPACE):
                 raise
-            self._is_torn = True
 
     def _record(self, event: Event) -> None:
         if isinstance(event, Evaluated):
-            self._add(_timeless(event.row))
+            self._rows.append(_timeless(event.row))
             self._facts["best"] = _plain_best(event.best)
             if time.monotonic() - self._noted_at > SECONDS_A_NOTE:
                 self._note()
+            if time.monotonic() - self._written_at > SECONDS_A_LINE:
+                self._write_lines()
         elif isinstance(event, Saved):
             self._tell("saved", step=event.step, checkpoint=event.path.name)
         elif isinstance(event, Noted):
@@ -72,26 +77,38 @@ class Recorder:
             self._end(event)
 
     def _start(self, event: Started) -> None:
+        self._facts |= {
+            "status": "running", "started": _now(), "reason": None, "best": None,
+            "command": list(event.command) or None, "monitor": event.monitor, "seed": event.config.get("seed"),
+            "header": dict(event.facts),
+        }  # fmt: skip
+        self._rows = [_timeless(row) for row in event.rows]
         files.sweep(self.folder)
         self._tell("resumed" if event.step else "started", epochs=event.done, step=event.step)
         if not (event.step and (self.folder / "config.toml").exists()):  # a run that goes on keeps that of its start
             files.replace_bytes(self.folder / "config.toml", tomlkit.dumps(dict(event.config)).encode())
-        self._note(
-            status="running", started=_now(), reason=None, best=None, command=list(event.command) or None,
-            monitor=event.monitor, seed=event.config.get("seed"), header=dict(event.facts),
-        )  # fmt: skip
-        self._rows = [_timeless(row) for row in event.rows]
+        self._note()
         self._write_rows()  # evaluations after the checkpoint are cut off: they will be made again
+        self._has_begun = True
 
     def _end(self, event: Ended) -> None:
-        if self._is_torn:
-            self._write_rows()
-        if not event.is_torn:  # else the newest checkpoint has the last whole ones
-            weights = {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
-            save_weights(weights, self.folder / "model.safetensors")  # any extra state is in the checkpoints
+        if not (self._has_begun or self.goes_on):
+            return  # its start could not be written: what stands there is not touched
+        try:
+            self._write_lines()
+        finally:
+            if not event.is_torn:  # else the newest checkpoint has the last whole ones
+                self._save_weights()
         ended = {**asdict(event), "reason": event.reason.name.lower(), "best": _plain_best(event.best)}
         self._tell("ended", **ended)
         self._note(status="stopped" if event.is_torn else "ended", **ended)
+
+    def _save_weights(self) -> None:
+        try:
+            save_weights(weights_of(self.model), self.folder / "model.safetensors")
+        except FileError as error:
+            error.fix = "free some space and resume the run: it goes on from its newest checkpoint"
+            raise
 
     def _note(self, **facts: Any) -> None:
         self._facts.update(facts)
@@ -101,14 +118,17 @@ class Recorder:
     def _tell(self, what: str, **facts: Any) -> None:
         self._append("journal.jsonl", json.dumps(_strict({"at": _now(), "event": what, **facts})))
 
-    def _add(self, row: dict[str, Any]) -> None:
-        """Adds a line to both files; a row with a new column, and a file with half a line, are written anew."""
-        self._rows.append(row)
-        if self._is_torn or not set(_scalars(row)) <= set(self._columns):
+    def _write_lines(self) -> None:
+        """Adds the lines that are due to both files; for a new column, or after half a line, they are written anew."""
+        due = self._rows[self._written :]
+        if self._is_torn or any(name not in self._columns for row in due for name in _scalars(row)):
             self._write_rows()
-        else:
-            self._append("metrics.jsonl", json.dumps(_strict(row)))
-            self._append("results.csv", _csv(self._columns, [row]).rstrip("\n"))
+        elif due:
+            self._is_torn = True  # until both have them
+            self._append("metrics.jsonl", "\n".join(json.dumps(_strict(row)) for row in due))
+            self._append("results.csv", _csv(self._columns, due).rstrip("\n"))
+            self._is_torn = False
+        self._written, self._written_at = len(self._rows), time.monotonic()
 
     def _write_rows(self) -> None:
         self._columns = list(dict.fromkeys(name for row in self._rows for name in _scalars(row)))
@@ -116,7 +136,7 @@ class Recorder:
         files.replace_bytes(self.folder / "metrics.jsonl", lines.encode())
         header = _csv(self._columns, [dict(zip(self._columns, self._columns))]) if self._columns else ""
         files.replace_bytes(self.folder / "results.csv", (header + _csv(self._columns, self._rows)).encode())
-        self._is_torn = False
+        self._is_torn, self._written = False, len(self._rows)
 
     def _append(self, name: str, line: str) -> None:
         with files.telling(self.folder / name):
@@ -131,10 +151,11 @@ def claim(folder: Path, *, resume: bool) -> Lock:
     """
     try:
         files.make_folder(folder)
-        _refuse_what_is_not_ours(folder, resume)  # before a lock is left in a stranger's folder
+        was_locked = (folder / LOCK).exists()  # a run that was killed has left it
+        _refuse_what_is_not_ours(folder, resume, was_locked)  # before a lock is left in a stranger's folder
         lock = Lock(folder)
         try:
-            _refuse_what_is_not_ours(folder, resume)  # another run may have been quicker
+            _refuse_what_is_not_ours(folder, resume, was_locked)  # another run may have been quicker
         except BaseException:
             lock.release()
             raise
@@ -144,17 +165,20 @@ def claim(folder: Path, *, resume: bool) -> Lock:
         raise RunFolderError(what, where=str(folder), fix=fix) from error
 
 
-def _refuse_what_is_not_ours(folder: Path, resume: bool) -> None:
+def _refuse_what_is_not_ours(folder: Path, resume: bool, was_locked: bool) -> None:
     held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     is_run = bool({"run.json", "checkpoints"} & set(held))
-    if set(held) <= BEFORE_A_RUN or (is_run and resume):
+    if set(held) <= (BEFORE_A_RUN if was_locked else set()) or (is_run and resume):
         return
     where = f"{folder}: {', '.join(held[:4])}{' ...' if len(held) > 4 else ''}"
     if resume:
         fix = "name the folder of a run, or choose another name"
         raise RunFolderError("there is no run in the folder that could be resumed.", where=where, fix=fix)
     fix = "choose another name for the run"
-    fix += f", or continue this one with resume=True (epochal resume {folder})" if is_run else ""
+    if IMPORTED in held:
+        fix += f", or begin with its weights: resume=True (epochal train RECIPE.py --run {folder} --resume)"
+    elif is_run:
+        fix += f", or continue this one with resume=True (epochal resume {folder}, if a command began it)"
     raise RunFolderError("the run folder is not empty, and a run is never overwritten.", where=where, fix=fix)
 
 

@@ -46,9 +46,15 @@ def generator_states() -> dict[str, Any]:
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state_all()
+    for kind, home in _accelerators().items():
+        if getattr(home, "is_initialized", home.is_available)():  # asking others would start a device
+            states[kind] = [home.get_rng_state(number) for number in range(home.device_count())]
     return states
+
+
+def _accelerators() -> dict[str, Any]:
+    homes = {kind: getattr(torch, kind) for kind in ("cuda", "xpu", "mps")}
+    return {kind: home for kind, home in homes.items() if home.is_available()}
 
 
 def set_generator_states(states: dict[str, Any]) -> None:
@@ -56,8 +62,9 @@ def set_generator_states(states: dict[str, Any]) -> None:
     _set_python_state(random, states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    for kind, home in _accelerators().items():
+        for number, state in enumerate(states.get(kind, ())[: home.device_count()]):  # there may be fewer now
+            home.set_rng_state(state, number)
 
 
 def try_generator_states(states: dict[str, Any]) -> None:

@@ -12,13 +12,15 @@ from typing import Any
 # Only a handler that nobody has chosen is replaced: a program with one of its own knows what it wants.
 INTERRUPT = {signal.SIGINT: signal.default_int_handler}
 TERMINATE = {
-    number: signal.SIG_DFL for name in ("SIGTERM", "SIGUSR1") if (number := getattr(signal, name, None)) is not None
+    number: signal.SIG_DFL
+    for name in ("SIGTERM", "SIGUSR1", "SIGHUP")  # the last one: a terminal was closed, and there is no nohup
+    if (number := getattr(signal, name, None)) is not None
 }
 CHILD = getattr(signal, "SIGCHLD", None)
 
 
 class Signals:
-    """Inside ``with``, SIGINT, and with ``terminate`` SIGTERM and SIGUSR1 too, are noted in ``received``.
+    """Inside ``with``, SIGINT, and with ``terminate`` SIGTERM, SIGUSR1 and SIGHUP too, are noted in ``received``.
 
     A second SIGINT raises KeyboardInterrupt at once. Outside the main thread nothing is done; afterwards every
     handler is what it was. From the first signal on, torch's own handler for the death of a loader's worker is put
@@ -63,6 +65,6 @@ class Signals:
                 self._replace([CHILD])
 
     def pass_on(self) -> None:
-        """Lets the signal do what it would have done without us: SIGTERM and SIGUSR1 end the process."""
+        """Lets the signal do what it would have done without us: all but SIGINT end the process."""
         if self.received in TERMINATE:
             os.kill(os.getpid(), self.received)
