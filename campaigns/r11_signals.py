@@ -250,7 +250,8 @@ def _end(part: Part, case: Case, run: Path, ended: Ended, sent: float) -> list[s
     if ends and not case.stops_at_once:
         part.count("seconds until the end", ends[0] - sent)
         part.most("most seconds until the end", ends[0] - sent)
-        if ends[0] - sent > MOST_SECONDS:
+        # torch looks only every five seconds for one that dies while the workers are being started.
+        if ends[0] - sent > MOST_SECONDS + (5 if case.workers else 0):
             problems.append(f"took {ends[0] - sent:.1f} seconds")
     if case.how != "worker" and (more := sum(at > sent for _, at in steps)) > 1:
         problems.append(f"{more} steps were done after the signal")

@@ -52,9 +52,9 @@ def bites() -> Outcome:
 
     class Present(NoLock):
         def __init__(self, folder: Path):
-            if (folder / lock.NAME).exists():
+            if (folder / lock.LOCK_FILE).exists():
                 raise RunFolderError("another run is at work in this folder.")
-            (folder / lock.NAME).touch()
+            (folder / lock.LOCK_FILE).touch()
 
     training.reference()
 

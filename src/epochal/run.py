@@ -16,7 +16,6 @@ from epochal.checkpoint.saver import Saver
 from epochal.data.given import GivenLoader
 from epochal.data.loader import Loader
 from epochal.data.window import Window, windows
-from epochal.data.workers import worker_error
 from epochal.errors import DiskFullError, NonFiniteError, PlanError, WorkerError
 from epochal.events import Ended, Evaluated, Event, Noted, Saved, Started, StepDone, Stop, StopReason
 from epochal.metrics.metric import Stream
@@ -137,8 +136,6 @@ class Run:
                 self._leave(None if asked else error, reason, message)
         finally:
             self.signals.__exit__(kind, error, trace)
-        if error is not None and (told := worker_error(error, f"step {self.state.progress.step}")) is not None:
-            raise told from error  # torch heard of it in the middle of a step
         return asked
 
     def _leave(self, error: BaseException | None, reason: StopReason, message: str) -> None:

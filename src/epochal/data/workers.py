@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -14,7 +15,9 @@ import psutil
 from torch.utils.data import DataLoader
 
 from epochal.errors import WorkerError
+from epochal.runtime.signals import AWAITED, CHILD
 
+SECONDS_TO_END = 1.0
 _NOTHING = object()
 
 
@@ -27,7 +30,8 @@ class _Watchdog(threading.Thread):
 
     def __init__(self, patience: float, batches: Callable[[], Any]):
         super().__init__(daemon=True, name="watchdog")
-        self.patience, self._batches = patience, batches
+        self.patience, self._batches = patience or math.inf, batches
+        self._tells = CHILD is not None and threading.current_thread() is threading.main_thread()
         self.since: float | None = None
         self.found: tuple[float, str] | None = None
         self.over = threading.Event()
@@ -37,6 +41,8 @@ class _Watchdog(threading.Thread):
         while not self.over.wait(pause):
             # What it has seen pass counts, and not the clock: a program that was suspended has not waited.
             waited, since = (waited + pause if self.since == since else 0.0), self.since
+            if since is not None and self._tells and _is_dead(self._batches()):  # else torch looks in five seconds
+                signal.pthread_kill(threading.main_thread().ident, CHILD)  # type: ignore[arg-type]
             if since is not None and waited > self.patience:
                 self.found = self.patience, _awaited(self._batches())
                 for worker in getattr(self._batches(), "_workers", ()):
@@ -44,10 +50,13 @@ class _Watchdog(threading.Thread):
                 return
 
     def wait_for(self, get: Callable[..., Any], *arguments: Any) -> Any:
-        self.since = time.monotonic()
         try:
+            self.since = time.monotonic()
+            if arguments:  # an error that comes while workers are being started is heard by nobody
+                AWAITED.add(self)
             return get(*arguments)
         finally:
+            AWAITED.discard(self)
             self.since = None
 
 
@@ -71,7 +80,7 @@ def watched(
     number, batches = first, getattr(loader, "_iterator", None)
 
     dog = _Watchdog(timeout, lambda: batches)
-    if loader.num_workers and timeout:
+    if loader.num_workers:
         dog.start()
     try:
         batches = dog.wait_for(make)
@@ -93,14 +102,14 @@ def watched(
         except RuntimeError:  # torch tells of a dead worker in the midst of anything, once
             told = worker_error(error, f"batch {number} was awaited", batches, dog.found)
         if told is None:
-            if not loader.persistent_workers:
-                end_workers(batches)
             raise
         end_workers(batches, at_once=True)
         loader._iterator = None
         raise told from error
     finally:
         dog.over.set()
+        if not loader.persistent_workers:
+            end_workers(batches)
 
 
 def worker_error(
@@ -142,6 +151,13 @@ def _end_of(worker: Any) -> str:
     return f"exit code {code}" if code > 0 else f"signal {-code}: {signal.strsignal(-code)}"
 
 
+def _is_dead(batches: Any) -> bool:
+    """Whether one of the workers has died, and nobody has taken note of it."""
+    with suppress(AttributeError, psutil.Error):
+        return any(psutil.Process(one.pid).status() == psutil.STATUS_ZOMBIE for one in batches._workers)
+    return False
+
+
 def _awaited(batches: Any) -> str:
     """A worker that is stopped, for it may keep the others waiting too; else the one that has the next batch in hand,
     which torch keeps to itself.
@@ -159,11 +175,21 @@ def _awaited(batches: Any) -> str:
 
 def end_workers(batches: Any, at_once: bool = False) -> None:
     """Ends the workers of torch's iterator, if it has any; those that hang, or that a dead one may block, at once."""
-    workers = getattr(batches, "_workers", ())
+    if not (workers := getattr(batches, "_workers", ())):
+        return
     if at_once or any(worker.exitcode for worker in workers):
-        for worker in workers:
-            with suppress(RuntimeError):  # torch tells of this end too
-                worker.kill()
-                worker.join()
-    if hasattr(batches, "_shutdown_workers"):
+        _kill(workers)
+    # torch waits five seconds for each; one that dies just now can make the others wait for what it held.
+    late = threading.Timer(SECONDS_TO_END, _kill, [workers])
+    late.start()
+    try:
         batches._shutdown_workers()
+    finally:
+        late.cancel()
+
+
+def _kill(workers: Iterable[Any]) -> None:
+    for worker in workers:
+        with suppress(RuntimeError, AssertionError, ValueError):  # torch tells of this end too; or it is over
+            worker.kill()
+            worker.join()

@@ -18,8 +18,7 @@ from epochal.checkpoint import files
 from epochal.checkpoint.weights import IMPORTED, save_weights, weights_of
 from epochal.errors import FileError, RunFolderError
 from epochal.events import Best, Ended, Evaluated, Event, Noted, Row, Saved, Started, StepDone
-from epochal.runtime.lock import NAME as LOCK
-from epochal.runtime.lock import Lock
+from epochal.runtime.lock import LOCK_FILE, Lock
 
 SECONDS_A_NOTE = 10.0  # between two writings of run.json while a run goes on
 SECONDS_A_LINE = 0.25  # between two writings of what was measured, so that short epochs do not wait for the disk
@@ -151,7 +150,7 @@ def claim(folder: Path, *, resume: bool) -> Lock:
     """
     try:
         files.make_folder(folder)
-        was_locked = (folder / LOCK).exists()  # a run that was killed has left it
+        was_locked = (folder / LOCK_FILE).exists()  # a run that was killed has left it
         _refuse_what_is_not_ours(folder, resume, was_locked)  # before a lock is left in a stranger's folder
         lock = Lock(folder)
         try:
@@ -168,7 +167,8 @@ def claim(folder: Path, *, resume: bool) -> Lock:
 def _refuse_what_is_not_ours(folder: Path, resume: bool, was_locked: bool) -> None:
     held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     is_run = bool({"run.json", "checkpoints"} & set(held))
-    if set(held) <= (BEFORE_A_RUN if was_locked else set()) or (is_run and resume):
+    is_ours = was_locked or "journal.jsonl" in held
+    if not held or (is_ours and set(held) <= BEFORE_A_RUN) or (is_run and resume):
         return
     where = f"{folder}: {', '.join(held[:4])}{' ...' if len(held) > 4 else ''}"
     if resume:

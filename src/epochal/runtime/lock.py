@@ -15,7 +15,7 @@ try:
 except ImportError:  # no such locks on this system: nothing keeps two runs apart there
     fcntl = None
 
-NAME = ".lock"
+LOCK_FILE = ".lock"
 _HELD: set[tuple[int, int]] = set()  # by this process, to which its own locks are no obstacle
 
 
@@ -30,7 +30,7 @@ class Lock:
 
     def __init__(self, folder: Path):
         self._descriptor: int | None = None
-        path = folder / NAME
+        path = folder / LOCK_FILE
         if os.path.exists(path) and _place(os.stat(path)) in _HELD:  # closing it again would let go of that lock
             raise _taken(folder, "this process")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -62,9 +62,9 @@ class Lock:
 def is_held(folder: Path) -> bool:
     """Whether a run is at work in the folder; False where that cannot be found out."""
     try:
-        if _place(os.stat(folder / NAME)) in _HELD:
+        if _place(os.stat(folder / LOCK_FILE)) in _HELD:
             return True
-        descriptor = os.open(folder / NAME, os.O_RDONLY)
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY)
     except OSError:
         return False
     try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterable
 from types import FrameType, TracebackType
 from typing import Any
+
+from torch.utils.data._utils import signal_handling
 
 # Only a handler that nobody has chosen is replaced: a program with one of its own knows what it wants.
 INTERRUPT = {signal.SIGINT: signal.default_int_handler}
@@ -17,14 +18,15 @@ TERMINATE = {
     if (number := getattr(signal, name, None)) is not None
 }
 CHILD = getattr(signal, "SIGCHLD", None)
+AWAITED: set[Any] = set()  # whoever waits for a worker of a loader just now
 
 
 class Signals:
     """Inside ``with``, SIGINT, and with ``terminate`` SIGTERM, SIGUSR1 and SIGHUP too, are noted in ``received``.
 
     A second SIGINT raises KeyboardInterrupt at once. Outside the main thread nothing is done; afterwards every
-    handler is what it was. From the first signal on, torch's own handler for the death of a loader's worker is put
-    aside: a signal to the whole group ends them too, and its error would come in the middle of a step.
+    handler is what it was. torch's own handler for the death of a loader's worker raises wherever the main thread is:
+    in the middle of a step, in another handler, where nobody hears it. Here it does so while a batch is awaited.
     """
 
     def __init__(self, *, terminate: bool):
@@ -35,7 +37,11 @@ class Signals:
     def __enter__(self) -> Signals:
         self._process, self._is_over = os.getpid(), False
         if threading.current_thread() is threading.main_thread():
-            self._replace({number for number, usual in self.expected.items() if signal.getsignal(number) == usual})
+            chosen = {number for number, usual in self.expected.items() if signal.getsignal(number) == usual}
+            self._before = {number: signal.signal(number, self._note) for number in chosen}
+            signal_handling._set_SIGCHLD_handler()
+            if CHILD is not None and getattr(signal.getsignal(CHILD), "__module__", "").startswith("torch."):
+                self._before[CHILD] = signal.signal(CHILD, self._lost)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -44,9 +50,9 @@ class Signals:
             signal.signal(number, handler)
         self._before = {}
 
-    def _replace(self, numbers: Iterable[signal.Signals]) -> None:
-        for number in numbers:
-            self._before[number] = signal.signal(number, self._note)
+    def _lost(self, number: int, frame: FrameType | None) -> None:
+        if AWAITED:
+            self._before[signal.Signals(number)](number, frame)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # in a loader's worker, which inherited this
@@ -55,14 +61,8 @@ class Signals:
                 os.kill(os.getpid(), number)
         elif number == signal.SIGINT == self.received and not self._is_over:
             raise KeyboardInterrupt
-        elif number != CHILD:
+        else:
             self.received = signal.Signals(number)
-            if (
-                CHILD is not None
-                and not self._is_over
-                and getattr(signal.getsignal(CHILD), "__module__", "").startswith("torch.")
-            ):
-                self._replace([CHILD])
 
     def pass_on(self) -> None:
         """Lets the signal do what it would have done without us: all but SIGINT end the process."""
