@@ -4,7 +4,8 @@
 
 Without it nothing is kept before an update and nothing is looked at. Both run in one process, in turns, the order
 drawn anew each time; the figure is the ratio of the medians, with that of the quicker quarters beside it. ``--steps``
-times the bare updates instead, without the rest of ``fit``: there the guard is a larger part of less.
+times the bare updates instead, without the rest of ``fit``: there the guard is a larger part of less. ``--parts`` times
+what the guard does in an update, piece by piece, over the gradients of the same network.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import time
 import torch
 from seed_example import SimpleModel, by_epochal
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from epochal import prepare
+from epochal.buffers import Buffers
 from epochal.data.window import windows
 from epochal.objective import Supervised
 from epochal.state import TrainState
-from epochal.step import Update
+from epochal.step import Update, _flag_nonfinite, _gradients
 
 
 class _Zero:
@@ -60,14 +63,38 @@ def seconds_of_updates(kind, train, val, epochs):
     return time.perf_counter() - began
 
 
+def print_parts():
+    """The median microseconds of each piece of the guard."""
+    model = SimpleModel()
+    state = TrainState(model, torch.optim.Adam(model.parameters()))
+    (loss := model(torch.randn(32, 10)).square().mean()).backward()
+    looked_at, flag, one = [*_gradients(state), loss.detach()], torch.zeros(1), torch.ones(1)
+    names = {
+        "keep buffers and generators": ("b.keep()", {"b": Buffers([model], torch.device("cpu"))}),
+        "gather the gradients": ("g(s)", {"g": _gradients, "s": state}),
+        f"look at {len(looked_at)} tensors": (
+            "f(l, x, y)",
+            {"f": _flag_nonfinite, "l": looked_at, "x": flag, "y": one},
+        ),
+        "read the flag": ("x.item()", {"x": flag}),
+    }
+    for name, (statement, names_in_it) in names.items():
+        taken = Timer(statement, globals=names_in_it).blocked_autorange(min_run_time=1.0)
+        print(f"{name:28} {taken.median * 1e6:6.2f} µs")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", action="store_true")
+    parser.add_argument("--parts", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.parts:
+        print_parts()
+        return
     torch.manual_seed(0)
     train, val = ((torch.randn(count, 10), torch.randn(count, 1)) for count in (1000, 200))
     seconds = seconds_of_updates if options.steps else seconds_of_fit

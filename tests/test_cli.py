@@ -23,7 +23,7 @@ ROOT = Path(epochal.__file__).parent
 
 def test_help_version_and_listings_do_not_import_what_is_heavy(tmp_path):
     folder = tmp_path / "runs" / "x-1"
-    folder.mkdir(parents=True)
+    (folder / "checkpoints").mkdir(parents=True)
     code = """
 import sys
 from epochal.__main__ import main

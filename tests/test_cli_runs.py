@@ -46,6 +46,7 @@ def runs():
             (folder / "run.json").write_text(facts if isinstance(facts, str) else json.dumps(facts))
     Path("runs/a-1/results.csv").write_text(RESULTS)
     Path("runs/b-1/results.csv").write_text("epoch,train_loss\n1\n")
+    Path("runs/f-incomplete/checkpoints").mkdir()
     Path("runs/.hidden").mkdir()
     Path("runs/note.txt").write_text("")
 
@@ -130,7 +131,7 @@ def test_show_as_json(command, runs):
     [
         (
             "f-incomplete",
-            "run      runs/f-incomplete\nstatus   incomplete\nmessage  there is no run.json\nfiles    none\n",
+            "run      runs/f-incomplete\nstatus   incomplete\nmessage  there is no run.json\nfiles    checkpoints/\n",
         ),
         (
             "e-damaged",
@@ -157,6 +158,11 @@ RunFolderError: there is no such run folder.
   where: runs/a-2
   fix:   did you mean runs/a-1?
 """,
+    )
+    Path("photos").mkdir()
+    code, out, err = command("runs", "show", "photos")
+    assert (code, out) == (1, "") and err.startswith(
+        "RunFolderError: there is no run in the folder.\n  where: photos\n"
     )
     assert command("runs", "show", "elsewhere/x")[2].endswith(
         "  fix:   epochal runs ls FOLDER lists those in a folder\n"

@@ -4,7 +4,7 @@ import enum
 import json
 import random
 import struct
-from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from collections import Counter, OrderedDict, UserDict, defaultdict, namedtuple
 
 import numpy as np
 import pytest
@@ -300,16 +300,47 @@ def test_names_of_tensors_are_paths_and_unique():
     assert facts(through(state)) == facts(state)
 
 
-def test_other_mappings_come_back_as_dicts_and_enums_as_values():
+def test_kinds_of_dicts_come_back_as_what_they_were():
+    state = {"o": OrderedDict(b=1, a=2), "c": Counter("aab"), "n": Counter({30: 2, 80: 1}), "e": Counter()}
+    back = through(state)
+    assert back == state and [type(part) for part in back.values()] == [OrderedDict, Counter, Counter, Counter]
+    assert list(back["o"]) == ["b", "a"] and back["n"][5] == 0
+    deeper = through(OrderedDict({"x": torch.ones(2)}))
+    assert type(deeper) is OrderedDict and torch.equal(deeper["x"], torch.ones(2))
+
+
+def test_a_schedule_with_a_counter_is_put_back_whole():
+    def schedule():
+        return torch.optim.lr_scheduler.MultiStepLR(torch.optim.SGD([torch.ones(1)], lr=1.0), [2, 2, 5])
+
+    one, two = schedule(), schedule()
+    two.load_state_dict(through(one.state_dict()))
+    assert type(two.milestones) is Counter and list(two.milestones.elements()) == [2, 2, 5]
+
+
+@pytest.mark.parametrize("value", [defaultdict(list, {1: [2]}), UserDict(y=2), type("Config", (dict,), {})(a=1)])
+def test_dicts_with_a_mind_of_their_own_are_refused(value):
+    with pytest.raises(CheckpointError) as caught:
+        encode({"observer": {"seen": value}})
+    assert caught.value.where == "state.observer.seen" and caught.value.fix == "save dict(value)"
+
+
+@pytest.mark.parametrize("mark", ["$ordered", "$counter"])
+@pytest.mark.parametrize("content", [[], {"$tuple": []}, {"$bytes": "00"}, {"$dict": [[{"$tuple": []}, 1], [1]]}])
+def test_a_kind_of_dict_that_holds_none_is_refused(mark, content):
+    with pytest.raises(CheckpointError):
+        decode({mark: content}, {})
+
+
+def test_enums_come_back_as_values():
     class Level(enum.IntEnum):
         HIGH = 3
 
     class Mode(enum.StrEnum):
         MIN = "min"
 
-    lists = defaultdict(list, {1: [2]})
-    back = through({"a": OrderedDict(x=1), "b": lists, "c": UserDict(y=2), "d": [Level.HIGH, Mode.MIN], Mode.MIN: 1})
-    assert facts(back) == facts({"a": {"x": 1}, "b": {1: [2]}, "c": {"y": 2}, "d": [3, "min"], "min": 1})
+    back = through({"d": [Level.HIGH, Mode.MIN], Mode.MIN: 1})
+    assert facts(back) == facts({"d": [3, "min"], "min": 1})
 
 
 class Versioned(nn.Linear):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,8 +55,8 @@ class Run:
         self.best: Best | None = None
         self.epochs = self.steps = 0
 
-    def start(self, epochs=3, steps=None, config=None, facts=FACTS, monitor="val_loss"):
-        self.console(Started(facts, config or {}, epochs, steps, monitor))
+    def start(self, epochs=3, steps=None, config=None, facts=FACTS, monitor="val_loss", **more):
+        self.console(Started(facts, config or {}, epochs, steps, monitor, **more))
         return self
 
     def step(self, loss=0.5, epoch=1, seconds=0.01):
@@ -147,6 +148,18 @@ def test_a_run_of_nothing_but_nan_has_no_best():
 def test_a_run_without_an_evaluation_says_why_it_ended():
     Run(out := io.StringIO()).start(facts={}).end(StopReason.INTERRUPTED, "")
     assert out.getvalue() == "\nended    interrupted\ntrained  0 epochs, 0 steps in 1.50 s\n"
+
+
+def test_an_interrupted_run_of_a_script_says_how_to_go_on():
+    def last_line(reason, **started):
+        Run(out := io.StringIO()).start(facts={}, **started).end(reason, "")
+        return out.getvalue().splitlines()[-1]
+
+    told = "next     fit(..., run='runs/a', resume=True) goes on from here"
+    assert last_line(StopReason.INTERRUPTED, run=Path("runs/a")) == told
+    assert last_line(StopReason.INTERRUPTED, run=Path("runs/a"), command=("demo",)).startswith("trained")
+    assert last_line(StopReason.INTERRUPTED).startswith("trained")
+    assert last_line(StopReason.EPOCHS, run=Path("runs/a")).startswith("trained")
 
 
 def test_several_evaluations_an_epoch_show_the_step():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from functools import lru_cache
 
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import classification as tm
 from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, Running
 
+from epochal.checkpoint import codec
 from epochal.errors import CheckpointError
 from epochal.metrics.metric import Mean, Stream
 from epochal.metrics.named import resolve
@@ -143,23 +143,8 @@ def test_a_mean_goes_on_from_its_state():
 
 
 def through_a_checkpoint(state):
-    """The state as a checkpoint gives it back: tensors apart, all else through JSON with its keys sorted."""
-    tensors = {}
-
-    def without(value, path=""):
-        if isinstance(value, torch.Tensor):
-            tensors[path] = value.clone()
-            return {"tensor": path}
-        assert value is None or isinstance(value, (int, float, dict)), (path, value)
-        return {k: without(v, f"{path}/{k}") for k, v in value.items()} if isinstance(value, dict) else value
-
-    def within(value):
-        if isinstance(value, dict):
-            is_tensor = value.keys() == {"tensor"}
-            return tensors[value["tensor"]] if is_tensor else {k: within(v) for k, v in value.items()}
-        return value
-
-    return within(json.loads(json.dumps(without(state), sort_keys=True)))
+    tree, tensors = codec.encode(state)
+    return codec.decode(codec.loads(codec.dumps(tree)), {name: tensor.clone() for name, tensor in tensors.items()})
 
 
 def collection(**options):
@@ -220,6 +205,8 @@ def test_a_stream_goes_on_from_its_state_as_if_nothing_had_happened():
 def leaves(state, path=""):
     if isinstance(state, dict):
         return {key: leaf for name in state for key, leaf in leaves(state[name], f"{path}/{name}").items()}
+    if isinstance(state, list):
+        return leaves(dict(enumerate(state)), path)
     return {path: state.tolist() if isinstance(state, torch.Tensor) else state}
 
 

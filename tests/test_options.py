@@ -458,6 +458,19 @@ def test_nonfinite_skip_equals_a_run_without_those_updates():
     assert skipped.history.train_loss == without.history.train_loss
 
 
+def test_a_training_that_stands_still_is_told():
+    bad, told = X.clone(), []
+    bad[::32] = torch.nan  # a row of every batch
+    listening = [lambda event: told.append(event.message) if isinstance(event, epochal.Noted) else None]
+    model = nn.Linear(64, 10)
+    fit(model, (bad, Y), shuffle=False, nonfinite="skip", epochs=2, observers=listening)
+    assert told == ["every update since the last evaluation was left out: the weights stand still"] * 2
+    told.clear()
+    bad[::32][1:] = 0.0
+    fit(model, (bad, Y), shuffle=False, nonfinite="skip", epochs=2, observers=listening)
+    assert told == []
+
+
 # device, precision, compile, strategy, seed
 
 

@@ -237,6 +237,45 @@ def test_an_imported_run_without_its_checkpoints_is_not_written_over(tmp_path):
     assert Path("r/metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_at_work_is_told_as_one_also_to_a_new_start(tmp_path):
+    with epochal.Plan(**given(run="r")).prepare() as run:
+        next(iter(run))
+        with pytest.raises(epochal.RunFolderError, match="another run is at work"):
+            epochal.fit(**given(run="r"))
+    with pytest.raises(epochal.RunFolderError, match="not empty"):
+        epochal.fit(**given(run="r"))
+
+
+def test_what_was_planned_is_written_once_the_disk_has_room_again(tmp_path, monkeypatch):
+    write = files.replace_bytes
+
+    def full(path, *chunks):
+        if Path(path).name == "config.toml":
+            error = OSError(errno.ENOSPC, "No space left on device")
+            raise epochal.FileError("config.toml cannot be written", where=str(path)) from error
+        write(path, *chunks)
+
+    def room(event):
+        if isinstance(event, epochal.Evaluated):
+            monkeypatch.setattr(files, "replace_bytes", write)
+
+    monkeypatch.setattr(files, "replace_bytes", full)
+    goes_on = epochal.Saving(on_full="continue")
+    epochal.fit(**given(run="r", save=goes_on, observers=[room]))
+    epochal.fit(**given(run="s", save=goes_on))
+    assert Path("r/config.toml").read_text() == Path("s/config.toml").read_text().replace('"s"', '"r"')
+
+
+def test_checkpoints_by_hand_refuse_what_cannot_be(tmp_path):
+    for keep in (0, -1, 1.5, True):
+        with pytest.raises(epochal.PlanError, match="keep must be an integer of at least 1"):
+            Checkpoints(tmp_path, keep=keep)
+    checkpoints = Checkpoints(tmp_path / "c")
+    with pytest.raises(epochal.PlanError, match="a step is not negative"):
+        checkpoints.save(-1, {})
+    assert not (tmp_path / "c").exists()
+
+
 def test_files_of_somebody_else_are_left_alone(tmp_path):
     Path("mine").mkdir()
     for name in ("recipe.py", "config.toml"):
@@ -277,7 +316,7 @@ def test_what_has_changed_is_told(tmp_path):
     seen = []
     changes = {"train": data(44, 0), "batch_size": 20, "lr": 0.01, "epochs": 2}
     epochal.fit(**given(run="r", resume=True, observers=[seen.append], **changes))
-    _, harmless, kept, serious = notes(seen)
+    _, harmless, serious, kept = notes(seen)
     assert harmless == "changed since: epochs 1 → 2."
     assert serious.startswith("no longer exact, as these have changed: batch_size 10 → 20, train ")
     assert kept == "not taken over, for the checkpoint's own goes on: lr 0.1 → 0.01."

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from epochal.runtime import seeding
+
 
 class Kept(NamedTuple):
     """A buffer as it was: the tensor itself (so that no other can take its place), its version, its values."""
@@ -35,13 +37,13 @@ class Buffers:
         self._others = [(part._buffers, name) for part, name in places if not isinstance(part, _NormBase)]
         self._statistics: list[Tensor] = []
         self._kept: dict[int, Kept] = {}
-        self._cuda = device if device.type == "cuda" else None
-        self._host_state = self._cuda_state = torch.empty(0)
+        self._device, self._home = device, seeding.accelerators().get(device.type)
+        self._host_state = self._device_state = torch.empty(0)
 
     def keep(self) -> None:
         self._host_state = torch.default_generator.get_state()
-        if self._cuda is not None:
-            self._cuda_state = torch.cuda.get_rng_state(self._cuda)
+        if self._home is not None:
+            self._device_state = self._home.get_rng_state(self._device)
         if self._norms or self._others:
             self._keep_buffers()
 
@@ -63,8 +65,8 @@ class Buffers:
     @torch.no_grad()
     def put_back(self) -> None:
         torch.default_generator.set_state(self._host_state)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda_state, self._cuda)
+        if self._home is not None:
+            self._home.set_rng_state(self._device_state, self._device)
         for (home, name), values in zip(self._norms, self._statistics):
             if (now := home.get(name)) is not None:
                 now.copy_(values)

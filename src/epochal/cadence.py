@@ -51,3 +51,8 @@ class Every:
         if self.unit == "step":
             return not at_epoch_end and step % self.count == 0
         return not at_epoch_end and seconds >= self.count
+
+
+def amount(limit: float | str | None) -> float | None:
+    """A limit as a number: of a text its count, in seconds where it is a time."""
+    return Every.parse(limit).count if isinstance(limit, str) else limit

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from epochal import losses
-from epochal.cadence import Every
+from epochal.cadence import Every, amount
 from epochal.checkpoint import codec
 from epochal.checkpoint.saver import Saver
 from epochal.checkpoint.store import Checkpoints, Saving
@@ -71,7 +71,7 @@ def prepare(plan: Plan) -> Run:
         best = _best(plan, metrics, modules)
     mistakes.tell()
 
-    limits = Limits(plan.epochs, plan.max_steps, _seconds(plan.max_time))
+    limits = Limits(plan.epochs, plan.max_steps, amount(plan.max_time))
     forward = torch.compile(plan.model) if plan.compile else plan.model
     step = _on_device(plan.step, device) if plan.step else Update(
         _objective(plan, loss, data, data.train_targets), forward, device,
@@ -150,10 +150,6 @@ def _objective(plan: Plan, loss: Any, data: Data, all_targets: Any) -> Any:
     return Custom(plan.objective, data.target) if plan.objective is not None else None
 
 
-def _seconds(max_time: float | str | None) -> float | None:
-    return Every.parse(max_time, where="max_time").count if isinstance(max_time, str) else max_time
-
-
 def _best(plan: Plan, metrics: list, modules: list[nn.Module]) -> BestSoFar:
     stopping = plan.early_stopping or EarlyStopping()
     monitor, mode = _monitor(plan, stopping, metrics)
@@ -217,8 +213,8 @@ def _record(plan: Plan, run: Run, folder: Path) -> None:
     run.saver, run.signals = Saver(checkpoints, saving), Signals(terminate=True)
     recorder = Recorder(folder, plan.model, environment=run.about["environment"], goes_on=saving.on_full == "continue")
     run.observers = [recorder, *run.observers]  # first: another observer's error does not silence it
-    codec.encode(run.state.state_dict())  # what cannot be saved is known before anything is trained
+    _, tensors = codec.encode(run.state.state_dict())  # what cannot be saved is known before anything is trained
     refuse_unholdable(weights_of(plan.model), "train without run=, or make it a buffer with persistent=False")
-    run.notes += room_on_disk(run.state, folder, saving)
+    run.notes += room_on_disk(run.state, tensors.values(), folder, saving)
     if plan.resume:
         run.notes += resume(run, folder, checkpoints)

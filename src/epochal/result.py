@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from epochal import loop, losses
-from epochal.checkpoint.weights import is_safetensors, save_state_dict, save_weights
+from epochal.checkpoint.weights import save_state_dict, save_weights
 from epochal.data import tables
 from epochal.data.given import GivenLoader
 from epochal.data.loader import Loader
@@ -58,7 +58,7 @@ class Result:
 
     def save(self, path: str | Path) -> Path:
         """The model's state dict, written atomically: ``.safetensors``, or torch's format for any other suffix."""
-        save = save_weights if is_safetensors(path) else save_state_dict
+        save = save_weights if Path(path).suffix == ".safetensors" else save_state_dict
         save(self.model.state_dict(), path)
         return Path(path)
 

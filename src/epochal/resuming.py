@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
 from torch import Tensor, nn
 
-from epochal.cadence import Every
+from epochal.cadence import amount
 from epochal.checkpoint.store import Checkpoints, Found, Saving, free_space
 from epochal.checkpoint.weights import IMPORTED, load_into, load_weights
 from epochal.data.fingerprint import fingerprint
 from epochal.describe import config
 from epochal.errors import CheckpointError, DiskFullError, RunFolderError
 from epochal.events import StopReason
+from epochal.observe.console import counted
 from epochal.observe.early_stopping import EarlyStopping
 from epochal.runtime.environment import environment
 
@@ -31,7 +31,6 @@ LENGTHS = ("epochs", "max_steps", "max_time")
 # What may change without a bit of an update changing.
 HARMLESS = {*LENGTHS, "patience", "early_stopping", "epochal", "git_commit", "cores", "workers"}
 KEPT = {"lr", "weight_decay", "seed"}  # as the settings of an optimizer, they are in the state
-_LAYOUTS = (torch.strided, torch.sparse_coo)
 
 
 def about(plan: Plan, run: Run) -> dict[str, Any]:
@@ -57,8 +56,7 @@ def about(plan: Plan, run: Run) -> dict[str, Any]:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    known = (name for name, value in settings.items() if isinstance(value, bool | int | float | str))
-    return {name: settings[name] for name in known if not name.startswith("_")}
+    return {name: x for name, x in settings.items() if isinstance(x, int | float | str) and not name.startswith("_")}
 
 
 def _kind(part: Any) -> str:
@@ -82,30 +80,28 @@ def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
         else:
             yield "there is no checkpoint yet: the run begins anew."
         return
-    for damaged in found.damaged:
-        yield f"{Path(damaged.where or '').name} is left out: {damaged.what}"
+    yield from (f"{Path(damaged.where or '').name} is left out: {damaged.what}" for damaged in found.damaged)
     recorded = defaultdict(dict, _told(found))
     _refuse_another_run(run.state, found, recorded["parts"], run.about["parts"])
     _put_back(run.state, found)
     run.keep_as_saved()
-    yield f"resumed from {found.path.name}, after {_counted(run.state.progress.step, 'step')}."
+    yield f"resumed from {found.path.name}, after {counted(run.state.progress.step, 'step')}."
     yield from _changes(recorded, run.about)
     if (schedule := run.state.schedule) is not None and schedule.length != (old := found.state["schedule"]["length"]):
         yield f"no longer exact: the schedule is stretched from {old} moves to {schedule.length}, and the rate follows."
     if run.state.stop is None:
         return
-    stopping = [part for part in run.state.extras.values() if isinstance(part, EarlyStopping)]
-    if _is_longer(recorded["plan"], run.about["plan"]):
-        run.state.stop = None
-        for part in stopping:
-            part.begin_anew()
-            yield "early stopping begins to count anew."
-    elif run.state.stop.reason is StopReason.EARLY_STOPPING and _stopping(recorded) != _stopping(run.about):
-        run.state.stop = None
-        for part in stopping:
-            part.early_stop = False  # the new patience decides, over what has been counted
-    else:
+    stopping, is_longer = run.state.extras.get("early_stopping"), _is_longer(recorded["plan"], run.about["plan"])
+    by_patience = run.state.stop.reason is StopReason.EARLY_STOPPING and _stopping(recorded) != _stopping(run.about)
+    if not (is_longer or by_patience):
         yield "it had ended, and is not trained further: for that, raise epochs, max_steps, max_time or patience."
+        return
+    run.state.stop = None
+    if isinstance(stopping, EarlyStopping):
+        stopping.early_stop = False  # a new patience decides, over what has been counted
+        if is_longer:
+            stopping.begin_anew()
+            yield "early stopping begins to count anew."
 
 
 def _told(found: Found) -> dict[str, dict[str, Any]]:
@@ -140,7 +136,7 @@ def _misfit(found: Found, why: str) -> CheckpointError:
 
 
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """A short list of what differs; what lets the run leave the path of an undisturbed one stands apart."""
+    """A short list of what differs; what it means stands before each part of it."""
     changed = {
         name: f"{name} {_text(before.get(name))} → {_text(after.get(name))}"
         for section in ("plan", "settings", "data", "environment")
@@ -148,18 +144,18 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     }
-    harmless, kept, serious = [], [], []
+    told = defaultdict(list)
     for name, line in changed.items():
-        first = name.partition(" ")[0]
-        (harmless if first in HARMLESS else kept if name in KEPT or name.startswith("optimizer ") else serious).append(
-            line
-        )
-    if harmless:
-        yield f"changed since: {', '.join(harmless)}."
-    if kept:
-        yield f"not taken over, for the checkpoint's own goes on: {', '.join(kept)}."
-    if serious:
-        yield f"no longer exact, as these have changed: {', '.join(serious)}."
+        told[_meaning(name)].append(line)
+    yield from (f"{meaning}: {', '.join(lines)}." for meaning, lines in sorted(told.items()))
+
+
+def _meaning(name: str) -> str:
+    """What it means that an entry has changed."""
+    if name.partition(" ")[0] in HARMLESS:
+        return "changed since"
+    is_kept = name in KEPT or name.startswith("optimizer ")
+    return "not taken over, for the checkpoint's own goes on" if is_kept else "no longer exact, as these have changed"
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -176,32 +172,22 @@ def _text(value: Any) -> str:
 
 def _is_longer(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether a limit was raised, or taken away."""
-    limits = [(_amount(then[name]), _amount(now.get(name))) for name in LENGTHS if name in then]
+    limits = [(amount(then[name]), amount(now.get(name))) for name in LENGTHS if name in then]
     return any(limit is None or (before is not None and limit > before) for before, limit in limits)
-
-
-def _amount(limit: Any) -> float | None:
-    return Every.parse(limit).count if isinstance(limit, str) else limit
 
 
 def _stopping(recorded: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     return [recorded[section].get(name) for section in ("plan", "settings") for name in ("patience", "early_stopping")]
 
 
-def _counted(count: int, thing: str) -> str:
-    return f"{count:,} {thing}" + ("s" if count != 1 else "")
-
-
-def room_on_disk(state: TrainState, folder: Path, saving: Saving) -> Iterator[str]:
-    """Looks for room for the checkpoints before anything is trained, with a plain estimate: the weights, once more if
-    the best ones are kept, and twice those that are trained, for what an optimizer keeps of them.
+def room_on_disk(state: TrainState, tensors: Iterable[Tensor], folder: Path, saving: Saving) -> Iterator[str]:
+    """Looks for room for the checkpoints before anything is trained, with a plain estimate: the tensors of the state as
+    it is now, once more if the best weights are kept, and twice the trained ones, for what an optimizer keeps of them.
 
     Raises DiskFullError if there is no room for a single one, unless the run shall go on; tells if there is little.
     """
-    weights = [value for module in state.modules for value in module.state_dict().values() if isinstance(value, Tensor)]
     trained = sum(p.nbytes for module in state.modules for p in module.parameters() if p.requires_grad)
-    dense = [value._values() if value.is_sparse else value for value in weights if value.layout in _LAYOUTS]
-    needed, free = 2 * sum(value.nbytes for value in dense) + 2 * trained + 2**16, free_space(folder)
+    needed, free = 2 * sum(one.nbytes for one in tensors) + 2 * trained + 2**16, free_space(folder)
     told = f"a checkpoint takes about {_size(needed)}, and {_size(free)} are free"
     if needed > free and saving.on_full == "stop":
         fix = 'free some space, choose another disk, or give save=epochal.Saving(on_full="continue")'

@@ -116,7 +116,7 @@ class Run:
             if at_epoch_end and state.schedule is not None:
                 state.schedule.after_epoch()
             if evaluated is not None:
-                yield self._tell(evaluated)
+                yield from self._closed(evaluated)
             if self.saver is not None:
                 yield from self._save() if self._saving_is_due(at_epoch_end) else self._saved()
         if progress.evaluated != progress.step and self.signals.received is None:
@@ -233,7 +233,13 @@ class Run:
 
     def _pending(self) -> Iterator[Event]:
         if (evaluated := self._evaluate()) is not None:
-            yield self._tell(evaluated)
+            yield from self._closed(evaluated)
+
+    def _closed(self, evaluated: Evaluated) -> Iterator[Event]:
+        yield self._tell(evaluated)
+        row, before = evaluated.row, self.state.rows[-2]["step"] if len(self.state.rows) > 1 else 0
+        if row.get("skipped") == row["step"] - before:
+            yield self._note("every update since the last evaluation was left out: the weights stand still")
 
     def _evaluate(self, at_epoch_end: bool = False) -> Evaluated | None:
         """Closes a row: the training's means since the last one, and the validation. None, and nothing has happened,

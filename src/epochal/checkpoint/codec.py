@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -44,6 +44,7 @@ _FIXES: tuple[tuple[Any, str], ...] = (
     (Tensor, "save a plain tensor, for example value.to_dense() or value.full_tensor()"),
     (tuple, "save tuple(value)"),
     (set | frozenset, "save sorted(value)"),
+    (Mapping, "save dict(value)"),
     (object, "keep numbers, strings, tensors, lists and dicts of them in state_dict()"),
 )
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, struct.error)
@@ -74,11 +75,11 @@ _Found = defaultdict[tuple, dict[tuple, _View]]  # by memory, then by layout
 def encode(state: Any) -> tuple[Any, dict[str, Tensor]]:
     """The state as JSON, and its tensors by the names that the JSON gives them.
 
-    Takes dicts (keys: strings, numbers, booleans, None, tuples of them), lists, tuples, tensors, numpy arrays and
-    numbers, numbers, strings, bytes, booleans, None, torch.dtype, torch.device, and members of an IntEnum or StrEnum
-    (as their values). Anything else is a CheckpointError that says where it stands. The tensors are contiguous and
-    strided, of a type that safetensors holds, on the device where they were, and no two share memory. They are the
-    state's own memory where that is possible: copy them before the state moves on.
+    Takes dicts, OrderedDicts and Counters (keys: strings, numbers, booleans, None, tuples of them), lists, tuples,
+    tensors, numpy arrays and numbers, numbers, strings, bytes, booleans, None, torch.dtype, torch.device, and members
+    of an IntEnum or StrEnum (as their values). Anything else is a CheckpointError that says where it stands. The
+    tensors are contiguous and strided, of a type that safetensors holds, on the device where they were, and no two
+    share memory. They are the state's own memory where that is possible: copy them before the state moves on.
 
     >>> encode({"step": 3, "betas": (0.9, 0.99)})
     ({'step': 3, 'betas': {'$tuple': [0.9, 0.99]}}, {})
@@ -111,7 +112,7 @@ def _encode(value: Any, path: tuple, found: _Found) -> Any:
         return parts if kind is list else {"$tuple": parts}
     if isinstance(value, Tensor):
         return _encode_tensor(value, path, found)
-    if isinstance(value, Mapping):
+    if kind in (dict, OrderedDict, Counter):
         return _encode_mapping(value, path, found)
     return _encode_rare(value, path, found)
 
@@ -147,10 +148,11 @@ def _encode_mapping(value: Mapping, path: tuple, found: _Found) -> Any:
         entries: Any = {key: _encode(part, (*path, key), found) for key, part in pairs}
     else:
         entries = {"$dict": [[_encode(key, path, found), _encode(part, (*path, key), found)] for key, part in pairs]}
+    kind = type(value)
     # A module's state dict carries the versions of its layers; some layers load differently, or not, without them.
-    if isinstance(value, OrderedDict) and hasattr(value, "_metadata"):
-        return {"$state_dict": [entries, _encode(value._metadata, (*path, "_metadata"), found)]}
-    return entries
+    if kind is OrderedDict and hasattr(value, "_metadata"):
+        return {"$state_dict": [entries, _encode(dict(value._metadata), (*path, "_metadata"), found)]}
+    return entries if kind is dict else {"$ordered" if kind is OrderedDict else "$counter": entries}
 
 
 def _is_value(value: Any) -> bool:
@@ -326,6 +328,10 @@ def _decode_mark(mark: str, content: Any, path: tuple, stored: _Stored) -> Any:
             state = OrderedDict(state)
             setattr(state, "_metadata", versions)  # noqa: B010 (a type checker knows no such attribute)
             return state
+        case "$ordered" | "$counter", dict():
+            if type(entries := inner(content)) is not dict:
+                raise ValueError("a kind of dict holds none")
+            return OrderedDict(entries) if mark == "$ordered" else Counter(entries)
         case "$int", str():
             return int(content, 16)
         case "$float", str():

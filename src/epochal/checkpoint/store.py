@@ -78,12 +78,15 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, keep: int = 3):
-        self.folder, self.keep = Path(folder), keep
+        self.folder, self.keep = Path(folder), Saving(keep=keep).keep
         self._damaged: set[Path] = set()
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Commits a checkpoint of the state, and removes the oldest ones."""
-        return self.commit(step, *codec.encode(state))
+        """Commits a checkpoint of the state, and removes the oldest ones. step: at least 0."""
+        if step < 0:
+            raise PlanError("a step is not negative.", where=f"step={step}", fix="count updates from 0")
+        tree, named = codec.encode(state)
+        return self.commit(step, tree, {name: tensor.cpu() for name, tensor in named.items()})
 
     def commit(self, step: int, tree: Any, named: Mapping[str, Tensor]) -> Path:
         """Commits an encoded state, its tensors on the host; what may pass is tried again, each time anew.

@@ -31,11 +31,9 @@ def save_weights(weights: Mapping[str, Any], path: str | Path) -> None:
     refuse_unholdable(weights, 'keep it out of get_extra_state(), or use torch\'s own format: result.save("model.pt")')
     for name, value in weights.items():
         value = value.detach().resolve_conj().resolve_neg()  # a copy, where either is still to be done
-        place = _place(value)
-        if place in first:
-            shared[name] = first[place]
+        if (stored := first.setdefault(_place(value), name)) != name:
+            shared[name] = stored
         else:
-            first[place] = name
             kept[name] = value.cpu().contiguous()
     facts = {"format": "pt"} | ({SHARED: msgspec.json.encode(shared).decode()} if shared else {})
     files.replace_bytes(path, *tensors.chunks(kept, {**facts, DIGEST: _digest(kept, facts)}))
@@ -120,11 +118,6 @@ def _place(tensor: Tensor) -> tuple:
     if tensor.numel() == 0:
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-
-
-def is_safetensors(path: str | Path) -> bool:
-    """Whether a path is named like a safetensors file."""
-    return Path(path).suffix == ".safetensors"
 
 
 def save_state_dict(weights: Mapping[str, Any], path: str | Path) -> None:

@@ -55,6 +55,8 @@ def ls(folder: Annotated[Path, Parameter(help="Where the run folders are.")] = R
 def show(run: Annotated[Path, Parameter(help="A run folder.")], /, *, json: Json = False) -> None:
     """Show what a run did and what it left."""
     facts, rows = read_facts(existing(run)), []
+    if facts["status"] == "incomplete" and "checkpoints/" not in held(run):
+        raise RunFolderError("there is no run in the folder.", where=str(run), fix="epochal runs ls FOLDER lists them")
     with suppress(EpochalError):  # no results yet, or damaged ones
         rows = History.from_csv(run / "results.csv").rows
     if json:

@@ -144,10 +144,8 @@ class GivenLoader:
         if place is not None:
             self._asked.load_state_dict(place)
             self._was_put = True
-        if place is not None and start and loaded["is_over"]:
-            return watched(
-                lambda: iter(()), self.loader, start, timeout=0
-            )  # it was saved after the last batch of its epoch
+        if place is not None and start and loaded["is_over"]:  # it was saved after the last batch of its epoch
+            return watched(lambda: iter(()), self.loader, start, timeout=0)
         was_put, self._was_put = self._was_put, False
         if start:
             self._put(began)

@@ -99,7 +99,7 @@ def watched(
     except Exception as error:
         try:
             told = worker_error(error, f"batch {number} was awaited", batches, dog.found)
-        except RuntimeError:  # torch tells of a dead worker in the midst of anything, once
+        except RuntimeError:  # torch tells of a dead worker in the midst of anything, once, where no run has its signal
             told = worker_error(error, f"batch {number} was awaited", batches, dog.found)
         if told is None:
             raise

@@ -236,7 +236,7 @@ class Stream:
             foreign.metric.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and dicts only. Later updates do not change it (merging makes new sums)."""
+        """Tensors, numbers, lists and dicts. Later updates do not change it (merging makes new sums)."""
         foreign = {} if self._is_empty else self._foreign
         states = {name: _foreign_state(one.metric) for name, one in foreign.items()}
         return {"sums": dict(self._sums), "foreign": states}
@@ -306,14 +306,13 @@ def _is_state(value: Any) -> bool:
     return type(value) is int or all(isinstance(part, Tensor) for part in parts)
 
 
-def _snapshot(value: Tensor | list[Tensor] | int) -> Tensor | dict[str, Tensor] | int:
-    if isinstance(value, list):  # it only ever grows at its end, so its tensors need no copy
-        return {str(i): part for i, part in enumerate(value)}  # a state holds no lists
+def _snapshot(value: Tensor | list[Tensor] | int) -> Tensor | list[Tensor] | int:
+    if isinstance(value, list):
+        return list(value)  # it only ever grows at its end, so its tensors need no copy
     return value.clone() if isinstance(value, Tensor) else value
 
 
 def _load_foreign(metric: nn.Module, state: dict[str, dict[str, Any]]) -> None:
     for path, part in metric.named_modules():
         for name, value in state[path].items():
-            is_list = isinstance(value, Mapping)
-            setattr(part, name, [value[str(i)] for i in range(len(value))] if is_list else _snapshot(value))
+            setattr(part, name, _snapshot(value))

@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple, TextIO, final
 
 from epochal.errors import PlanError
-from epochal.events import Ended, Evaluated, Event, Noted, Row, Started, StepDone
+from epochal.events import Ended, Evaluated, Event, Noted, Row, Started, StepDone, StopReason
 from epochal.observe.overfitting import overfitting_since
 
 FIRST_LINES, SECONDS_A_LINE = 10, 2.0  # off a terminal: so many lines as they come, then one in so many seconds
@@ -208,7 +208,9 @@ class Console:
     def _ended(self, event: Ended) -> None:
         self._has_begun = False
         told = self._text(self._withheld) if self._withheld else ""
-        facts = summary(event, self._rows, self._by_step)
+        facts, started = summary(event, self._rows, self._by_step), self._started
+        if event.reason is StopReason.INTERRUPTED and started.run and not started.command:  # a command says its own
+            facts["next"] = f"fit(..., run={str(started.run)!r}, resume=True) goes on from here"
         self._write(f"{told}\n{aligned(facts, self._paint, self._width)}")
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from epochal.checkpoint import files
 from epochal.checkpoint.weights import IMPORTED, save_weights, weights_of
 from epochal.errors import FileError, RunFolderError
-from epochal.events import Best, Ended, Evaluated, Event, Noted, Row, Saved, Started, StepDone
+from epochal.events import Ended, Evaluated, Event, Noted, Row, Saved, Started, StepDone
 from epochal.runtime.lock import LOCK_FILE, Lock
 
 SECONDS_A_NOTE = 10.0  # between two writings of run.json while a run goes on
@@ -45,7 +45,7 @@ class Recorder:
         self._rows: list[dict[str, Any]] = []
         self._columns: list[str] = []
         self._written, self._written_at, self._noted_at, self._is_torn = 0, 0.0, 0.0, False
-        self._has_begun = False
+        self._has_begun, self._config = False, b""  # config.toml, as long as it is not written
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, StepDone):  # first, for it comes most often
@@ -61,7 +61,7 @@ class Recorder:
     def _record(self, event: Event) -> None:
         if isinstance(event, Evaluated):
             self._rows.append(_timeless(event.row))
-            self._facts["best"] = _plain_best(event.best)
+            self._facts["best"] = event.best and asdict(event.best)
             if time.monotonic() - self._noted_at > SECONDS_A_NOTE:
                 self._note()
             if time.monotonic() - self._written_at > SECONDS_A_LINE:
@@ -85,7 +85,7 @@ class Recorder:
         files.sweep(self.folder)
         self._tell("resumed" if event.step else "started", epochs=event.done, step=event.step)
         if not (event.step and (self.folder / "config.toml").exists()):  # a run that goes on keeps that of its start
-            files.replace_bytes(self.folder / "config.toml", tomlkit.dumps(dict(event.config)).encode())
+            self._config = tomlkit.dumps(dict(event.config)).encode()
         self._note()
         self._write_rows()  # evaluations after the checkpoint are cut off: they will be made again
         self._has_begun = True
@@ -98,7 +98,7 @@ class Recorder:
         finally:
             if not event.is_torn:  # else the newest checkpoint has the last whole ones
                 self._save_weights()
-        ended = {**asdict(event), "reason": event.reason.name.lower(), "best": _plain_best(event.best)}
+        ended = {**asdict(event), "reason": event.reason.name.lower()}
         self._tell("ended", **ended)
         self._note(status="stopped" if event.is_torn else "ended", **ended)
 
@@ -112,6 +112,9 @@ class Recorder:
     def _note(self, **facts: Any) -> None:
         self._facts.update(facts)
         self._noted_at = time.monotonic()
+        if self._config:
+            files.replace_bytes(self.folder / "config.toml", self._config)
+            self._config = b""
         files.replace_bytes(self.folder / "run.json", json.dumps(_strict(self._facts), indent=1).encode() + b"\n")
 
     def _tell(self, what: str, **facts: Any) -> None:
@@ -151,7 +154,8 @@ def claim(folder: Path, *, resume: bool) -> Lock:
     try:
         files.make_folder(folder)
         was_locked = (folder / LOCK_FILE).exists()  # a run that was killed has left it
-        _refuse_what_is_not_ours(folder, resume, was_locked)  # before a lock is left in a stranger's folder
+        if not was_locked:
+            _refuse_what_is_not_ours(folder, resume, was_locked)  # before a lock is left in a stranger's folder
         lock = Lock(folder)
         try:
             _refuse_what_is_not_ours(folder, resume, was_locked)  # another run may have been quicker
@@ -198,10 +202,6 @@ def _csv(columns: list[str], rows: Iterable[Row]) -> str:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def _plain_best(best: Best | None) -> dict[str, Any] | None:
-    return asdict(best) if best else None
 
 
 def _strict(value: Any) -> Any:

@@ -27,8 +27,7 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
-    commit = git_commit()
-    if commit is not None:
+    if commit := git_commit():
         facts["git_commit"] = commit
     return facts
 

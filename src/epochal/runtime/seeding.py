@@ -46,13 +46,14 @@ def generator_states() -> dict[str, Any]:
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
     }
-    for kind, home in _accelerators().items():
+    for kind, home in accelerators().items():
         if getattr(home, "is_initialized", home.is_available)():  # asking others would start a device
             states[kind] = [home.get_rng_state(number) for number in range(home.device_count())]
     return states
 
 
-def _accelerators() -> dict[str, Any]:
+def accelerators() -> dict[str, Any]:
+    """The modules of the accelerators that are there, by the type of their devices."""
     homes = {kind: getattr(torch, kind) for kind in ("cuda", "xpu", "mps")}
     return {kind: home for kind, home in homes.items() if home.is_available()}
 
@@ -62,7 +63,7 @@ def set_generator_states(states: dict[str, Any]) -> None:
     _set_python_state(random, states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    for kind, home in _accelerators().items():
+    for kind, home in accelerators().items():
         for number, state in enumerate(states.get(kind, ())[: home.device_count()]):  # there may be fewer now
             home.set_rng_state(state, number)
 
