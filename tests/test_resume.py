@@ -319,7 +319,7 @@ def test_what_has_changed_is_told(tmp_path):
     _, harmless, serious, kept = notes(seen)
     assert harmless == "changed since: epochs 1 → 2."
     assert serious.startswith("no longer exact, as these have changed: batch_size 10 → 20, train ")
-    assert kept == "not taken over, for the checkpoint's own goes on: lr 0.1 → 0.01."
+    assert kept == "the checkpoint's own goes on: lr 0.1 instead of 0.01."
     assert "43 → 44" in serious
 
 
@@ -607,7 +607,7 @@ def test_weights_that_cannot_be_kept_are_known_before_training(tmp_path, odd):
         (
             {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "lr": None},
             {"optimizer": lambda p: torch.optim.SGD(p, lr=0.2), "lr": None},
-            "optimizer lr 0.1 → 0.2",
+            "optimizer lr 0.1 instead of 0.2",
         ),
     ],
 )
@@ -615,7 +615,7 @@ def test_settings_inside_objects_are_compared(tmp_path, one, other, told):
     epochal.fit(**given(run="r", epochs=1, **one))
     seen = []
     epochal.fit(**given(run="r", epochs=2, resume=True, observers=[seen.append], **other))
-    begin = "not taken over" if "optimizer" in told else "no longer exact"
+    begin = "the checkpoint's own goes on" if "optimizer" in told else "no longer exact"
     assert any(told in message and message.startswith(begin) for message in notes(seen)), notes(seen)
 
 

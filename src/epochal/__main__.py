@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
 from epochal.cli import application
 from epochal.errors import EpochalError
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EpochalError as error:
         if told:
             traceback.print_exception(error.__cause__ or error)
-        print(error.describe(), file=sys.stderr)
+        with suppress(OSError):  # a terminal that was closed
+            print(error.describe(), file=sys.stderr)
         return error.exit_code
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # stdout's: a file's is a FileError

@@ -34,7 +34,7 @@ def started(plan: Plan, state: TrainState, data: Data, device: torch.device, mon
         "train": _samples(data.train, data.batch_size) + each,
         "val": _samples(data.val, data.batch_size) if data.val is not None else "none",
         "loss": objective,
-        "optimizer": _optimizer(state.optimizer),
+        "optimizer": told_optimizer(state.optimizer),
         "device": f"{devices.describe(device)}, {plan.precision}{', compiled' if plan.compile else ''}",
         "until": _until(plan, monitor),
     }
@@ -69,7 +69,7 @@ def _samples(loader: Loader | GivenLoader, batch_size: int) -> str:
         return f"a stream in batches of {size}" if size else "a stream of batches"
 
 
-def _optimizer(optimizer: Optimizer | None) -> str:
+def told_optimizer(optimizer: Optimizer | None) -> str:
     if optimizer is None:
         return "in the step"
     # A schedule has already set the rate of the first step; what the user gave is beside it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from epochal.checkpoint.weights import refuse_unholdable, weights_of
 from epochal.data.batch import split
 from epochal.data.given import GivenLoader
 from epochal.data.window import Window
-from epochal.describe import started
+from epochal.describe import started, told_optimizer
 from epochal.errors import Mistakes, ModelError, PlanError, UnknownNameError
 from epochal.feeding import Data, read, steps_of
 from epochal.loop import evaluation_mode
@@ -123,6 +124,8 @@ def _on_device(step: Step, device: torch.device) -> Step:
         state.is_torn = False
         return result
 
+    if hasattr(step, "settle"):
+        whole.settle = step.settle  # type: ignore[attr-defined]
     whole.__name__ = getattr(step, "__name__", type(step).__name__)
     return whole
 
@@ -218,3 +221,6 @@ def _record(plan: Plan, run: Run, folder: Path) -> None:
     run.notes += room_on_disk(run.state, tensors.values(), folder, saving)
     if plan.resume:
         run.notes += resume(run, folder, checkpoints)
+        run.started = replace(
+            run.started, facts={**run.started.facts, "optimizer": told_optimizer(run.state.optimizer)}
+        )

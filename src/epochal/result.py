@@ -25,6 +25,7 @@ from epochal.events import Best, StopReason
 from epochal.metrics import named
 from epochal.metrics.metric import Stream
 from epochal.objective import Supervised
+from epochal.observe.console import counted
 from epochal.report.history import History
 from epochal.runtime import device as devices
 
@@ -64,7 +65,7 @@ class Result:
 
     def __repr__(self) -> str:
         best = f", best {self.best.metric} {self.best.value:.4g} in epoch {self.best.epoch}" if self.best else ""
-        return f"Result({self.message}; {len(self.history)} rows{best})"
+        return f"Result({self.message}; {counted(len(self.history), 'row')}{best})"
 
 
 @dataclass(frozen=True)

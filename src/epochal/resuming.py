@@ -78,7 +78,7 @@ def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
             load_into(run.state.model, load_weights(weights), str(weights))
             yield "begun with the weights that were imported."
         else:
-            yield "there is no checkpoint yet: the run begins anew."
+            yield f"there is no checkpoint in {folder} yet: the run begins anew."
         return
     yield from (f"{Path(damaged.where or '').name} is left out: {damaged.what}" for damaged in found.damaged)
     recorded = defaultdict(dict, _told(found))
@@ -87,6 +87,8 @@ def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
     run.keep_as_saved()
     yield f"resumed from {found.path.name}, after {counted(run.state.progress.step, 'step')}."
     yield from _changes(recorded, run.about)
+    if all(recorded["data"].get(side) != run.about["data"].get(side) for side in ("train", "val")):
+        yield "val is not what it was, and its rows may have been trained on: with val as a part, give the same seed."
     if (schedule := run.state.schedule) is not None and schedule.length != (old := found.state["schedule"]["length"]):
         yield f"no longer exact: the schedule is stretched from {old} moves to {schedule.length}, and the rate follows."
     if run.state.stop is None:
@@ -131,14 +133,14 @@ def _put_back(state: TrainState, found: Found) -> None:
 
 
 def _misfit(found: Found, why: str) -> CheckpointError:
-    fix = "resume with the model, the optimizer, the schedule and the metrics that the run was begun with"
+    fix = "resume with the model, the loss, the optimizer, the schedule and the metrics that the run was begun with"
     return CheckpointError("the checkpoint does not fit the plan.", where=f"{found.path}; {why}", fix=fix)
 
 
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """A short list of what differs; what it means stands before each part of it."""
     changed = {
-        name: f"{name} {_text(before.get(name))} → {_text(after.get(name))}"
+        name: f"{name} {_text(before.get(name))} {'instead of' if _stays(name) else '→'} {_text(after.get(name))}"
         for section in ("plan", "settings", "data", "environment")
         for before, after in [(_flat(then[section]), _flat(now[section]))]
         for name in sorted(before.keys() | after.keys())
@@ -154,8 +156,11 @@ def _meaning(name: str) -> str:
     """What it means that an entry has changed."""
     if name.partition(" ")[0] in HARMLESS:
         return "changed since"
-    is_kept = name in KEPT or name.startswith("optimizer ")
-    return "not taken over, for the checkpoint's own goes on" if is_kept else "no longer exact, as these have changed"
+    return "the checkpoint's own goes on" if _stays(name) else "no longer exact, as these have changed"
+
+
+def _stays(name: str) -> bool:
+    return name in KEPT or name.startswith("optimizer ")
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -141,7 +141,8 @@ class Run:
     def _leave(self, error: BaseException | None, reason: StopReason, message: str) -> None:
         """The end of a run that did not come to its end by itself."""
         try:
-            if error is None or isinstance(error, WorkerError):  # between two steps, or two events: the state is whole
+            # Between two steps, or two events, the state is whole; a step of the user's may lose a worker within.
+            if (error is None or isinstance(error, WorkerError)) and not self.state.is_torn:
                 list(self._save(wait=True))
             elif not isinstance(error, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
                 list(self._saved(wait=True))
@@ -308,7 +309,6 @@ class Run:
             return
         self._settle()
         if self._were_finite and (name := nonfinite.weight(self.state.modules)) is not None:
-            self.state.is_torn = True  # nor may they be the final ones
             raise nonfinite.of_weight(name, self.state.progress.step)
         self.state.progress.seconds = self._seconds()
         self.saver.start(self.state.progress.step, {**self.state.state_dict(), "about": self.about})
@@ -334,22 +334,24 @@ class Run:
             if self.saver.on_full == "stop":
                 raise
             self._saved_mark = ()
-            yield self._note(f"{error.what} The run goes on, and will try again.")
+            yield self._note(f"{error.what} The run does without it.")
         else:
             if written is not None:
                 yield self._tell(Saved(written[1], written[0]))
 
     def _end(self, reason: StopReason, message: str, *, is_torn: bool = False) -> Ended:
         """Puts the best weights and the modules' modes back, and tells. is_torn: an update may be half done."""
-        progress, restored = self.state.progress, False
+        progress, restored, is_whole = self.state.progress, False, False
         try:
             restored = self.best.restore()
+            is_finite = not self._were_finite or nonfinite.weight(self.state.modules) is None
+            is_whole = is_finite and (restored or not is_torn)
         finally:  # a model that was changed meanwhile may not take them
             for part, training in self._modes:
                 part.training = training
             self.ended = Ended(
                 reason, message or reason.message, self.best.best, restored, progress.epoch, progress.step,
-                self._seconds(), is_torn and not restored,
+                self._seconds(), not is_whole,
             )  # fmt: skip
             try:
                 self._tell(self.ended)
@@ -358,11 +360,13 @@ class Run:
         return self.ended
 
     def _let_go(self) -> None:
-        for loader in (self.train, self.validation.loader):
-            if loader is not None:
-                loader.close()
-        if self.lock is not None:
-            self.lock.release() if self.saver is None else self.saver.then(self.lock.release)
+        try:
+            for loader in (self.train, self.validation.loader):
+                if loader is not None:
+                    loader.close()
+        finally:
+            if self.lock is not None:
+                self.lock.release() if self.saver is None else self.saver.then(self.lock.release)
 
 
 def _first_line(error: BaseException | None) -> str:

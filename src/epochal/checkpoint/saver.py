@@ -21,12 +21,12 @@ class Saver:
         self.every = Every.parse(saving.every)
         # Seconds that the training has waited, or has shared a core with the writing thread: in all, and the last time.
         self._spent = self._last = 0.0
-        self._thread: threading.Thread | None = None
+        self._written: threading.Event | None = None  # joining a thread that Ctrl-C breaks into is no proof of its end
         self._outcome: tuple[int, Path | Exception, float] | None = None
 
     @property
     def is_busy(self) -> bool:
-        return self._thread is not None
+        return self._written is not None
 
     def may_start(self, seconds: float) -> bool:
         """Whether one more save keeps within its share of the run's seconds until now, with what is to come in any
@@ -40,33 +40,35 @@ class Saver:
         tree, tensors = codec.encode(state)
         snapshot = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         # A daemon, so that a second Ctrl-C does not wait for it: what it leaves half-written is swept up later.
-        self._thread = threading.Thread(target=self._write, args=(step, tree, snapshot), daemon=True, name="checkpoint")
-        self._outcome = None
-        self._thread.start()
+        written = threading.Event()
+        task = step, tree, snapshot, written
+        threading.Thread(target=self._write, args=task, daemon=True, name="checkpoint").start()
+        self._written = written
         self._last = time.perf_counter() - began
 
-    def _write(self, step: int, tree: Any, tensors: Mapping[str, Any]) -> None:
+    def _write(self, step: int, tree: Any, tensors: Mapping[str, Any], written: threading.Event) -> None:
         outcome: Path | Exception
         try:
             outcome = self.checkpoints.commit(step, tree, tensors)
         except Exception as error:  # it is raised where the training can hear it
             outcome = error
         self._outcome = step, outcome, time.thread_time()
+        written.set()
 
     def then(self, function: Callable[[], object]) -> None:
         """Calls the function when nothing is being written: at once, or after a writing that nobody waits for."""
-        if (writing := self._thread) is None:
+        if (written := self._written) is None:
             function()
         else:
-            threading.Thread(target=lambda: (writing.join(), function()), daemon=True).start()
+            threading.Thread(target=lambda: (written.wait(), function()), daemon=True).start()
 
     def finished(self, *, wait: bool = False) -> tuple[int, Path] | None:
         """The step and the folder of what has been written since the last call; raises what went wrong with it."""
-        if self._thread is None or (not wait and self._thread.is_alive()):
+        if self._written is None or (not wait and not self._written.is_set()):
             return None
         began = time.perf_counter()
-        self._thread.join()
-        self._thread = None
+        self._written.wait()
+        self._written = None
         assert self._outcome is not None
         step, outcome, computed = self._outcome
         self._last += time.perf_counter() - began + computed

@@ -177,7 +177,9 @@ class Checkpoints:
                 self._damaged.add(path)
         if not problems:
             return None
-        told = "; ".join(f"{problem.where}: {problem.what.removeprefix('the checkpoint is ')}" for problem in problems)
+        told = "; ".join(
+            f"{problem.where}: {problem.what.removeprefix('the checkpoint is ').rstrip('.')}" for problem in problems
+        )
         fix = "copy one from a backup, or start anew in another folder; nothing was removed"
         raise CheckpointError("none of the checkpoints is whole.", where=told, fix=fix)
 

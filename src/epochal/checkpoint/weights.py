@@ -30,11 +30,10 @@ def save_weights(weights: Mapping[str, Any], path: str | Path) -> None:
     first: dict[tuple, str] = {}
     refuse_unholdable(weights, 'keep it out of get_extra_state(), or use torch\'s own format: result.save("model.pt")')
     for name, value in weights.items():
-        value = value.detach().resolve_conj().resolve_neg()  # a copy, where either is still to be done
         if (stored := first.setdefault(_place(value), name)) != name:
             shared[name] = stored
         else:
-            kept[name] = value.cpu().contiguous()
+            kept[name] = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
     facts = {"format": "pt"} | ({SHARED: msgspec.json.encode(shared).decode()} if shared else {})
     files.replace_bytes(path, *tensors.chunks(kept, {**facts, DIGEST: _digest(kept, facts)}))
 
@@ -117,7 +116,8 @@ def _place(tensor: Tensor) -> tuple:
     """What tells two names of one tensor: its memory and its layout; an empty tensor is only itself."""
     if tensor.numel() == 0:
         return (id(tensor),)
-    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+    layout = tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg()
+    return (tensor.device, tensor.data_ptr(), *layout)
 
 
 def save_state_dict(weights: Mapping[str, Any], path: str | Path) -> None:

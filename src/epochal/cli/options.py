@@ -22,7 +22,7 @@ Seed = Annotated[
 Epochs = Annotated[int, Parameter(help="How many times the data are gone through, at most.")]
 Precision = Annotated[Literal["fp32", "bf16", "fp16"], Parameter(help="What the model computes in.")]
 Config = Annotated[Path | None, Parameter(help="A TOML file of these flags.")]
-Resume = Annotated[bool, Parameter(show=False)]  # what `epochal resume` adds to the command that began a run
+Resume = Annotated[bool, Parameter(help="Go on with the run in the folder, if there is one.")]
 Json = Annotated[bool, Parameter(help="Print JSON.")]
 
 

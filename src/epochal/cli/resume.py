@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import tomllib
@@ -47,8 +48,10 @@ def resume(
     if changes and words[0] != "train":
         fix = f"leave it out; {flags} holds the flags that the run was begun with"
         raise PlanError("--set changes the plan of a recipe, and this run has none.", where=str(run), fix=fix)
+    before = tomllib.loads(flags.read_text()).get("set", []) if flags.exists() else []
+    if epochs is not None and any(re.match(r"\s*epochs\s*=", change) for change in (*before, *changes)):
+        changes = [*changes, f"epochs={epochs}"]  # a change of the plan has the last word
     if changes:  # the command line's take the place of the file's: those come first
-        before = tomllib.loads(flags.read_text()).get("set", []) if flags.exists() else []
         tokens += [word for change in (*before, *changes) for word in ("--set", change)]
     # What the environment said when the run was begun stands in the file; what it says now is not asked.
     app = application(tokens, environment=False)

@@ -38,7 +38,7 @@ def ls(folder: Annotated[Path, Parameter(help="Where the run folders are.")] = R
     found = [
         read_facts(path)
         for path in sorted(folder.iterdir())
-        if path.is_dir() and not path.name.startswith(".") and path.name != "checkpoints"
+        if (path / "run.json").exists() or (path / "checkpoints").exists()
     ]
     found.sort(key=lambda facts: facts["started"] or "")
     if json:

@@ -10,7 +10,7 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,12 +109,19 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
     from epochal.cli import training
 
     if given.get("drawn") is None and given.get("seed") is None and "seed" not in chosen:
-        given = {**given, "drawn": int.from_bytes(os.urandom(4))}
+        given = {**given, "drawn": _drawn_before(given) or int.from_bytes(os.urandom(4))}
     plan = planned(path, make, chosen, given)
     files = {"recipe.py": path.read_bytes()}
     with blaming(path):
         words = ["train", str(path.absolute())]
         training.train(plan, words, flags(chosen, given), files, "epochal runs show {run}")
+
+
+def _drawn_before(given: Mapping[str, Any]) -> int | None:
+    """The seed that was drawn for a run that is resumed: with another one, its data would be divided anew."""
+    with suppress(OSError, ValueError, TypeError):  # none, or it is not whole: then there is none to go on with
+        return tomllib.loads(Path(given["run"], "recipe.toml").read_text()).get("drawn") if given["resume"] else None
+    return None
 
 
 def flags(chosen: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
         return
     kills, most = given.get("kills", 2), given.get("steps") or MOST
     scratch = tempfile.TemporaryDirectory(prefix="epochal-verify-")
-    with _ended_by_sigterm(), scratch as folder, _server(path, Path(folder)) as server:
+    with _ended_by_signals(), scratch as folder, _server(path, Path(folder)) as server:
         Path(folder, ASKED).write_text(written(flags(chosen, given)))
         straight, killed = Path(folder, "straight"), Path(folder, "killed")
         print("running straight", file=sys.stderr)
@@ -97,20 +97,21 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM leaves nothing in the temporary directory, as Ctrl-C does."""
+def _ended_by_signals() -> Iterator[None]:
+    """Inside, SIGTERM or a terminal that is closed leaves nothing behind, as Ctrl-C does."""
 
     def end(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_IGN)  # nothing shall disturb the tidying
-        error = Interrupted("ended by SIGTERM.", fix="run it again; nothing was left behind")
+        error = Interrupted(f"ended by {signal.Signals(number).name}.", fix="run it again; nothing was left behind")
         error.exit_code = 128 + number
         raise error
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

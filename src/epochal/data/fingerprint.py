@@ -37,7 +37,7 @@ def fingerprint(data: Source | DataLoader | Loader | GivenLoader) -> dict[str, s
             "sampler": type(data.batch_sampler if data.batch_size is None else data.sampler).__name__,
             "drop_last": str(data.drop_last),
             "num_workers": data.num_workers,
-            "persistent_workers": str(data.persistent_workers),
+            **({"persistent_workers": "True"} if data.persistent_workers else {}),
         }
     if isinstance(data, Arrays):
         return _of_arrays(data)

@@ -152,24 +152,27 @@ class GivenLoader:
         if began["made"] and self.loader.persistent_workers and self.loader._iterator is None:
             iter(self.loader)  # starts the workers and draws their seed, as the run did in its first epoch
             self._put(began)
-        batches = self._reading = iter(self.loader)
-        skip = start if place is None else 0
-        # torch's own, and private: if it goes, batches are loaded on the way, and thrown away
-        draw = getattr(batches, "_next_index", None)
-        if skip and draw is not None and not self.loader.num_workers and not self._is_stream:
-            with suppress(StopIteration):
-                while skip:
-                    draw()
-                    skip -= 1
-            skip = 0
 
-        def anew() -> Iterator[Any]:
-            self._put(now)
+        def make() -> Iterator[Any]:
             self._reading = iter(self.loader)
             return self._reading
 
+        def anew() -> Iterator[Any]:
+            self._put(now)
+            return make()
+
+        def skip(batches: Any) -> int:
+            """Draws the indices, where that is enough; else the batches have to be loaded."""
+            draw = getattr(batches, "_next_index", None)  # torch's own, and private
+            if place is not None or draw is None or self.loader.num_workers or self._is_stream:
+                return start if place is None else 0
+            with suppress(StopIteration):
+                for _ in range(start):
+                    draw()
+            return 0
+
         return watched(
-            lambda: batches, self.loader, start, timeout=GRACE * self.loader.timeout, skip=skip,
+            make, self.loader, start, timeout=GRACE * self.loader.timeout, skip=skip,
             in_place=(lambda: self._put(now)) if start else None,
             anew=anew if was_put and not start else None,
         )  # fmt: skip

@@ -52,7 +52,7 @@ class _Watchdog(threading.Thread):
     def wait_for(self, get: Callable[..., Any], *arguments: Any) -> Any:
         try:
             self.since = time.monotonic()
-            if arguments:  # an error that comes while workers are being started is heard by nobody
+            if arguments or self._batches() is not None:  # an error while workers are being started is heard by nobody
                 AWAITED.add(self)
             return get(*arguments)
         finally:
@@ -66,16 +66,16 @@ def watched(
     first: int,
     *,
     timeout: float,
-    skip: int = 0,
+    skip: Callable[[Any], int] = lambda batches: 0,
     in_place: Callable[[], Any] | None = None,
     anew: Callable[[], Iterator[Any]] | None = None,
 ) -> Generator[Any, None, int]:
     """The batches of one pass over a DataLoader, numbered from ``first``; a lost worker becomes a WorkerError.
 
     make: gives torch's iterator. timeout: seconds without a batch after which the workers count as hung, 0 for ever.
-    skip: how many batches are read and thrown away before. in_place: called after that. anew: gives what is read if
-    there is nothing, as from a data set that was put back to its very end. Returns the number of the last batch, plus
-    one.
+    skip: torch's iterator -> how many batches are read and thrown away before. in_place: called after that. anew: gives
+    what is read if there is nothing, as from a data set that was put back to its very end. Returns the number of the
+    last batch, plus one.
     """
     number, batches = first, getattr(loader, "_iterator", None)
 
@@ -84,7 +84,7 @@ def watched(
         dog.start()
     try:
         batches = dog.wait_for(make)
-        for _ in range(skip):
+        for _ in range(skip(batches)):
             dog.wait_for(next, batches, None)
         if in_place is not None:
             in_place()

@@ -227,6 +227,8 @@ def summary(ended: Ended, rows: list[Row], by_step: bool = False) -> dict[str, s
         lines["best"] = "none: the monitored value was never finite"
     took = f"{ended.seconds:.2f} s" if ended.seconds < 60 else stopwatch(ended.seconds)
     lines["trained"] = f"{counted(ended.epochs, 'epoch')}, {counted(ended.steps, 'step')} in {took}"
+    if skipped := sum(row.get("skipped", 0) for row in rows):
+        lines["trained"] += f"; {counted(skipped, 'update')} left out"
     if (since := overfitting_since(rows)) is not None:
         lines["note"] = f"val_loss has risen since epoch {since} while train_loss fell: the model may be overfitting"
     return lines

@@ -18,7 +18,7 @@ from epochal.checkpoint import files
 from epochal.checkpoint.weights import IMPORTED, save_weights, weights_of
 from epochal.errors import FileError, RunFolderError
 from epochal.events import Ended, Evaluated, Event, Noted, Row, Saved, Started, StepDone
-from epochal.runtime.lock import LOCK_FILE, Lock
+from epochal.runtime.lock import Lock, was_held
 
 SECONDS_A_NOTE = 10.0  # between two writings of run.json while a run goes on
 SECONDS_A_LINE = 0.25  # between two writings of what was measured, so that short epochs do not wait for the disk
@@ -91,8 +91,8 @@ class Recorder:
         self._has_begun = True
 
     def _end(self, event: Ended) -> None:
-        if not (self._has_begun or self.goes_on):
-            return  # its start could not be written: what stands there is not touched
+        if not (self._has_begun or (self.goes_on and "status" in self._facts)):
+            return  # it has had no start, or that could not be written: what stands there is not touched
         try:
             self._write_lines()
         finally:
@@ -153,7 +153,7 @@ def claim(folder: Path, *, resume: bool) -> Lock:
     """
     try:
         files.make_folder(folder)
-        was_locked = (folder / LOCK_FILE).exists()  # a run that was killed has left it
+        was_locked = was_held(folder)  # by a run that was killed
         if not was_locked:
             _refuse_what_is_not_ours(folder, resume, was_locked)  # before a lock is left in a stranger's folder
         lock = Lock(folder)

@@ -16,6 +16,7 @@ except ImportError:  # no such locks on this system: nothing keeps two runs apar
     fcntl = None
 
 LOCK_FILE = ".lock"
+OURS = b"process "  # what a lock file begins with
 _HELD: set[tuple[int, int]] = set()  # by this process, to which its own locks are no obstacle
 
 
@@ -47,7 +48,7 @@ class Lock:
         _HELD.add(self._held)
         with suppress(OSError):  # a full disk: what the file says is only for people
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            os.pwrite(descriptor, OURS + f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def release(self) -> None:
         if self._descriptor is not None:
@@ -72,6 +73,20 @@ def is_held(folder: Path) -> bool:
         return False
     except (AttributeError, OSError) as error:
         return getattr(error, "errno", None) in (errno.EAGAIN, errno.EACCES)
+    finally:
+        os.close(descriptor)
+
+
+def was_held(folder: Path) -> bool:
+    """Whether a run holds the folder, or has ever held it."""
+    try:
+        if _place(os.stat(folder / LOCK_FILE)) in _HELD:  # opening it and closing it again would let go of that lock
+            return True
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except OSError:
+        return False
+    try:
+        return os.read(descriptor, len(OURS)) == OURS
     finally:
         os.close(descriptor)
 

@@ -26,7 +26,7 @@ class Signals:
 
     A second SIGINT raises KeyboardInterrupt at once. Outside the main thread nothing is done; afterwards every
     handler is what it was. torch's own handler for the death of a loader's worker raises wherever the main thread is:
-    in the middle of a step, in another handler, where nobody hears it. Here it does so while a batch is awaited.
+    in the middle of a step, in another handler, where nobody hears it. Inside, it does so while a batch is awaited.
     """
 
     def __init__(self, *, terminate: bool):
@@ -39,20 +39,21 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             chosen = {number for number, usual in self.expected.items() if signal.getsignal(number) == usual}
             self._before = {number: signal.signal(number, self._note) for number in chosen}
-            signal_handling._set_SIGCHLD_handler()
-            if CHILD is not None and getattr(signal.getsignal(CHILD), "__module__", "").startswith("torch."):
-                self._before[CHILD] = signal.signal(CHILD, self._lost)
+            self._raise = signal_handling._error_if_any_worker_fails  # what torch's handler calls
+            signal_handling._error_if_any_worker_fails = self._lost
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._is_over = True
+        if signal_handling._error_if_any_worker_fails == self._lost:
+            signal_handling._error_if_any_worker_fails = self._raise
         for number, handler in list(self._before.items()):
             signal.signal(number, handler)
         self._before = {}
 
-    def _lost(self, number: int, frame: FrameType | None) -> None:
+    def _lost(self) -> None:
         if AWAITED:
-            self._before[signal.Signals(number)](number, frame)
+            self._raise()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # in a loader's worker, which inherited this
@@ -63,6 +64,8 @@ class Signals:
             raise KeyboardInterrupt
         else:
             self.received = signal.Signals(number)
+            if number == signal.SIGINT and os.isatty(2):  # a step can be long
+                os.write(2, b"\r\nfinishing the step in hand; Ctrl-C again stops at once\r\n")
 
     def pass_on(self) -> None:
         """Lets the signal do what it would have done without us: all but SIGINT end the process."""
