@@ -247,7 +247,11 @@ def _left(case: Case, model: nn.Module, before: nn.Module, folder: Path, name: s
         problems.append("the weights are not those of before")
     on_disk = Checkpoints(folder / "checkpoints").newest_whole()
     states = {"checkpoint": on_disk.state["model"] if on_disk else {}, "memory": model.state_dict()}
-    states["file"] = load_weights(folder / "model.safetensors")
+    weights = folder / "model.safetensors"
+    if name is None:
+        states["file"] = load_weights(weights)
+    elif weights.exists():
+        problems.append("weights that are not finite became the final ones")
     for place, state in states.items():
         spoilt = [key for key, value in state.items() if not torch.isfinite(value).all()]
         if spoilt and (place == "checkpoint" or spoilt != [name]):

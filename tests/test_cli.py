@@ -215,6 +215,7 @@ epochal fit
   --precision   fp32                  default
   --seed        0                     default
   --config      my.toml               command line
+  --resume      False                 default
 """
     )
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pty
 import random
 import signal
 import subprocess
@@ -211,6 +212,36 @@ def test_the_plan_can_be_changed_on_a_resume(command, recipe):
     assert code == 2 and "--set changes the plan of a recipe, and this run has none." in err
 
 
+def test_more_epochs_may_be_asked_for_after_a_change_of_them(command, recipe):
+    assert command("train", recipe, "--epochs", 2, "--run", "run")[0] == 0
+    assert command("resume", "run", "--set", "epochs=3")[0] == 0
+    assert command("resume", "run", "--epochs", 5)[0] == 0
+    assert facts("run")["epochs"] == 5
+
+
+def test_train_with_resume_keeps_the_seed_that_was_drawn(command, recipe):
+    assert command("train", recipe, "--epochs", 2, "--run", "run")[0] == 0
+    drawn = tomllib.loads(Path("run/recipe.toml").read_text())["drawn"]
+    code, _, err = command("train", recipe, "--epochs", 3, "--run", "run", "--resume")
+    assert code == 0 and f"seed       {drawn}\n" in err and "no longer exact" not in err
+    assert tomllib.loads(Path("run/recipe.toml").read_text())["drawn"] == drawn
+    code, _, err = command("train", recipe, "--epochs", 1, "--run", "other", "--resume")
+    assert code == 0 and "there is no checkpoint in other yet: the run begins anew." in err
+
+
+def test_a_terminal_that_is_closed_ends_a_run_by_its_signal(recipe):
+    child, terminal = pty.fork()
+    if child == 0:
+        words = ["train", "noise.py", "--run", "run", "--pause", "0.02", "--epochs", "100"]
+        os.execv(sys.executable, [sys.executable, "-c", EPOCHAL, *words])
+    seen = b""
+    while b"elapsed" not in seen:
+        seen += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    assert facts("run")["reason"] == "interrupted"
+
+
 def test_a_recipe_that_is_gone_or_changed(command, recipe):
     assert command("train", recipe, "--epochs", 1, "--run", "run")[0] == 0
     original = recipe.absolute()
@@ -407,17 +438,18 @@ def test_a_recipe_that_hides_something_is_found_out(command, text, equal, differ
     assert all(told[name].startswith(line) for name, line in different.items())
 
 
-def test_sigterm_ends_a_verification_and_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_verification_and_leaves_nothing(tmp_path, monkeypatch, number):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))
     Path("recipe.py").write_text(RECIPE)
     process = begin("verify-resume", "recipe.py", "--pause", "30")
     wait_for(process, lambda: list(scratch.glob("*/straight-0.jsonl")))
-    process.terminate()
+    process.send_signal(number)
     err = process.communicate(timeout=20)[1]
-    assert process.returncode == 143 and "Traceback" not in err
-    assert err.endswith("Interrupted: ended by SIGTERM.\n  fix:   run it again; nothing was left behind\n")
+    assert process.returncode == 128 + number and "Traceback" not in err
+    assert err.endswith(f"Interrupted: ended by {number.name}.\n  fix:   run it again; nothing was left behind\n")
     assert list(scratch.iterdir()) == []
 
 

@@ -48,6 +48,7 @@ def runs():
     Path("runs/b-1/results.csv").write_text("epoch,train_loss\n1\n")
     Path("runs/f-incomplete/checkpoints").mkdir()
     Path("runs/.hidden").mkdir()
+    Path("runs/photos").mkdir()
     Path("runs/note.txt").write_text("")
 
 

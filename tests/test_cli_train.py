@@ -99,6 +99,7 @@ def test_help_shows_the_parameters_of_the_recipe_and_the_flags_of_epochal(comman
         "--precision",
         "--set",
         "--config",
+        "--resume",
     ]
     assert lines[theirs + 1 :][:3] == [
         "--hidden INT      Units of the hidden layer. [default: 16]",

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import epochal
-from epochal.checkpoint import files
+from epochal.checkpoint import files, saver
 from epochal.checkpoint.store import Checkpoints
 from epochal.checkpoint.weights import save_weights
 from epochal.observe import recorder
@@ -482,9 +482,7 @@ def test_there_is_a_word_when_the_disk_is_small(tmp_path, monkeypatch):
     result = epochal.fit(**given(run="s", save=epochal.Saving(on_full="continue"), observers=[seen.append]))
     assert result.reason is epochal.StopReason.EPOCHS
     assert notes(seen)[0].startswith("the disk is nearly full")
-    assert notes(seen)[1] == (
-        "the checkpoint cannot be written: No space left on device. The run goes on, and will try again."
-    )
+    assert notes(seen)[1] == ("the checkpoint cannot be written: No space left on device. The run does without it.")
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "rmsprop", "adam"])
@@ -623,3 +621,115 @@ def test_another_column_to_monitor_is_refused(tmp_path):
     epochal.fit(**given(run="r", epochs=1, metrics=["r2"]))
     with pytest.raises(epochal.CheckpointError, match=r"begun with monitor val_loss \(min\), and now val_r2 \(max\)"):
         epochal.fit(**given(run="r", epochs=2, metrics=["r2"], monitor="val_r2", resume=True))
+
+
+LINE = torch.linspace(-1, 1, 64).reshape(16, 4)
+
+
+@pytest.mark.parametrize(
+    ("scale", "changes", "error"),
+    [
+        (1e15, {"lr": 1e30}, epochal.NonFiniteError),  # the update overflows, and the next step's loss shows it
+        (1.0, {"lr": 1e39, "val": (LINE, torch.ones(16, 1)), "monitor": "train_loss"}, epochal.NonFiniteError),
+    ],
+)
+def test_weights_that_an_update_made_infinite_are_never_final(tmp_path, scale, changes, error):
+    plan = {"loss": "mse", "optimizer": "sgd", "epochs": 3, "batch_size": 8, "seed": 0, "observers": (), "run": "r"}
+    with pytest.raises(error):
+        epochal.fit(nn.Linear(4, 1), (LINE * scale, torch.ones(16, 1)), **{**plan, **changes})
+    assert not Path("r/model.safetensors").exists()
+    assert json.loads(Path("r/run.json").read_text())["status"] == "stopped"
+    state = Checkpoints(Path("r/checkpoints")).newest_whole().state["model"]
+    assert all(weight.isfinite().all() for weight in state.values())
+
+
+def test_a_worker_lost_within_a_step_of_the_users_leaves_no_half_update(tmp_path):
+    def fit(fails, **options):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step(state, window):
+            for part in range(2):
+                optimizer.zero_grad()
+                loss = nn.functional.mse_loss(model(window.batches[0][0]), window.batches[0][1])
+                loss.backward()
+                optimizer.step()
+                if fails and part == 0 and state.progress.step == 3:
+                    raise epochal.WorkerError("a worker of another loader died.")
+            return epochal.StepResult(loss.detach())
+
+        saving = EVERY_STEP if "run" in options else None
+        plan = given(model=model, step=step, optimizer=optimizer, val=None, loss=None, lr=None, save=saving, **options)
+        return epochal.fit(**plan).model.state_dict()
+
+    straight = fit(False)
+    with pytest.raises(epochal.WorkerError):
+        fit(True, run="r")
+    assert json.loads(Path("r/run.json").read_text())["status"] == "stopped"
+    resumed = fit(False, run="r", resume=True)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_best_weights_that_were_put_back_by_half_are_not_final(tmp_path):
+    model = net()
+
+    def arm(event):
+        if isinstance(event, epochal.Evaluated) and event.row["epoch"] == 3:
+            model[4].register_load_state_dict_pre_hook(lambda *_: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        epochal.fit(**given(model=model, run="r", lr=2.0, observers=[arm]))
+    assert not Path("r/model.safetensors").exists()
+    assert json.loads(Path("r/run.json").read_text())["status"] == "stopped"
+
+
+def test_a_folder_with_a_lock_of_somebody_else_is_left_alone(tmp_path):
+    Path("mine").mkdir()
+    Path("mine/.lock").touch()
+    Path("mine/config.toml").write_text("mine")
+    with pytest.raises(epochal.RunFolderError, match="not empty"):
+        epochal.fit(**given(run="mine", epochs=1))
+    assert Path("mine/config.toml").read_text() == "mine"
+
+
+def test_a_resume_that_never_began_leaves_the_word_of_the_run_alone(tmp_path):
+    goes_on = epochal.Saving(on_full="continue")
+    epochal.fit(**given(run="r", epochs=1, save=goes_on))
+    before = Path("r/run.json").read_bytes()
+    with epochal.Plan(**given(run="r", epochs=2, save=goes_on, resume=True)).prepare():
+        pass
+    assert Path("r/run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("fault", ["loader", "thread"])
+def test_the_lock_goes_whatever_fails_at_the_end(tmp_path, monkeypatch, fault):
+    def fail(*_):
+        raise RuntimeError("can't start new thread")
+
+    def begin():
+        with epochal.Plan(**given(run="r")).prepare() as run:
+            events = iter(run)
+            next(event for event in events if isinstance(event, epochal.Saved))
+            place, name = (run.train, "close") if fault == "loader" else (saver.threading.Thread, "start")
+            with monkeypatch.context() as patched:
+                patched.setattr(place, name, fail)
+                list(events)
+
+    with pytest.raises(RuntimeError, match="can't start"):
+        begin()
+    epochal.fit(**given(run="r", resume=True))
+
+
+def test_what_is_validated_and_may_have_been_trained_on_is_told(tmp_path):
+    epochal.fit(**given(run="r", epochs=1, val=0.3))
+    seen = []
+    epochal.fit(**given(run="r", epochs=2, val=0.3, seed=4, resume=True, observers=[seen.append]))
+    assert "val is not what it was, and its rows may have been trained on" in notes(seen)[-1]
+    assert "the checkpoint's own goes on: seed 3 instead of 4." in notes(seen)
+
+
+def test_the_header_of_a_resumed_run_tells_the_rate_that_goes_on(tmp_path):
+    epochal.fit(**given(run="r", epochs=1))
+    seen = []
+    epochal.fit(**given(run="r", epochs=2, lr=0.5, resume=True, observers=[seen.append]))
+    assert next(event for event in seen if isinstance(event, epochal.Started)).facts["optimizer"] == "Adam, lr 0.1"

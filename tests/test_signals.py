@@ -196,3 +196,67 @@ def test_without_a_run_folder_sigterm_is_nobodys_business():
     observer = lambda event: seen.append(signal.getsignal(signal.SIGTERM))
     epochal.fit(nn.Linear(4, 1), (X, X[:, :1]), loss="mse", epochs=1, observers=[observer])
     assert set(seen) == {signal.SIG_DFL}
+
+
+def test_a_program_that_waits_for_its_own_children_hears_of_them():
+    seen = []
+
+    def child_ends(event):
+        if isinstance(event, epochal.StepDone) and event.step == 1:
+            subprocess.run(["true"])
+
+    before = signal.signal(signal.SIGCHLD, lambda *_: seen.append("mine"))
+    try:
+        mine = signal.getsignal(signal.SIGCHLD)
+        X = torch.randn(20, 4)
+        epochal.fit(nn.Linear(4, 1), (X, X[:, :1]), loss="mse", epochs=1, observers=[child_ends])
+        assert seen == ["mine"] and signal.getsignal(signal.SIGCHLD) is mine
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+SLOW_WRITER = """
+import os, signal, threading, time
+from pathlib import Path
+import torch
+import epochal
+from epochal.checkpoint.store import Checkpoints
+from epochal.runtime.lock import is_held
+
+commit, X = Checkpoints._commit, torch.randn(64, 4)
+
+def slowly(self, step, contents):
+    if step:
+        time.sleep(2)
+    path = commit(self, step, contents)
+    print("written", path.name, is_held(Path("r")), flush=True)
+    return path
+
+def interrupted(event):
+    if isinstance(event, epochal.StepDone) and event.step == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Timer(0.4, os.kill, [os.getpid(), signal.SIGINT]).start()
+
+Checkpoints._commit = slowly
+plan = dict(loss="mse", epochs=1, batch_size=8, seed=0, run="r", observers=[interrupted])
+try:
+    epochal.fit(torch.nn.Linear(4, 1), (X, X[:, :1]), **plan)
+except KeyboardInterrupt:
+    print("interrupted", is_held(Path("r")), flush=True)
+try:
+    epochal.fit(torch.nn.Linear(4, 1), (X, X[:, :1]), **{**plan, "resume": True, "observers": ()})
+except epochal.RunFolderError as error:
+    print(error.what, flush=True)
+time.sleep(3)
+print("afterwards", is_held(Path("r")), flush=True)
+"""
+
+
+def test_the_folder_stays_locked_while_a_second_ctrl_c_leaves_the_writer_behind(tmp_path):
+    told = subprocess.run([sys.executable, "-c", SLOW_WRITER], capture_output=True, text=True, timeout=60)
+    assert told.stdout.splitlines()[1:] == [
+        "interrupted True",
+        "another run is at work in this folder.",
+        "written step-00000003 True",
+        "afterwards False",
+    ], told.stderr

@@ -112,3 +112,12 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
     (path / "tensors-00000.safetensors").write_bytes(data)
     with pytest.raises(epochal.EpochalError, match=r"damaged: tensors-00000\.safetensors is not what was written"):
         checkpoints.load(path)
+
+
+def test_lazy_conjugates_are_not_taken_for_one_another(tmp_path):
+    weights = {f"w{i}": torch.full((64, 64), complex(i, 1.0)).mH for i in range(4)}
+    weights |= {"same": weights["w2"], "neg": weights["w3"].imag, "plain": weights["w1"].conj()}
+    save_weights(weights, "c.safetensors")
+    found = load_weights("c.safetensors")
+    assert all(torch.equal(found[name], value.resolve_conj().resolve_neg()) for name, value in weights.items())
+    assert found["same"] is found["w2"]

@@ -297,3 +297,24 @@ def test_a_stopped_worker_is_noticed(tmp_path, own):
     with pytest.raises(epochal.WorkerError, match=r"hangs|died"):
         list(loader.batches(1))
     loader.close()
+
+
+def test_persistent_workers_that_die_between_two_epochs_are_named_at_once(tmp_path):
+    loader = DataLoader(Troubled(), 4, num_workers=2, persistent_workers=True)
+
+    def kill(event):
+        if isinstance(event, epochal.StepDone) and event.step == 10:
+            for worker in loader._iterator._workers:
+                worker.kill()
+            time.sleep(0.3)
+
+    began = time.perf_counter()
+    options = {"loss": "mse", "epochs": 3, "seed": 0, "run": "r"}
+    with pytest.raises(epochal.WorkerError, match="died"):
+        epochal.fit(nn.Linear(3, 1), loader, observers=[kill], **options)
+    assert time.perf_counter() - began < 4
+    assert json.loads(Path("r/run.json").read_text())["reason"] == "failed"
+    assert Path("r/checkpoints/step-00000010").is_dir()
+    loader._iterator = None
+    epochal.fit(nn.Linear(3, 1), loader, observers=(), resume=True, **options)
+    loader._iterator = None
