@@ -255,8 +255,9 @@ def _end(part: Part, case: Case, run: Path, ended: Ended, sent: float) -> list[s
             problems.append(f"took {ends[0] - sent:.1f} seconds")
     if case.how != "worker" and (more := sum(at > sent for _, at in steps)) > 1:
         problems.append(f"{more} steps were done after the signal")
-    if "Traceback" in run.with_suffix(".err").read_text() and not case.stops_at_once:
-        problems.append(f"a traceback is shown: {run.with_suffix('.err').read_text()[-300:]}")
+    _, traceback, rest = run.with_suffix(".err").read_text().partition("Traceback")
+    if traceback and not case.stops_at_once:
+        problems.append(f"a traceback is shown: {rest[:2000]}")
     found = Checkpoints(run / "checkpoints").newest_whole()
     saved = found.state["progress"]["step"] if found else None
     last = steps[-1][0] if steps else 0

@@ -229,6 +229,21 @@ def test_train_with_resume_keeps_the_seed_that_was_drawn(command, recipe):
     assert code == 0 and "there is no checkpoint in other yet: the run begins anew." in err
 
 
+@pytest.mark.parametrize("given", [["--seed", 5], ["--set", "seed=5"]])
+def test_train_with_resume_keeps_the_seed_that_was_given(command, recipe, given):
+    assert command("train", recipe, "--epochs", 2, "--run", "run", *given)[0] == 0
+    code, _, err = command("train", recipe, "--epochs", 3, "--run", "run", "--resume")
+    assert code == 0 and "seed       5\n" in err and "no longer exact" not in err
+
+
+def test_flags_that_cannot_be_read_are_told(command, recipe):
+    assert command("train", recipe, "--epochs", 2, "--run", "run")[0] == 0
+    Path("run/recipe.toml").write_text("seed = \n[[[")
+    for words in (["resume", "run", "--epochs", 3], ["train", recipe, "--run", "run", "--resume"]):
+        code, _, err = command(*words)
+        assert code == 2 and "PlanError: the configuration cannot be read" in err and "Traceback" not in err
+
+
 def test_a_terminal_that_is_closed_ends_a_run_by_its_signal(recipe):
     child, terminal = pty.fork()
     if child == 0:
@@ -451,6 +466,18 @@ def test_a_signal_ends_a_verification_and_leaves_nothing(tmp_path, monkeypatch, 
     assert process.returncode == 128 + number and "Traceback" not in err
     assert err.endswith(f"Interrupted: ended by {number.name}.\n  fix:   run it again; nothing was left behind\n")
     assert list(scratch.iterdir()) == []
+
+
+def test_a_verification_under_nohup_hears_no_hang_up(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        Path("recipe.py").write_text(RECIPE)
+        process = begin("verify-resume", "recipe.py", "--epochs", "1", "--kills", "1")
+        time.sleep(2)
+        process.send_signal(signal.SIGHUP)
+        assert process.communicate(timeout=60)[0].startswith("recipe ") and process.returncode == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_recipe_that_fails_cannot_be_verified(command):

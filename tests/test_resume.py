@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 import epochal
 from epochal.checkpoint import files, saver
 from epochal.checkpoint.store import Checkpoints
-from epochal.checkpoint.weights import save_weights
+from epochal.checkpoint.weights import load_weights, save_weights
 from epochal.observe import recorder
 from epochal.optim.optimizers import load_exactly
 from epochal.runtime.lock import Lock
@@ -724,7 +724,7 @@ def test_what_is_validated_and_may_have_been_trained_on_is_told(tmp_path):
     epochal.fit(**given(run="r", epochs=1, val=0.3))
     seen = []
     epochal.fit(**given(run="r", epochs=2, val=0.3, seed=4, resume=True, observers=[seen.append]))
-    assert "val is not what it was, and its rows may have been trained on" in notes(seen)[-1]
+    assert notes(seen)[-1].startswith("train is divided anew, and rows of val may have been trained on")
     assert "the checkpoint's own goes on: seed 3 instead of 4." in notes(seen)
 
 
@@ -733,3 +733,39 @@ def test_the_header_of_a_resumed_run_tells_the_rate_that_goes_on(tmp_path):
     seen = []
     epochal.fit(**given(run="r", epochs=2, lr=0.5, resume=True, observers=[seen.append]))
     assert next(event for event in seen if isinstance(event, epochal.Started)).facts["optimizer"] == "Adam, lr 0.1"
+
+
+@pytest.mark.parametrize("changes", [{"restore_best": False}, {"val": None, "monitor": "train_loss"}])
+def test_a_run_that_keeps_no_best_weights_any_more_ends_with_its_last(tmp_path, changes):
+    monitor = {"monitor": "train_loss"} if "monitor" in changes else {}
+    epochal.fit(**given(run="r", epochs=1, **monitor))
+    model = epochal.fit(**given(run="r", epochs=2, resume=True, **changes)).model
+    assert json.loads(Path("r/run.json").read_text())["status"] == "ended"
+    saved = load_weights("r/model.safetensors")
+    assert all(torch.equal(saved[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_the_same_data_read_otherwise_are_no_other_division(tmp_path):
+    def loaders(workers):
+        parts = (torch.utils.data.TensorDataset(*data(count, count)) for count in (40, 20))
+        train, val = (torch.utils.data.DataLoader(part, 10, num_workers=workers) for part in parts)
+        return {"train": train, "val": val, "batch_size": None}
+
+    epochal.fit(**given(run="r", epochs=1, **loaders(0)))
+    seen = []
+    epochal.fit(**given(run="r", epochs=2, resume=True, observers=[seen.append], **loaders(1)))
+    assert not any("divided anew" in note for note in notes(seen)), notes(seen)
+
+
+def test_a_writer_counts_as_busy_from_its_very_start(tmp_path, monkeypatch):
+    start = saver.threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        raise KeyboardInterrupt
+
+    one = saver.Saver(Checkpoints(tmp_path / "c"), EVERY_STEP)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(saver.threading.Thread, "start", interrupted)
+        one.start(1, {"x": torch.zeros(1)})
+    assert one.is_busy and one.finished(wait=True)[0] == 1

@@ -260,3 +260,18 @@ def test_the_folder_stays_locked_while_a_second_ctrl_c_leaves_the_writer_behind(
         "written step-00000003 True",
         "afterwards False",
     ], told.stderr
+
+
+def test_a_terminal_that_takes_no_word_does_not_disturb_the_step(monkeypatch):
+    def full(*_):
+        raise BlockingIOError
+
+    def interrupt(event):
+        if isinstance(event, epochal.StepDone):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(os, "isatty", lambda _: True)
+    monkeypatch.setattr(os, "write", full)
+    X = torch.randn(20, 4)
+    result = epochal.fit(nn.Linear(4, 1), (X, X[:, :1]), loss="mse", epochs=2, observers=[interrupt])
+    assert result.reason is epochal.StopReason.INTERRUPTED

@@ -318,3 +318,33 @@ def test_persistent_workers_that_die_between_two_epochs_are_named_at_once(tmp_pa
     loader._iterator = None
     epochal.fit(nn.Linear(3, 1), loader, observers=(), resume=True, **options)
     loader._iterator = None
+
+
+def test_a_worker_lost_before_the_first_batch_of_an_epoch_costs_no_bit(tmp_path):
+    def plan(**options):
+        torch.manual_seed(0)
+        loader = DataLoader(Troubled(), 4, shuffle=True, num_workers=1)
+        return epochal.Plan(nn.Linear(3, 1), loader, loss="mse", epochs=3, seed=0, **options)
+
+    straight = plan(observers=()).fit().model.state_dict()
+    with pytest.raises(epochal.WorkerError), plan(run="r", observers=()).prepare() as run:
+        read = run.train.batches
+
+        def dying(epoch, start=0):
+            batches = read(epoch, start)
+            if epoch == 1:
+                run.train.loader.dataset.trouble, run.train.loader.dataset.at = killed, None
+                run.train.loader.dataset.__class__ = Dying
+            return batches
+
+        run.train.batches = dying
+        for _ in run:
+            pass
+    assert Path("r/checkpoints/step-00000010").is_dir()
+    resumed = plan(run="r", resume=True, observers=()).fit().model.state_dict()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+class Dying(Troubled):
+    def __getitem__(self, i):
+        killed()

@@ -91,7 +91,7 @@ def _until(plan: Plan, monitor: str) -> str:
 
 def config(plan: Plan) -> dict[str, Any]:
     """The plan as plain values: names and numbers as they are, objects by what they are called."""
-    skipped = {"model", "train", "val", "observers"}
+    skipped = {"model", "train", "observers"} | (set() if isinstance(plan.val, float) else {"val"})
     options = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
     plain = {name: _plain(value) for name, value in options.items() if name not in skipped and value is not None}
     return {"model": type(plan.model).__name__, **plain}

@@ -87,8 +87,8 @@ def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
     run.keep_as_saved()
     yield f"resumed from {found.path.name}, after {counted(run.state.progress.step, 'step')}."
     yield from _changes(recorded, run.about)
-    if all(recorded["data"].get(side) != run.about["data"].get(side) for side in ("train", "val")):
-        yield "val is not what it was, and its rows may have been trained on: with val as a part, give the same seed."
+    if "val" in run.about["plan"] and recorded["data"].get("val") != run.about["data"]["val"]:
+        yield "train is divided anew, and rows of val may have been trained on: give val= and seed= as they were."
     if (schedule := run.state.schedule) is not None and schedule.length != (old := found.state["schedule"]["length"]):
         yield f"no longer exact: the schedule is stretched from {old} moves to {schedule.length}, and the rate follows."
     if run.state.stop is None:

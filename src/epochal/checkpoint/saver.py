@@ -21,12 +21,13 @@ class Saver:
         self.every = Every.parse(saving.every)
         # Seconds that the training has waited, or has shared a core with the writing thread: in all, and the last time.
         self._spent = self._last = 0.0
-        self._written: threading.Event | None = None  # joining a thread that Ctrl-C breaks into is no proof of its end
+        self._thread: threading.Thread | None = None
+        self._written = threading.Event()  # for a join that Ctrl-C breaks into takes the thread for ended
         self._outcome: tuple[int, Path | Exception, float] | None = None
 
     @property
     def is_busy(self) -> bool:
-        return self._written is not None
+        return self._thread is not None
 
     def may_start(self, seconds: float) -> bool:
         """Whether one more save keeps within its share of the run's seconds until now, with what is to come in any
@@ -40,10 +41,14 @@ class Saver:
         tree, tensors = codec.encode(state)
         snapshot = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         # A daemon, so that a second Ctrl-C does not wait for it: what it leaves half-written is swept up later.
-        written = threading.Event()
-        task = step, tree, snapshot, written
-        threading.Thread(target=self._write, args=task, daemon=True, name="checkpoint").start()
-        self._written = written
+        self._written = threading.Event()
+        task = step, tree, snapshot, self._written
+        self._thread = threading.Thread(target=self._write, args=task, daemon=True, name="checkpoint")
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system gives no thread
+            self._thread = None
+            raise
         self._last = time.perf_counter() - began
 
     def _write(self, step: int, tree: Any, tensors: Mapping[str, Any], written: threading.Event) -> None:
@@ -57,18 +62,19 @@ class Saver:
 
     def then(self, function: Callable[[], object]) -> None:
         """Calls the function when nothing is being written: at once, or after a writing that nobody waits for."""
-        if (written := self._written) is None:
+        if self._thread is None:
             function()
         else:
-            threading.Thread(target=lambda: (written.wait(), function()), daemon=True).start()
+            threading.Thread(target=lambda: (self._written.wait(), function()), daemon=True).start()
 
     def finished(self, *, wait: bool = False) -> tuple[int, Path] | None:
         """The step and the folder of what has been written since the last call; raises what went wrong with it."""
-        if self._written is None or (not wait and not self._written.is_set()):
+        if self._thread is None or (not wait and not self._written.is_set()):
             return None
         began = time.perf_counter()
         self._written.wait()
-        self._written = None
+        self._thread.join()  # a thread that is still about to end can abort a program that ends
+        self._thread = None
         assert self._outcome is not None
         step, outcome, computed = self._outcome
         self._last += time.perf_counter() - began + computed

@@ -34,13 +34,18 @@ def read_file(app: Any, commands: tuple[str, ...], arguments: Any) -> None:
     if named is None or not named.tokens:
         return
     path = Path(named.tokens[0].value)
-    try:
-        flags = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        fix = "name a TOML file with lines like: epochs = 20"
-        raise PlanError(f"the configuration cannot be read: {reason}.", where=str(path), fix=fix) from error
+    flags = read_flags(path)
     if sections := [name for name, value in flags.items() if isinstance(value, dict)]:
         what = f"the configuration has a section [{sections[0]}], but holds the flags of one command."
         raise PlanError(what, where=str(path), fix="write the flags at the top, without a section: epochs = 20")
     Dict(flags, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
+
+
+def read_flags(path: Path) -> dict[str, Any]:
+    """What a TOML file of flags holds. Raises PlanError."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        fix = "name a TOML file with lines like: epochs = 20"
+        raise PlanError(f"the configuration cannot be read: {reason}.", where=str(path), fix=fix) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from msgspec import Struct
 from epochal.checkpoint import files
 from epochal.cli import application
 from epochal.cli.folders import existing
+from epochal.cli.options import read_flags
 from epochal.cli.train import Set
 from epochal.cli.training import FLAGS
 from epochal.errors import PlanError, RunFolderError
@@ -48,7 +48,7 @@ def resume(
     if changes and words[0] != "train":
         fix = f"leave it out; {flags} holds the flags that the run was begun with"
         raise PlanError("--set changes the plan of a recipe, and this run has none.", where=str(run), fix=fix)
-    before = tomllib.loads(flags.read_text()).get("set", []) if flags.exists() else []
+    before = read_flags(flags).get("set", []) if flags.exists() else []
     if epochs is not None and any(re.match(r"\s*epochs\s*=", change) for change in (*before, *changes)):
         changes = [*changes, f"epochs={epochs}"]  # a change of the plan has the last word
     if changes:  # the command line's take the place of the file's: those come first

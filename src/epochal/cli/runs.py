@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as text
 import math
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -38,7 +39,7 @@ def ls(folder: Annotated[Path, Parameter(help="Where the run folders are.")] = R
     found = [
         read_facts(path)
         for path in sorted(folder.iterdir())
-        if (path / "run.json").exists() or (path / "checkpoints").exists()
+        if not path.name.startswith(".") and (os.path.exists(path / "run.json") or os.path.exists(path / "checkpoints"))
     ]
     found.sort(key=lambda facts: facts["started"] or "")
     if json:

@@ -10,13 +10,13 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from epochal.cli.options import Config, Device, Epochs, Precision, Resume, Run, Seed
+from epochal.cli.options import Config, Device, Epochs, Precision, Resume, Run, Seed, read_flags
 from epochal.errors import EpochalError, PlanError, RecipeError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
     from epochal.cli import training
 
     if given.get("drawn") is None and given.get("seed") is None and "seed" not in chosen:
-        given = {**given, "drawn": _drawn_before(given) or int.from_bytes(os.urandom(4))}
+        given = {**given, **(_seed_before(given) or {"drawn": int.from_bytes(os.urandom(4))})}
     plan = planned(path, make, chosen, given)
     files = {"recipe.py": path.read_bytes()}
     with blaming(path):
@@ -117,11 +117,15 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
         training.train(plan, words, flags(chosen, given), files, "epochal runs show {run}")
 
 
-def _drawn_before(given: Mapping[str, Any]) -> int | None:
-    """The seed that was drawn for a run that is resumed: with another one, its data would be divided anew."""
-    with suppress(OSError, ValueError, TypeError):  # none, or it is not whole: then there is none to go on with
-        return tomllib.loads(Path(given["run"], "recipe.toml").read_text()).get("drawn") if given["resume"] else None
-    return None
+def _seed_before(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that chose the seed of a run that is resumed: with another one, its data would be divided anew."""
+    path = Path(given["run"] or "", "recipe.toml")
+    if not (given["resume"] and given["run"] and path.is_file()):
+        return {}
+    known = read_flags(path)
+    if changes := [change for change in known.get("set", []) if re.match(r"\s*seed\s*=", change)]:
+        return {"changes": [*changes, *given["changes"]]}
+    return {name: known[name] for name in ("seed", "drawn") if name in known}
 
 
 def flags(chosen: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,6 +99,7 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """Inside, SIGTERM or a terminal that is closed leaves nothing behind, as Ctrl-C does."""
+    from epochal.runtime.signals import TERMINATE
 
     def end(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_IGN)  # nothing shall disturb the tidying
@@ -106,7 +107,8 @@ def _ended_by_signals() -> Iterator[None]:
         error.exit_code = 128 + number
         raise error
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    usual = {number for number in TERMINATE if signal.getsignal(number) == signal.SIG_DFL}
+    before = {number: signal.signal(number, end) for number in usual}
     try:
         yield
     finally:

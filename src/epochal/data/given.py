@@ -157,6 +157,10 @@ class GivenLoader:
             self._reading = iter(self.loader)
             return self._reading
 
+        def undo() -> None:
+            self._put(now)
+            self._loaded, self._began = loaded, loaded.get("began")
+
         def anew() -> Iterator[Any]:
             self._put(now)
             return make()
@@ -173,6 +177,6 @@ class GivenLoader:
 
         return watched(
             make, self.loader, start, timeout=GRACE * self.loader.timeout, skip=skip,
-            in_place=(lambda: self._put(now)) if start else None,
+            in_place=(lambda: self._put(now)) if start else None, undo=undo,
             anew=anew if was_put and not start else None,
         )  # fmt: skip

@@ -68,14 +68,15 @@ def watched(
     timeout: float,
     skip: Callable[[Any], int] = lambda batches: 0,
     in_place: Callable[[], Any] | None = None,
+    undo: Callable[[], Any] = lambda: None,
     anew: Callable[[], Iterator[Any]] | None = None,
 ) -> Generator[Any, None, int]:
     """The batches of one pass over a DataLoader, numbered from ``first``; a lost worker becomes a WorkerError.
 
     make: gives torch's iterator. timeout: seconds without a batch after which the workers count as hung, 0 for ever.
-    skip: torch's iterator -> how many batches are read and thrown away before. in_place: called after that. anew: gives
-    what is read if there is nothing, as from a data set that was put back to its very end. Returns the number of the
-    last batch, plus one.
+    skip: torch's iterator -> how many batches are read and thrown away before. in_place: called after that. undo:
+    called if a worker is lost before there is a batch. anew: gives what is read if there is nothing, as from a data set
+    that was put back to its very end. Returns the number of the last batch, plus one.
     """
     number, batches = first, getattr(loader, "_iterator", None)
 
@@ -105,6 +106,8 @@ def watched(
             raise
         end_workers(batches, at_once=True)
         loader._iterator = None
+        if number == first:
+            undo()
         raise told from error
     finally:
         dog.over.set()

@@ -70,7 +70,7 @@ class BestSoFar:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.best = Best(**state["best"]) if state["best"] else None
-        self.weights = state["weights"]
+        self.weights = state["weights"] if self.modules else None
 
 
 @torch.no_grad()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -52,7 +54,10 @@ class Signals:
         self._before = {}
 
     def _lost(self) -> None:
-        if AWAITED:
+        """Called by torch's handler. Raises where a queue is polled: in the midst of taking a batch over from a worker
+        that lives, that one would complain; the watchdog calls again.
+        """
+        if self._is_over or (AWAITED and sys._getframe(2).f_code.co_name in ("select", "wait")):
             self._raise()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -64,8 +69,9 @@ class Signals:
             raise KeyboardInterrupt
         else:
             self.received = signal.Signals(number)
-            if number == signal.SIGINT and os.isatty(2):  # a step can be long
-                os.write(2, b"\r\nfinishing the step in hand; Ctrl-C again stops at once\r\n")
+            if number == signal.SIGINT and os.isatty(2):
+                with suppress(OSError):
+                    os.write(2, b"\r\nending after what is in hand; Ctrl-C again stops at once\r\n")
 
     def pass_on(self) -> None:
         """Lets the signal do what it would have done without us: all but SIGINT end the process."""
