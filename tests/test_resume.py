@@ -765,7 +765,7 @@ def test_a_writer_counts_as_busy_from_its_very_start(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     one = saver.Saver(Checkpoints(tmp_path / "c"), EVERY_STEP)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(saver.threading.Thread, "start", interrupted)
+    monkeypatch.setattr(saver.threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         one.start(1, {"x": torch.zeros(1)})
     assert one.is_busy and one.finished(wait=True)[0] == 1

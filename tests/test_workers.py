@@ -327,19 +327,14 @@ def test_a_worker_lost_before_the_first_batch_of_an_epoch_costs_no_bit(tmp_path)
         return epochal.Plan(nn.Linear(3, 1), loader, loss="mse", epochs=3, seed=0, **options)
 
     straight = plan(observers=()).fit().model.state_dict()
-    with pytest.raises(epochal.WorkerError), plan(run="r", observers=()).prepare() as run:
-        read = run.train.batches
+    dying = plan(run="r")
 
-        def dying(epoch, start=0):
-            batches = read(epoch, start)
-            if epoch == 1:
-                run.train.loader.dataset.trouble, run.train.loader.dataset.at = killed, None
-                run.train.loader.dataset.__class__ = Dying
-            return batches
+    def kill(event):  # whatever is asked of the next workers
+        if isinstance(event, epochal.Evaluated):
+            dying.train.dataset.__class__ = Dying
 
-        run.train.batches = dying
-        for _ in run:
-            pass
+    with pytest.raises(epochal.WorkerError):
+        dying.replace(observers=[kill]).fit()
     assert Path("r/checkpoints/step-00000010").is_dir()
     resumed = plan(run="r", resume=True, observers=()).fit().model.state_dict()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)

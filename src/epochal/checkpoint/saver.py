@@ -23,7 +23,7 @@ class Saver:
         self._spent = self._last = 0.0
         self._thread: threading.Thread | None = None
         self._written = threading.Event()  # for a join that Ctrl-C breaks into takes the thread for ended
-        self._outcome: tuple[int, Path | Exception, float] | None = None
+        self._outcome: tuple[int, Path | BaseException, float] | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -52,10 +52,10 @@ class Saver:
         self._last = time.perf_counter() - began
 
     def _write(self, step: int, tree: Any, tensors: Mapping[str, Any], written: threading.Event) -> None:
-        outcome: Path | Exception
+        outcome: Path | BaseException
         try:
             outcome = self.checkpoints.commit(step, tree, tensors)
-        except Exception as error:  # it is raised where the training can hear it
+        except BaseException as error:  # it is raised where the training can hear it
             outcome = error
         self._outcome = step, outcome, time.thread_time()
         written.set()
@@ -79,6 +79,6 @@ class Saver:
         step, outcome, computed = self._outcome
         self._last += time.perf_counter() - began + computed
         self._spent += self._last
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             raise outcome
         return step, outcome
