@@ -236,6 +236,14 @@ def test_train_with_resume_keeps_the_seed_that_was_given(command, recipe, given)
     assert code == 0 and "seed       5\n" in err and "no longer exact" not in err
 
 
+def test_train_with_resume_gives_a_recipe_its_own_seed_again(command):
+    own = RECIPE.replace("epochs: int = 4", "epochs: int = 4, seed: int = 1").replace("seed(1)", "seed(seed)")
+    Path("own.py").write_text(own)
+    assert command("train", "own.py", "--epochs", 2, "--run", "run", "--seed", 7)[0] == 0
+    code, _, err = command("train", "own.py", "--epochs", 3, "--run", "run", "--resume")
+    assert code == 0 and "no longer exact" not in err and "trained on" not in err
+
+
 def test_flags_that_cannot_be_read_are_told(command, recipe):
     assert command("train", recipe, "--epochs", 2, "--run", "run")[0] == 0
     Path("run/recipe.toml").write_text("seed = \n[[[")

@@ -320,26 +320,90 @@ def test_persistent_workers_that_die_between_two_epochs_are_named_at_once(tmp_pa
     loader._iterator = None
 
 
-def test_a_worker_lost_before_the_first_batch_of_an_epoch_costs_no_bit(tmp_path):
-    def plan(**options):
+class Marked(Dataset):
+    """Kills its worker, once the file is there, at the first sample after the ``spared`` ones that it gives."""
+
+    def __init__(self, spared):
+        self.spared, self.mark = spared, Path("mark").absolute()
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, i):
+        self.spared -= 1
+        if self.spared < 0 and self.mark.exists():
+            time.sleep(0.3)
+            killed()
+        return X[i], Y[i]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("persistent", "accumulate"), [(False, 1), (True, 1), (False, 2)])
+def test_a_worker_lost_before_the_first_update_of_an_epoch_costs_no_bit(tmp_path, persistent, accumulate):
+    def fit(seed, **options):
         torch.manual_seed(0)
-        loader = DataLoader(Troubled(), 4, shuffle=True, num_workers=1)
-        return epochal.Plan(nn.Linear(3, 1), loader, loss="mse", epochs=3, seed=0, **options)
+        model = nn.Linear(3, 1)
+        data = Marked(spared=4 if accumulate > 1 else 0)
+        loader = DataLoader(data, 4, shuffle=True, num_workers=1, persistent_workers=persistent)
+        torch.manual_seed(seed)  # of no account after a resume
+        options |= {"save": epochal.Saving("1000 steps"), "loss": "mse", "epochs": 3, "accumulate": accumulate}
+        try:
+            return epochal.fit(model, loader, **options).model.state_dict()
+        finally:
+            loader._iterator = None
 
-    straight = plan(observers=()).fit().model.state_dict()
-    dying = plan(run="r")
-
-    def kill(event):  # whatever is asked of the next workers
+    def mark(event):
         if isinstance(event, epochal.Evaluated):
-            dying.train.dataset.__class__ = Dying
+            Path("mark").touch()
 
+    straight = fit(1, run="straight", observers=())
     with pytest.raises(epochal.WorkerError):
-        dying.replace(observers=[kill]).fit()
-    assert Path("r/checkpoints/step-00000010").is_dir()
-    resumed = plan(run="r", resume=True, observers=()).fit().model.state_dict()
+        fit(1, run="r", observers=[mark])
+    Path("mark").unlink()
+    assert Path(f"r/checkpoints/step-{10 // accumulate:08d}").is_dir()
+    resumed = fit(2, run="r", observers=(), resume=True)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
-class Dying(Troubled):
-    def __getitem__(self, i):
-        killed()
+def with_long_texts(rows):
+    x, y = zip(*rows)
+    return {
+        "x": torch.stack(x),
+        "y": torch.stack(y),
+        "text": "a" * 2**22,
+    }  # through a pipe, which is full before its end
+
+
+@pytest.mark.parametrize(("number", "timeout", "what"), [(signal.SIGKILL, 0, "died"), (signal.SIGSTOP, 1, "hangs")])
+def test_a_worker_that_is_lost_while_it_hands_a_batch_over_is_noticed(number, timeout, what):
+    loader = DataLoader(Troubled(), 1, num_workers=1, collate_fn=with_long_texts, timeout=timeout)
+    began, seen = time.perf_counter(), []
+
+    def lose(model, batch):
+        seen.append(batch)
+        if len(seen) == 2:
+            time.sleep(0.5)  # until the worker waits in the midst of the next one
+            for worker in psutil.Process().children():
+                worker.send_signal(number)
+        return (model(batch["x"]) - batch["y"]).square().mean()
+
+    with pytest.raises(epochal.WorkerError, match=what):
+        epochal.fit(nn.Linear(3, 1), loader, objective=lose, epochs=1, observers=())
+    assert time.perf_counter() - began < 12
+
+
+def test_a_worker_that_others_have_taken_note_of_is_named_at_once():
+    train = DataLoader(Troubled(), 4, num_workers=1, persistent_workers=True, timeout=60)
+    killed_at = []
+
+    def kill(event):
+        if isinstance(event, epochal.StepDone) and event.step == 8:
+            worker = train._iterator._workers[0]
+            worker.kill()
+            worker.join()  # as multiprocessing does for all that have ended, when it starts a process
+            killed_at.append(time.perf_counter())
+
+    with pytest.raises(epochal.WorkerError, match="died"):
+        epochal.fit(nn.Linear(3, 1), train, loss="mse", epochs=2, observers=[kill])
+    assert time.perf_counter() - killed_at[0] < 3
+    train._iterator = None

@@ -88,7 +88,7 @@ def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
     yield f"resumed from {found.path.name}, after {counted(run.state.progress.step, 'step')}."
     yield from _changes(recorded, run.about)
     if "val" in run.about["plan"] and recorded["data"].get("val") != run.about["data"]["val"]:
-        yield "train is divided anew, and rows of val may have been trained on: give val= and seed= as they were."
+        yield "rows of val may have been trained on: val is another part of train, unless only their values changed."
     if (schedule := run.state.schedule) is not None and schedule.length != (old := found.state["schedule"]["length"]):
         yield f"no longer exact: the schedule is stretched from {old} moves to {schedule.length}, and the rate follows."
     if run.state.stop is None:

@@ -46,8 +46,9 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=task, daemon=True, name="checkpoint")
         try:
             self._thread.start()
-        except RuntimeError:  # the system gives no thread
-            self._thread = None
+        except BaseException:
+            if self._thread.ident is None:  # it does not run: nobody shall wait for it
+                self._thread = None
             raise
         self._last = time.perf_counter() - began
 

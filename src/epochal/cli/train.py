@@ -109,7 +109,10 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
     from epochal.cli import training
 
     if given.get("drawn") is None and given.get("seed") is None and "seed" not in chosen:
-        given = {**given, **(_seed_before(given) or {"drawn": int.from_bytes(os.urandom(4))})}
+        before = _seed_before(given) or {"drawn": int.from_bytes(os.urandom(4))}
+        if "seed" in before and "seed" in inspect.signature(make).parameters:  # the recipe's own flag
+            chosen = {**chosen, "seed": before.pop("seed")}
+        given = {**given, **before}
     plan = planned(path, make, chosen, given)
     files = {"recipe.py": path.read_bytes()}
     with blaming(path):

@@ -138,7 +138,8 @@ class GivenLoader:
     def _from(self, start: int) -> Any:
         """The batches from ``start`` on; what is drawn on the way there is drawn as it was the first time."""
         now, loaded = self._generators(), self._loaded
-        began = self._began = (start and loaded.get("began")) or now
+        # An epoch that has begun and has no batch yet, as a worker was lost, is begun once more.
+        began = self._began = loaded.get("began") or now
         self._loaded, self._is_read = {}, True
         place = loaded.get("place") if start or loaded.get("began") is None else None
         if place is not None:
@@ -147,7 +148,7 @@ class GivenLoader:
         if place is not None and start and loaded["is_over"]:  # it was saved after the last batch of its epoch
             return watched(lambda: iter(()), self.loader, start, timeout=0)
         was_put, self._was_put = self._was_put, False
-        if start:
+        if began is not now:
             self._put(began)
         if began["made"] and self.loader.persistent_workers and self.loader._iterator is None:
             iter(self.loader)  # starts the workers and draws their seed, as the run did in its first epoch
@@ -159,7 +160,7 @@ class GivenLoader:
 
         def undo() -> None:
             self._put(now)
-            self._loaded, self._began = loaded, loaded.get("began")
+            self._loaded, self._began = loaded | ({"made": True} if now["made"] else {}), loaded.get("began")
 
         def anew() -> Iterator[Any]:
             self._put(now)

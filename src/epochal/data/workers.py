@@ -26,6 +26,7 @@ class _Watchdog(threading.Thread):
 
     torch's own timeout does not see a worker that stops while it hands a batch over. since: the time at which the
     wait in hand began, None while there is none. found: how long and for which worker was waited, once too long.
+    insists: whether a worker has been dead for so long that its end is to be heard wherever the training waits.
     """
 
     def __init__(self, patience: float, batches: Callable[[], Any]):
@@ -34,6 +35,7 @@ class _Watchdog(threading.Thread):
         self._tells = CHILD is not None and threading.current_thread() is threading.main_thread()
         self.since: float | None = None
         self.found: tuple[float, str] | None = None
+        self.insists = False
         self.over = threading.Event()
 
     def run(self) -> None:
@@ -42,18 +44,21 @@ class _Watchdog(threading.Thread):
             # What it has seen pass counts, and not the clock: a program that was suspended has not waited.
             waited, since = (waited + pause if self.since == since else 0.0), self.since
             if since is not None and self._tells and _is_dead(self._batches()):  # else torch looks in five seconds
+                self.insists = waited >= 2 * pause or self.found is not None
                 signal.pthread_kill(threading.main_thread().ident, CHILD)  # type: ignore[arg-type]
-            if since is not None and waited > self.patience:
+            if since is not None and waited > self.patience and self.found is None:
                 self.found = self.patience, _awaited(self._batches())
                 for worker in getattr(self._batches(), "_workers", ()):
                     worker.kill()
-                return
 
     def wait_for(self, get: Callable[..., Any], *arguments: Any) -> Any:
         try:
             self.since = time.monotonic()
             if arguments or self._batches() is not None:  # an error while workers are being started is heard by nobody
                 AWAITED.add(self)
+            for worker in getattr(self._batches(), "_workers", ()):
+                if worker.exitcode:  # other processes were started since: then torch itself hears nothing of it
+                    raise RuntimeError(f"DataLoader worker (pid {worker.pid}) is gone")
             return get(*arguments)
         finally:
             AWAITED.discard(self)

@@ -55,9 +55,10 @@ class Signals:
 
     def _lost(self) -> None:
         """Called by torch's handler. Raises where a queue is polled: in the midst of taking a batch over from a worker
-        that lives, that one would complain; the watchdog calls again.
+        that lives, that one would complain. The watchdog calls again, and insists where it was the dead one's batch.
         """
-        if self._is_over or (AWAITED and sys._getframe(2).f_code.co_name in ("select", "wait")):
+        polls = sys._getframe(2).f_code.co_name in ("select", "wait")
+        if self._is_over or (AWAITED and (polls or any(one.insists for one in AWAITED))):
             self._raise()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
