@@ -769,3 +769,18 @@ def test_a_writer_counts_as_busy_from_its_very_start(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         one.start(1, {"x": torch.zeros(1)})
     assert one.is_busy and one.finished(wait=True)[0] == 1
+
+
+@pytest.mark.parametrize("name", ["schedule", "optimizer"])
+def test_a_state_without_one_of_its_parts_is_refused_before_anything_is_touched(tmp_path, name):
+    epochal.fit(**given(run="r", epochs=1, schedule="cosine"))
+    checkpoints = Checkpoints(Path("r/checkpoints"))
+    state = checkpoints.newest_whole().state
+    del state[name]
+    checkpoints.save(99, state)
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(epochal.CheckpointError) as caught:
+        epochal.fit(**given(model=model, run="r", epochs=2, schedule="cosine", resume=True))
+    assert f"it was begun with no {name}" in caught.value.where
+    assert all(torch.equal(before[key], weight) for key, weight in model.state_dict().items())
