@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -457,6 +458,10 @@ def test_a_recipe_is_shown_to_be_exact(command, monkeypatch):
 def test_a_recipe_that_hides_something_is_found_out(command, text, equal, different, what, where):
     code, told, err = verify(command, text)
     assert code == 1 and f"RecipeError: {what}" in err and f"{where}\n" in err, err
+    resumed, step = map(
+        int, re.search(r"where: after kill 1, resumed from step (\d+), before step (\d+), first", err).groups()
+    )
+    assert 0 < resumed < step
     assert {name for name in EQUAL if told[name] == "equal"} - {"the rest"} == equal
     assert all(told[name].startswith(line) for name, line in different.items())
 

@@ -73,7 +73,11 @@ def test_ls_as_json(command, runs):
     listed = {one["run"]: one for one in json.loads(out)}
     assert code == 0 and len(listed) == 6
     told = ("status", "reason", "message", "started", "best", "monitor", "epochs", "steps", "seconds", "seed", "header")
-    assert listed["runs/a-1"] == {"run": "runs/a-1", "command": None, **{name: RUN[name] for name in told}}
+    assert listed["runs/a-1"] == {
+        "run": "runs/a-1",
+        **dict.fromkeys(("command", "where", "fix")),
+        **{name: RUN[name] for name in told},
+    }
     assert {name: one["message"] for name, one in listed.items() if one["status"] != "ended"} == {
         "runs/b-1": None,
         "runs/c-damaged": "run.json cannot be read: JSONDecodeError('Expecting property name enclosed in double"

@@ -320,6 +320,11 @@ def test_a_value_that_is_not_finite_ends_with_3_and_a_record(command, recipe):
     assert "NonFiniteError: the targets hold a value that is not finite; the weights were not touched.\n" in err
     facts = json.loads(Path("runs/digits-1/run.json").read_text())
     assert (facts["status"], facts["reason"]) == ("ended", "nonfinite")
+    told = err[err.index("  where: ") :].splitlines()
+    code, out, _ = command("runs", "show", "runs/digits-1")
+    shown = dict(line.split(None, 1) for line in out.splitlines())
+    assert code == 0 and [shown["where"], shown["fix"]] == [line[9:] for line in told[:2]]
+    assert shown["where"].startswith("step 0, epoch 1, batch 0; rows 0, 1, 2") and "nan" in shown["where"]
 
 
 def test_a_run_without_an_epoch_is_done_too(command, recipe):

@@ -458,6 +458,14 @@ def test_nonfinite_skip_equals_a_run_without_those_updates():
     assert skipped.history.train_loss == without.history.train_loss
 
 
+def test_a_validation_that_is_not_finite_is_told_once():
+    bad, told = X[:64].clone(), []
+    bad[5] = torch.nan
+    listening = [lambda event: told.append(event.message) if isinstance(event, epochal.Noted) else None]
+    fit(nn.Linear(64, 10), (X, Y), val=(bad, Y[:64]), epochs=3, observers=listening)
+    assert told == ["val_loss is nan: a sample of val, or what the model makes of it, is to blame"]
+
+
 def test_a_training_that_stands_still_is_told():
     bad, told = X.clone(), []
     bad[::32] = torch.nan  # a row of every batch

@@ -111,7 +111,10 @@ class Noted:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """After the last step; the model holds the weights it will keep. is_torn: they may be those of half an update."""
+    """After the last step; the model holds the weights it will keep. is_torn: they may be those of half an update.
+
+    where, fix: what an error that ended it says of its place, and of how to mend it.
+    """
 
     reason: StopReason
     message: str
@@ -121,6 +124,8 @@ class Ended:
     steps: int
     seconds: float
     is_torn: bool = False
+    where: str | None = None
+    fix: str | None = None
 
 
 Event = Started | StepDone | Evaluated | Saved | Noted | Ended

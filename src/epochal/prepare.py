@@ -15,7 +15,7 @@ from epochal import losses
 from epochal.cadence import Every, amount
 from epochal.checkpoint import codec
 from epochal.checkpoint.saver import Saver
-from epochal.checkpoint.store import Checkpoints, Saving
+from epochal.checkpoint.store import Checkpoints, Saving, look_for_room
 from epochal.checkpoint.weights import refuse_unholdable, weights_of
 from epochal.data.batch import split
 from epochal.data.given import GivenLoader
@@ -35,7 +35,7 @@ from epochal.observe.recorder import Recorder, claim
 from epochal.optim import optimizers, schedules
 from epochal.protocols import Stateful, Step
 from epochal.result import Setting, float_type
-from epochal.resuming import about, resume, room_on_disk
+from epochal.resuming import about, resume
 from epochal.run import Limits, Run, Validation
 from epochal.runtime import device as devices
 from epochal.runtime import precision as precisions
@@ -218,7 +218,10 @@ def _record(plan: Plan, run: Run, folder: Path) -> None:
     run.observers = [recorder, *run.observers]  # first: another observer's error does not silence it
     _, tensors = codec.encode(run.state.state_dict())  # what cannot be saved is known before anything is trained
     refuse_unholdable(weights_of(plan.model), "train without run=, or make it a buffer with persistent=False")
-    run.notes += room_on_disk(run.state, tensors.values(), folder, saving)
+    # The tensors as they are now, once more for best weights, and twice the trained ones, for what an optimizer keeps.
+    trained = sum(p.nbytes for module in run.state.modules for p in module.parameters() if p.requires_grad)
+    needed = 2 * sum(tensor.nbytes for tensor in tensors.values()) + 2 * trained + 2**16
+    run.notes += look_for_room(needed, folder, saving)
     if plan.resume:
         run.notes += resume(run, folder, checkpoints)
         run.started = replace(

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from torch import Tensor, nn
+from torch import nn
 
 from epochal.cadence import amount
-from epochal.checkpoint.store import Checkpoints, Found, Saving, free_space
+from epochal.checkpoint.store import Checkpoints, Found
 from epochal.checkpoint.weights import IMPORTED, load_into, load_weights
 from epochal.data.fingerprint import fingerprint
 from epochal.describe import config
-from epochal.errors import CheckpointError, DiskFullError, RunFolderError
+from epochal.errors import CheckpointError, RunFolderError
 from epochal.events import StopReason
 from epochal.observe.console import counted
 from epochal.observe.early_stopping import EarlyStopping
@@ -183,23 +183,3 @@ def _is_longer(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 def _stopping(recorded: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     return [recorded[section].get(name) for section in ("plan", "settings") for name in ("patience", "early_stopping")]
-
-
-def room_on_disk(state: TrainState, tensors: Iterable[Tensor], folder: Path, saving: Saving) -> Iterator[str]:
-    """Looks for room for the checkpoints before anything is trained, with a plain estimate: the tensors of the state as
-    it is now, once more if the best weights are kept, and twice the trained ones, for what an optimizer keeps of them.
-
-    Raises DiskFullError if there is no room for a single one, unless the run shall go on; tells if there is little.
-    """
-    trained = sum(p.nbytes for module in state.modules for p in module.parameters() if p.requires_grad)
-    needed, free = 2 * sum(one.nbytes for one in tensors) + 2 * trained + 2**16, free_space(folder)
-    told = f"a checkpoint takes about {_size(needed)}, and {_size(free)} are free"
-    if needed > free and saving.on_full == "stop":
-        fix = 'free some space, choose another disk, or give save=epochal.Saving(on_full="continue")'
-        raise DiskFullError("there is no room on the disk for a checkpoint.", where=f"{folder}; {told}", fix=fix)
-    if needed * (saving.keep + 1) > free:
-        yield f"the disk is nearly full: {told}; {saving.keep + 1} have to fit while one is replaced."
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

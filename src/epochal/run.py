@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
@@ -16,6 +18,7 @@ from epochal.checkpoint.saver import Saver
 from epochal.data.given import GivenLoader
 from epochal.data.loader import Loader
 from epochal.data.window import Window, windows
+from epochal.data.workers import heard_while_awaited
 from epochal.errors import DiskFullError, NonFiniteError, PlanError, WorkerError
 from epochal.events import Ended, Evaluated, Event, Noted, Saved, Started, StepDone, Stop, StopReason
 from epochal.metrics.metric import Stream
@@ -82,6 +85,7 @@ class Run:
     lock: Lock | None = None
     signals: Signals = field(default_factory=lambda: Signals(terminate=False))
     ended: Ended | None = field(default=None, init=False)
+    _handlers: ExitStack = field(default_factory=ExitStack, init=False)  # put back when it is left
     _began: float = field(default_factory=time.perf_counter, init=False)
     _last_evaluation: float = field(default_factory=time.perf_counter, init=False)
     _last_saving: float = field(default_factory=time.perf_counter, init=False)
@@ -125,7 +129,8 @@ class Run:
         yield self._end(*self._reason())
 
     def __enter__(self) -> Run:
-        self.signals.__enter__()
+        self._handlers.enter_context(self.signals)
+        self._handlers.enter_context(heard_while_awaited())
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
@@ -135,7 +140,7 @@ class Run:
                 reason, message = self._reason() if asked else (_reason_of(error), _first_line(error))
                 self._leave(None if asked else error, reason, message)
         finally:
-            self.signals.__exit__(kind, error, trace)
+            self._handlers.close()
         return asked
 
     def _leave(self, error: BaseException | None, reason: StopReason, message: str) -> None:
@@ -146,10 +151,10 @@ class Run:
                 list(self._save(wait=True))
             elif not isinstance(error, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
                 list(self._saved(wait=True))
-            self._end(reason, message, is_torn=self.state.is_torn or isinstance(error, KeyboardInterrupt))
+            self._end(reason, message, error)
         except BaseException as failure:
             if self.ended is None:
-                self._end(reason, message, is_torn=self.state.is_torn)
+                self._end(reason, message, error)
             if error is None or not isinstance(failure, Exception):
                 raise
             error.add_note(f"epochal: {failure}")  # what ended the run matters more
@@ -238,9 +243,14 @@ class Run:
 
     def _closed(self, evaluated: Evaluated) -> Iterator[Event]:
         yield self._tell(evaluated)
-        row, before = evaluated.row, self.state.rows[-2]["step"] if len(self.state.rows) > 1 else 0
-        if row.get("skipped") == row["step"] - before:
+        row = evaluated.row
+        before = self.state.rows[-2] if len(self.state.rows) > 1 else {"step": 0, "val_loss": 0.0}
+        if row.get("skipped") == row["step"] - before["step"]:
             yield self._note("every update since the last evaluation was left out: the weights stand still")
+        if "val_loss" in row and math.isfinite(before.get("val_loss", 0.0)) and not math.isfinite(row["val_loss"]):
+            yield self._note(
+                f"val_loss is {row['val_loss']}: a sample of val, or what the model makes of it, is to blame"
+            )
 
     def _evaluate(self, at_epoch_end: bool = False) -> Evaluated | None:
         """Closes a row: the training's means since the last one, and the validation. None, and nothing has happened,
@@ -339,9 +349,10 @@ class Run:
             if written is not None:
                 yield self._tell(Saved(written[1], written[0]))
 
-    def _end(self, reason: StopReason, message: str, *, is_torn: bool = False) -> Ended:
-        """Puts the best weights and the modules' modes back, and tells. is_torn: an update may be half done."""
+    def _end(self, reason: StopReason, message: str, error: BaseException | None = None) -> Ended:
+        """Puts the best weights and the modules' modes back, and tells. error: what ended the run."""
         progress, restored, is_whole = self.state.progress, False, False
+        is_torn = self.state.is_torn or isinstance(error, KeyboardInterrupt)  # an update may be half done
         try:
             restored = self.best.restore()
             is_finite = not self._were_finite or nonfinite.weight(self.state.modules) is None
@@ -351,7 +362,7 @@ class Run:
                 part.training = training
             self.ended = Ended(
                 reason, message or reason.message, self.best.best, restored, progress.epoch, progress.step,
-                self._seconds(), not is_whole,
+                self._seconds(), not is_whole, getattr(error, "where", None), getattr(error, "fix", None),
             )  # fmt: skip
             try:
                 self._tell(self.ended)

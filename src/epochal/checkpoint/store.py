@@ -199,6 +199,24 @@ def free_space(folder: Path) -> int:
     return facts.f_bavail * facts.f_frsize
 
 
+def look_for_room(needed: int, folder: Path, saving: Saving) -> Iterator[str]:
+    """Before anything is trained: tells if there is little room on the disk for checkpoints of so many bytes.
+
+    Raises DiskFullError if there is no room for a single one, unless the run shall go on.
+    """
+    free = free_space(folder)
+    told = f"a checkpoint takes about {_size(needed)}, and {_size(free)} are free"
+    if needed > free and saving.on_full == "stop":
+        fix = 'free some space, choose another disk, or give save=epochal.Saving(on_full="continue")'
+        raise DiskFullError("there is no room on the disk for a checkpoint.", where=f"{folder}; {told}", fix=fix)
+    if needed * (saving.keep + 1) > free:
+        yield f"the disk is nearly full: {told}; {saving.keep + 1} have to fit while one is replaced."
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
+
+
 def _order(path: Path) -> tuple[int, int]:
     """What checkpoints are sorted by: the step, and which of that step it is, from 1."""
     step, again = NAME.fullmatch(path.name).groups()  # type: ignore[union-attr]

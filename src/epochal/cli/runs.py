@@ -22,8 +22,8 @@ from epochal.report.history import History
 from epochal.runtime.lock import is_held
 
 FACTS = (
-    "status", "reason", "message", "started", "best", "monitor", "epochs", "steps", "seconds", "seed", "header",
-    "command",
+    "status", "reason", "message", "where", "fix", "started", "best", "monitor", "epochs", "steps", "seconds", "seed",
+    "header", "command",
 )  # fmt: skip
 BROKEN = ("interrupted", "failed", "closed")  # reasons after which a run can go on
 COLUMNS = ("run", "status", "best", "started")
@@ -103,8 +103,8 @@ def _told(facts: Mapping[str, Any]) -> dict[str, str]:
     )
     started = facts["started"] and facts["started"][:16].replace("T", " ")
     status = facts["status"] if facts["reason"] in (None, "epochs") else facts["reason"].replace("_", " ")
-    told = {"run": None, "status": status, "message": facts["message"], "started": started, "best": best}
-    told |= {**(facts["header"] or {}), "run": facts["run"]}
+    told = {"run": None, "status": status, **{name: facts[name] for name in ("message", "where", "fix")}}
+    told |= {"started": started, "best": best, **(facts["header"] or {}), "run": facts["run"]}
     return {label: str(value) for label, value in told.items() if value}
 
 

@@ -243,23 +243,21 @@ def _compare(path: Path, straight: Path, killed: Path, at: Sequence[int]) -> Non
 
 
 class Deviation(NamedTuple):
-    """Where the second run leaves the first one: after how many kills, before which step, in which part.
-
-    is_late: it was on its way again for at least a step then.
-    """
+    """Where the second run leaves the first: after which kill, resumed from which step, before which step, in what."""
 
     kills: int
+    resumed: int
     step: int
     part: str
-    is_late: bool
 
 
 def _deviations(expected: Mapping[int, Any], traces: Sequence[Path]) -> Iterator[Deviation]:
     for kills, trace in enumerate(traces):
-        for number, line in enumerate(map(json.loads, trace.read_text().splitlines()[1:])):
+        lines = list(map(json.loads, trace.read_text().splitlines()[1:]))
+        for line in lines:
             for part in PARTS:
                 if line["step"] in expected and line[part] != expected[line["step"]][part]:
-                    yield Deviation(kills, line["step"], part, number > 0)
+                    yield Deviation(kills, lines[0]["step"] - 1, line["step"], part)
 
 
 def _failure(first: Deviation | None, entry: str | None, exactness: str | None) -> RecipeError:
@@ -270,10 +268,10 @@ def _failure(first: Deviation | None, entry: str | None, exactness: str | None) 
     fix = exactness or DRAWN
     if first.part in ("parameters", "optimizer"):
         fix = KEPT
-        if first.is_late:
+        if first.step > first.resumed + 1:  # it was on its way again
             same = "the same batch, weights, optimizer and generators"
             what += f": from {same}, step {first.step - 1} made something else"
-    when = f"after kill {first.kills}"
+    when = f"after kill {first.kills}, resumed from step {first.resumed}"
     if first.kills == 0:
         what, when, fix = "a second run differs even without a kill", "with the same seed", SEEDED
     where = f"{when}, before step {first.step}, first in {PARTS[first.part]}; {at_the_end}"

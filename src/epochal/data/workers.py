@@ -5,20 +5,48 @@ from __future__ import annotations
 import math
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from epochal.errors import WorkerError
-from epochal.runtime.signals import AWAITED, CHILD
 
 SECONDS_TO_END = 1.0
+CHILD = getattr(signal, "SIGCHLD", None)
 _NOTHING = object()
+_AWAITING: set[_Watchdog] = set()  # those of the loaders whose next batch is awaited just now
+
+
+@contextmanager
+def heard_while_awaited() -> Iterator[None]:
+    """Inside, the death of a worker is heard while a batch is awaited, and nowhere else.
+
+    torch's handler of SIGCHLD raises wherever the main thread is: in the middle of a step, or in another handler, where
+    nobody hears it. Here it raises where a queue is polled, for in the midst of taking a batch over from a worker that
+    lives, that one would complain. A watchdog calls it again, and insists where it was the dead one's batch.
+    """
+    usual, is_over = signal_handling._error_if_any_worker_fails, False  # what torch's handler calls
+
+    def tell() -> None:
+        polls = sys._getframe(2).f_code.co_name in ("select", "wait")
+        if is_over or (_AWAITING and (polls or any(one.insists for one in _AWAITING))):
+            usual()
+
+    if threading.current_thread() is threading.main_thread():
+        signal_handling._error_if_any_worker_fails = tell
+    try:
+        yield
+    finally:
+        is_over = True
+        if signal_handling._error_if_any_worker_fails is tell:
+            signal_handling._error_if_any_worker_fails = usual
 
 
 class _Watchdog(threading.Thread):
@@ -55,13 +83,13 @@ class _Watchdog(threading.Thread):
         try:
             self.since = time.monotonic()
             if arguments or self._batches() is not None:  # an error while workers are being started is heard by nobody
-                AWAITED.add(self)
+                _AWAITING.add(self)
             for worker in getattr(self._batches(), "_workers", ()):
                 if worker.exitcode:  # other processes were started since: then torch itself hears nothing of it
                     raise RuntimeError(f"DataLoader worker (pid {worker.pid}) is gone")
             return get(*arguments)
         finally:
-            AWAITED.discard(self)
+            _AWAITING.discard(self)
             self.since = None
 
 

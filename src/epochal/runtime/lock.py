@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,33 +63,36 @@ class Lock:
 
 def is_held(folder: Path) -> bool:
     """Whether a run is at work in the folder; False where that cannot be found out."""
+    return _tells(folder, _is_locked)
+
+
+def was_held(folder: Path) -> bool:
+    """Whether a run holds the folder, or has ever held it."""
+    return _tells(folder, lambda descriptor: os.read(descriptor, len(OURS)) == OURS)
+
+
+def _tells(folder: Path, ask: Callable[[int], bool]) -> bool:
+    """What the lock file of a folder says; True if this process holds it, False if there is none."""
     try:
-        if _place(os.stat(folder / LOCK_FILE)) in _HELD:
+        if _place(os.stat(folder / LOCK_FILE)) in _HELD:  # opening it and closing it again would let go of that lock
             return True
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY)
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe, perhaps
     except OSError:
         return False
+    try:
+        return ask(descriptor)
+    except OSError:  # it is no file
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _is_locked(descriptor: int) -> bool:
     try:
         os.lockf(descriptor, os.F_TEST, 0)
         return False
     except (AttributeError, OSError) as error:
         return getattr(error, "errno", None) in (errno.EAGAIN, errno.EACCES)
-    finally:
-        os.close(descriptor)
-
-
-def was_held(folder: Path) -> bool:
-    """Whether a run holds the folder, or has ever held it."""
-    try:
-        if _place(os.stat(folder / LOCK_FILE)) in _HELD:  # opening it and closing it again would let go of that lock
-            return True
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    except OSError:
-        return False
-    try:
-        return os.read(descriptor, len(OURS)) == OURS
-    finally:
-        os.close(descriptor)
 
 
 def _place(facts: os.stat_result) -> tuple[int, int]:

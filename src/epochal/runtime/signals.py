@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
-
-from torch.utils.data._utils import signal_handling
 
 # Only a handler that nobody has chosen is replaced: a program with one of its own knows what it wants.
 INTERRUPT = {signal.SIGINT: signal.default_int_handler}
@@ -19,16 +16,13 @@ TERMINATE = {
     for name in ("SIGTERM", "SIGUSR1", "SIGHUP")  # the last one: a terminal was closed, and there is no nohup
     if (number := getattr(signal, name, None)) is not None
 }
-CHILD = getattr(signal, "SIGCHLD", None)
-AWAITED: set[Any] = set()  # whoever waits for a worker of a loader just now
 
 
 class Signals:
     """Inside ``with``, SIGINT, and with ``terminate`` SIGTERM, SIGUSR1 and SIGHUP too, are noted in ``received``.
 
     A second SIGINT raises KeyboardInterrupt at once. Outside the main thread nothing is done; afterwards every
-    handler is what it was. torch's own handler for the death of a loader's worker raises wherever the main thread is:
-    in the middle of a step, in another handler, where nobody hears it. Inside, it does so while a batch is awaited.
+    handler is what it was.
     """
 
     def __init__(self, *, terminate: bool):
@@ -41,25 +35,13 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             chosen = {number for number, usual in self.expected.items() if signal.getsignal(number) == usual}
             self._before = {number: signal.signal(number, self._note) for number in chosen}
-            self._raise = signal_handling._error_if_any_worker_fails  # what torch's handler calls
-            signal_handling._error_if_any_worker_fails = self._lost
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._is_over = True
-        if signal_handling._error_if_any_worker_fails == self._lost:
-            signal_handling._error_if_any_worker_fails = self._raise
         for number, handler in list(self._before.items()):
             signal.signal(number, handler)
         self._before = {}
-
-    def _lost(self) -> None:
-        """Called by torch's handler. Raises where a queue is polled: in the midst of taking a batch over from a worker
-        that lives, that one would complain. The watchdog calls again, and insists where it was the dead one's batch.
-        """
-        polls = sys._getframe(2).f_code.co_name in ("select", "wait")
-        if self._is_over or (AWAITED and (polls or any(one.insists for one in AWAITED))):
-            self._raise()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # in a loader's worker, which inherited this
