@@ -60,7 +60,7 @@ class Aliasing(Watching):
     def start(self, step: int, state: Mapping[str, Any]) -> None:
         self.digests[len(self.digests)] = harness.digest(codec.decode(*codec.encode(state)))
         self._written = threading.Event()
-        given = step, *codec.encode(state), self._written
+        given = threading.Lock(), step, *codec.encode(state), self._written
         self._thread = threading.Thread(target=self._write, args=given, daemon=True, name="checkpoint")
         self._thread.start()
 

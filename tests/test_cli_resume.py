@@ -406,6 +406,27 @@ def plan():
     model = torch.nn.Linear(4, 1, bias=False)
     return epochal.Plan(model, (X, X.sum(1, keepdim=True)), step=step, epochs=3, batch_size=8)
 """
+CHOICES = """
+import enum
+import epochal, torch
+X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+class Kind(enum.Enum):
+    narrow = 1
+    wide = 2
+def plan(kind: Kind = Kind.narrow, sizes: tuple[int, int] = (1, 2)):
+    print(kind, sizes)
+    return epochal.Plan(torch.nn.Linear(4, 1), (X, X.sum(1, keepdim=True)), loss="mse", epochs=1, batch_size=8)
+"""
+
+
+def test_flags_of_every_kind_come_back(command):
+    Path("recipe.py").write_text(CHOICES)
+    code, out, err = command("train", "recipe.py", "--run", "r", "--kind", "wide", "--sizes", 3, 4)
+    assert code == 0 and out.startswith("Kind.wide (3, 4)\n"), err
+    code, out, err = command("resume", "r", "--epochs", 2)
+    assert code == 0 and out.startswith("Kind.wide (3, 4)\n"), err
+
+
 EQUAL = dict.fromkeys(("batches", "weights", "optimizer", "generators", "history", "the rest"), "equal")
 
 

@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -328,7 +329,7 @@ def test_what_has_changed_is_told(tmp_path):
     [
         ({"optimizer": "sgd"}, "it was begun with optimizer Adam, and now SGD"),
         ({"schedule": "cosine"}, "it was begun with schedule none, and now CosineAnnealingLR"),
-        ({"precision": "fp16"}, "it was begun with no scaler"),
+        ({"precision": "fp16"}, "its state holds no scaler"),
     ],
 )
 def test_what_cannot_work_is_refused_and_nothing_is_touched(tmp_path, changes, where):
@@ -757,18 +758,34 @@ def test_the_same_data_read_otherwise_are_no_other_division(tmp_path):
     assert not any("trained on" in note for note in notes(seen)), notes(seen)
 
 
-def test_a_writer_counts_as_busy_from_its_very_start(tmp_path, monkeypatch):
-    start = saver.threading.Thread.start
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_a_writer_that_ctrl_c_breaks_into_the_start_of_is_waited_for_or_writes_nothing(tmp_path, has_begun):
+    class Interrupted(saver.Saver):
+        def _write(self, *task):
+            if not has_begun:
+                assert self.is_left.wait(10)
+            super()._write(*task)
+
+    one = Interrupted(Checkpoints(tmp_path / "c"), EVERY_STEP)
+    one.is_left, start, threads = threading.Event(), threading.Thread.start, []
 
     def interrupted(thread):
         start(thread)
+        threads.append(thread)
+        if has_begun:
+            assert one._written.wait(10)
         raise KeyboardInterrupt
 
-    one = saver.Saver(Checkpoints(tmp_path / "c"), EVERY_STEP)
-    monkeypatch.setattr(saver.threading.Thread, "start", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        one.start(1, {"x": torch.zeros(1)})
-    assert one.is_busy and one.finished(wait=True)[0] == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one.start(1, {"x": torch.zeros(1)})
+    one.is_left.set()
+    assert one.is_busy == has_begun
+    if has_begun:
+        assert one.finished(wait=True)[0] == 1
+    threads[0].join()
+    assert len(one.checkpoints.all()) == has_begun
 
 
 @pytest.mark.parametrize("name", ["schedule", "optimizer"])
@@ -782,5 +799,5 @@ def test_a_state_without_one_of_its_parts_is_refused_before_anything_is_touched(
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(epochal.CheckpointError) as caught:
         epochal.fit(**given(model=model, run="r", epochs=2, schedule="cosine", resume=True))
-    assert f"it was begun with no {name}" in caught.value.where
+    assert caught.value.where.endswith(f"; its state holds no {name}")
     assert all(torch.equal(before[key], weight) for key, weight in model.state_dict().items())

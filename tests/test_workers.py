@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import psutil
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 import epochal
 from epochal.checkpoint import codec
+from epochal.data import workers
 from epochal.data.given import GivenLoader
 from epochal.data.workers import worker_error
 
@@ -152,10 +154,10 @@ def test_an_error_of_the_data_set_stays_itself():
         def __getitem__(self, i):
             raise FileNotFoundError("no such picture")
 
-    for workers in (0, 2):
+    for count in (0, 2):
         began = time.perf_counter()
         with pytest.raises(FileNotFoundError):
-            list(GivenLoader(DataLoader(Absent(), 4, num_workers=workers)).batches(0))
+            list(GivenLoader(DataLoader(Absent(), 4, num_workers=count)).batches(0))
         assert time.perf_counter() - began < 0.9
 
 
@@ -365,6 +367,57 @@ def test_a_worker_lost_before_the_first_update_of_an_epoch_costs_no_bit(tmp_path
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
+class Listed(Sampler):
+    indices = ()
+
+    def __iter__(self):
+        return iter(self.indices)
+
+    def __len__(self):
+        return len(X)
+
+
+class Counting(DataLoader):
+    """Knows its place, and numbers its epochs itself."""
+
+    epoch = batch = 0
+
+    def __iter__(self):
+        order = torch.randperm(len(X), generator=torch.Generator().manual_seed(self.epoch))
+        self.sampler.indices = order.tolist()[4 * self.batch :]
+        for batch in super().__iter__():
+            self.batch += 1
+            yield batch
+        self.epoch, self.batch = self.epoch + 1, 0
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def load_state_dict(self, state):
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("lost_after", ["epoch", "update"])
+def test_a_loader_that_knows_its_place_loses_nothing_with_a_worker_either(tmp_path, lost_after):
+    def fit(**options):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        loader = Counting(Marked(spared=4), 4, sampler=Listed(), num_workers=1)
+        return epochal.fit(model, loader, loss="mse", epochs=3, accumulate=2, **options).model.state_dict()
+
+    def mark(event):
+        if isinstance(event, epochal.Evaluated if lost_after == "epoch" else epochal.StepDone):
+            Path("mark").touch()
+
+    straight = fit(run="straight", observers=())
+    with pytest.raises(epochal.WorkerError):
+        fit(run="r", observers=[mark])
+    Path("mark").unlink()
+    resumed = fit(run="r", observers=(), resume=True)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
 def with_long_texts(rows):
     x, y = zip(*rows)
     return {
@@ -392,12 +445,145 @@ def test_a_worker_that_is_lost_while_it_hands_a_batch_over_is_noticed(number, ti
     assert time.perf_counter() - began < 12
 
 
+class Uneven(IterableDataset):
+    """The first worker has one sample, and is done."""
+
+    def __iter__(self):
+        for i in range(1 if get_worker_info().id == 0 else len(X)):
+            yield X[i], Y[i]
+
+
+@pytest.mark.parametrize("timeout", [0, 1])
+def test_a_worker_that_has_ended_does_not_hide_that_another_died(timeout):
+    loader = DataLoader(Uneven(), 1, num_workers=2, collate_fn=with_long_texts, timeout=timeout)
+    began, seen = time.perf_counter(), []
+
+    def lose(model, batch):
+        seen.append(batch)
+        if len(seen) == 8:
+            time.sleep(0.5)  # until the worker waits in the midst of the next one
+            for worker in psutil.Process().children():
+                worker.kill()
+        return (model(batch["x"]) - batch["y"]).square().mean()
+
+    with pytest.raises(epochal.WorkerError) as caught:
+        epochal.fit(nn.Linear(3, 1), loader, objective=lose, epochs=1, observers=())
+    assert re.search(r"; worker 1 \(pid \d+, signal 9: Killed\)$", caught.value.where)
+    assert time.perf_counter() - began < 12
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("number", "timeout", "what"),
+    [(signal.SIGKILL, 0, "died"), (signal.SIGKILL, 1, "died"), (signal.SIGSTOP, 1, "hangs")],
+)
+def test_outside_the_main_thread_a_lost_worker_is_noticed_too(number, timeout, what):
+    loader = DataLoader(Troubled(), 1, num_workers=1, collate_fn=with_long_texts, timeout=timeout)
+    seen, caught = [], []
+
+    def lose(model, batch):
+        seen.append(batch)
+        if len(seen) == 2:
+            time.sleep(0.5)
+            for worker in psutil.Process().children():
+                worker.send_signal(number)
+        return (model(batch["x"]) - batch["y"]).square().mean()
+
+    def fit():
+        try:
+            epochal.fit(nn.Linear(3, 1), loader, objective=lose, epochs=1, observers=())
+        except epochal.WorkerError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive() and what in caught[0].what and "worker 0 (pid" in caught[0].where
+
+
+PINNED = """
+import os, sys, time, psutil, torch
+from torch.utils.data import DataLoader, Dataset, dataloader
+from epochal.data.given import GivenLoader
+from epochal.data.workers import heard_while_awaited
+from epochal.errors import WorkerError
+
+# torch's thread that pins memory is only there beside an accelerator: here it only passes on.
+torch.accelerator.is_available = lambda: True
+torch.accelerator.current_accelerator = lambda *_, **__: torch.device("cuda")
+torch.accelerator.current_device_index = lambda: 0
+torch.accelerator.set_device_index = lambda index: None
+dataloader._utils.pin_memory.pin_memory = lambda data, device=None: data
+
+
+class Data(Dataset):
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, i):
+        return torch.ones(3)
+
+
+def collate(rows):
+    return {"x": torch.stack(rows), "text": "a" * 2**27}
+
+
+loader = DataLoader(Data(), 1, num_workers=1, collate_fn=collate, pin_memory=True, prefetch_factor=8)
+given = GivenLoader(loader)
+try:
+    with heard_while_awaited():
+        for i, _ in enumerate(given.batches(0)):
+            assert given._reading._pin_memory_thread.is_alive()
+            if i == 1:
+                time.sleep(float(sys.argv[1]))
+                psutil.Process().children()[0].kill()
+except WorkerError as error:
+    print(error.what, flush=True)
+"""
+
+
+@pytest.mark.parametrize("pause", [0.05, 0.2, 0.25])
+def test_a_worker_lost_while_its_batch_is_pinned_is_noticed(pause):
+    command = [sys.executable, "-c", PINNED, str(pause)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "a process that loads data died.\n", "")
+
+
+def test_a_death_is_heard_where_a_queue_is_polled_and_nowhere_else(monkeypatch):
+    told, dog = [], workers._Watchdog(0, lambda: None)
+    monkeypatch.setattr(workers.signal_handling, "_error_if_any_worker_fails", lambda: told.append("heard"))
+
+    def handler():  # as torch's, which is called wherever the main thread is
+        workers.signal_handling._error_if_any_worker_fails()
+
+    def select():
+        handler()
+
+    def recv_bytes():
+        handler()
+
+    with workers.heard_while_awaited():
+        select()
+        assert not told  # no batch is awaited
+        monkeypatch.setattr(workers, "_AWAITING", {dog})
+        recv_bytes()
+        assert not told
+        select()
+        assert len(told) == 1
+        dog.insists = True
+        recv_bytes()
+        assert len(told) == 2
+        monkeypatch.setattr(workers, "_AWAITING", set())
+    recv_bytes()
+    assert len(told) == 3
+
+
 def test_a_worker_that_others_have_taken_note_of_is_named_at_once():
     train = DataLoader(Troubled(), 4, num_workers=1, persistent_workers=True, timeout=60)
     killed_at = []
 
     def kill(event):
-        if isinstance(event, epochal.StepDone) and event.step == 8:
+        if isinstance(event, epochal.StepDone) and event.step == 10:
             worker = train._iterator._workers[0]
             worker.kill()
             worker.join()  # as multiprocessing does for all that have ended, when it starts a process

@@ -115,10 +115,10 @@ def _told(found: Found) -> dict[str, dict[str, Any]]:
 
 def _refuse_another_run(state: TrainState, found: Found, then: Mapping[str, str], now: Mapping[str, str]) -> None:
     """What cannot work: another kind of optimizer or schedule, or a part that the checkpoint knows nothing of."""
-    problems = [f"{name} {then.get(name)}, and now {now[name]}" for name in now if then.get(name) != now[name]]
-    problems += [f"no {name}" for name in state.required if name not in found.state and then.get(name) == now.get(name)]
-    if problems:
-        raise _misfit(found, f"it was begun with {'; '.join(problems)}")
+    if changed := [f"{name} {then.get(name)}, and now {now[name]}" for name in now if then.get(name) != now[name]]:
+        raise _misfit(found, f"it was begun with {'; '.join(changed)}")
+    if missing := [name for name in state.required if name not in found.state]:
+        raise _misfit(found, f"its state holds no {', no '.join(missing)}")
 
 
 def _put_back(state: TrainState, found: Found) -> None:

@@ -41,18 +41,22 @@ class Saver:
         tree, tensors = codec.encode(state)
         snapshot = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         # A daemon, so that a second Ctrl-C does not wait for it: what it leaves half-written is swept up later.
-        self._written = threading.Event()
-        task = step, tree, snapshot, self._written
+        self._written, begins = threading.Event(), threading.Lock()
+        task = begins, step, tree, snapshot, self._written
         self._thread = threading.Thread(target=self._write, args=task, daemon=True, name="checkpoint")
         try:
             self._thread.start()
         except BaseException:
-            if self._thread.ident is None:  # it does not run: nobody shall wait for it
+            if begins.acquire(blocking=False):  # it has not begun, and now it will not: nobody shall wait for it
                 self._thread = None
             raise
         self._last = time.perf_counter() - began
 
-    def _write(self, step: int, tree: Any, tensors: Mapping[str, Any], written: threading.Event) -> None:
+    def _write(
+        self, begins: threading.Lock, step: int, tree: Any, tensors: Mapping[str, Any], written: threading.Event
+    ) -> None:
+        if not begins.acquire(blocking=False):
+            return
         outcome: Path | BaseException
         try:
             outcome = self.checkpoints.commit(step, tree, tensors)

@@ -110,7 +110,7 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
 
     if given.get("drawn") is None and given.get("seed") is None and "seed" not in chosen:
         before = _seed_before(given) or {"drawn": int.from_bytes(os.urandom(4))}
-        if "seed" in before and "seed" in inspect.signature(make).parameters:  # the recipe's own flag
+        if isinstance(before.get("seed"), int) and "seed" in inspect.signature(make).parameters:  # the recipe's own
             chosen = {**chosen, "seed": before.pop("seed")}
         given = {**given, **before}
     plan = planned(path, make, chosen, given)

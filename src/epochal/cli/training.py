@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,10 @@ def written(flags: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value.absolute())
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
     return value if value is None or isinstance(value, bool | int | float | str | list) else str(value)
 
 

@@ -68,14 +68,11 @@ class GivenLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The generators as they are, and as they were when the epoch in hand began (None between two epochs)."""
-        place = self._loaded.get("place")
-        if not self._loaded and self._asked is not None and (self._is_read or self._asked is not self.loader):
-            place = self._asked.state_dict()
         return {
             "began": self._began,
             "own": seeding.own_states(self.loader),
             "made": self._is_made,
-            "place": place,
+            "place": self._place,
             "is_over": self._is_over,
         }
 
@@ -122,6 +119,13 @@ class GivenLoader:
         return self._loaded.get("made", False) or getattr(self.loader, "_iterator", None) is not None
 
     @property
+    def _place(self) -> Any:
+        """What the loader or its data set says of its place; None where that is not asked, or not known yet."""
+        if self._loaded or self._asked is None or (self._asked is self.loader and not self._is_read):
+            return self._loaded.get("place")
+        return self._asked.state_dict()
+
+    @property
     def _is_over(self) -> bool:
         """Whether the last batch was made of what was left, so that a stream has seen its end, and may have rewound."""
         fetcher = getattr(self._reading, "_dataset_fetcher", None)
@@ -129,7 +133,8 @@ class GivenLoader:
 
     def _generators(self) -> dict[str, Any]:
         every, own = seeding.generator_states(), seeding.own_states(self.loader)
-        return {"global": every, "own": own, "made": self._is_made}
+        place = self._place if self.loader.num_workers else None  # for an epoch that loses one, and is begun once more
+        return {"global": every, "own": own, "made": self._is_made, "place": place}
 
     def _put(self, states: dict[str, Any]) -> None:
         seeding.set_generator_states(states["global"])
@@ -138,10 +143,10 @@ class GivenLoader:
     def _from(self, start: int) -> Any:
         """The batches from ``start`` on; what is drawn on the way there is drawn as it was the first time."""
         now, loaded = self._generators(), self._loaded
-        # An epoch that has begun and has no batch yet, as a worker was lost, is begun once more.
+        # An epoch that has begun and has no update yet, as a worker was lost, is begun once more.
         began = self._began = loaded.get("began") or now
         self._loaded, self._is_read = {}, True
-        place = loaded.get("place") if start or loaded.get("began") is None else None
+        place = (loaded if start or began is now else began).get("place")
         if place is not None:
             self._asked.load_state_dict(place)
             self._was_put = True
@@ -159,8 +164,9 @@ class GivenLoader:
             return self._reading
 
         def undo() -> None:
-            self._put(now)
-            self._loaded, self._began = loaded | ({"made": True} if now["made"] else {}), loaded.get("began")
+            if start:  # else it is begun once more
+                self._put(now)
+                self._loaded = loaded
 
         def anew() -> Iterator[Any]:
             self._put(now)

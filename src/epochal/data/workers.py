@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import signal
 import sys
@@ -10,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from torch.utils.data import DataLoader
@@ -53,8 +54,8 @@ class _Watchdog(threading.Thread):
     """Kills workers that have kept the training waiting too long, so that whatever waits for them wakes up.
 
     torch's own timeout does not see a worker that stops while it hands a batch over. since: the time at which the
-    wait in hand began, None while there is none. found: how long and for which worker was waited, once too long.
-    insists: whether a worker has been dead for so long that its end is to be heard wherever the training waits.
+    wait in hand began, None while there is none. lost: who ended the wait, once it has done so. insists: whether a
+    worker has been dead for so long that its end is to be heard wherever the training waits.
     """
 
     def __init__(self, patience: float, batches: Callable[[], Any]):
@@ -62,7 +63,7 @@ class _Watchdog(threading.Thread):
         self.patience, self._batches = patience or math.inf, batches
         self._tells = CHILD is not None and threading.current_thread() is threading.main_thread()
         self.since: float | None = None
-        self.found: tuple[float, str] | None = None
+        self.lost: Lost | None = None
         self.insists = False
         self.over = threading.Event()
 
@@ -71,20 +72,28 @@ class _Watchdog(threading.Thread):
         while not self.over.wait(pause):
             # What it has seen pass counts, and not the clock: a program that was suspended has not waited.
             waited, since = (waited + pause if self.since == since else 0.0), self.since
-            if since is not None and self._tells and _is_dead(self._batches()):  # else torch looks in five seconds
-                self.insists = waited >= 2 * pause or self.found is not None
+            if since is None:
+                continue
+            batches, is_long = self._batches(), waited >= 2 * pause
+            lost = Lost(_awaited(batches), self.patience) if waited > self.patience else None
+            if not self._tells:
+                dead = _dead(batches) if is_long else ""
+                lost = Lost(dead) if dead else lost
+            elif any(map(_is_zombie, _workers(batches))):  # else torch looks in five seconds
+                self.insists = is_long
                 signal.pthread_kill(threading.main_thread().ident, CHILD)  # type: ignore[arg-type]
-            if since is not None and waited > self.patience and self.found is None:
-                self.found = self.patience, _awaited(self._batches())
-                for worker in getattr(self._batches(), "_workers", ()):
+            if lost is not None and self.lost is None and self.since == since:
+                self.lost = lost
+                for worker in _workers(batches):
                     worker.kill()
+                _hang_up(batches)
 
     def wait_for(self, get: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            self.since = time.monotonic()
+            self.since, self.insists = time.monotonic(), False
             if arguments or self._batches() is not None:  # an error while workers are being started is heard by nobody
                 _AWAITING.add(self)
-            for worker in getattr(self._batches(), "_workers", ()):
+            for worker in _workers(self._batches()):
                 if worker.exitcode:  # other processes were started since: then torch itself hears nothing of it
                     raise RuntimeError(f"DataLoader worker (pid {worker.pid}) is gone")
             return get(*arguments)
@@ -132,9 +141,9 @@ def watched(
             batches, anew = anew(), None
     except Exception as error:
         try:
-            told = worker_error(error, f"batch {number} was awaited", batches, dog.found)
+            told = worker_error(error, f"batch {number} was awaited", batches, dog.lost)
         except RuntimeError:  # torch tells of a dead worker in the midst of anything, once, where no run has its signal
-            told = worker_error(error, f"batch {number} was awaited", batches, dog.found)
+            told = worker_error(error, f"batch {number} was awaited", batches, dog.lost)
         if told is None:
             raise
         end_workers(batches, at_once=True)
@@ -144,53 +153,74 @@ def watched(
         raise told from error
     finally:
         dog.over.set()
+        _AWAITING.discard(dog)
         if not loader.persistent_workers:
             end_workers(batches)
 
 
-def worker_error(
-    error: BaseException, where: str, batches: Any = None, hung: tuple[float, str] | None = None
-) -> WorkerError | None:
+def worker_error(error: BaseException, where: str, batches: Any = None, lost: Lost | None = None) -> WorkerError | None:
     """A lost worker as an error that names it; None if ``error`` is about something else.
 
     torch tells of a dead worker wherever the main thread is, in the model's forward too; or what the worker had sent
-    cannot be fetched from it any more. batches: torch's iterator, which knows its workers. hung: the seconds and the
-    worker that were waited for in vain, where that is known.
+    cannot be fetched from it any more. batches: torch's iterator, which knows its workers. lost: where that is known.
     """
-    workers = list(getattr(batches, "_workers", ()))
     text = str(error)
-    died = None
     if isinstance(error, RuntimeError):
         if timed_out := re.match(r"DataLoader timed out after (\S+) seconds", text):
-            hung = float(timed_out[1]), _awaited(batches)
-        died = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text)
-    if not (hung or died):
+            lost = Lost(_awaited(batches), float(timed_out[1]))
+        elif lost is None and (died := re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text)):
+            lost = Lost(_dead(batches) or f"pid {died[1]}")
+    if lost is None:
+        workers = _workers(batches)
         if text.startswith("Caught") or not workers or not isinstance(error, RuntimeError | OSError | EOFError):
             return None
         for worker in workers:  # what it had sent is gone: it may be about to die
             worker.join(1.0 / len(workers))
-    dead = {f"worker {i} (pid {worker.pid}, {_end_of(worker)})" for i, worker in enumerate(workers) if worker.exitcode}
-    if hung:
-        what, lost = f"a process that loads data hangs: it gave no batch in {hung[0]:g} seconds.", hung[1]
-        fix = "look for what the data set waits for (a lock, a disk, a network), or give a longer timeout"
-    elif died or dead:
-        what, lost = "a process that loads data died.", ", ".join(sorted(dead)) or (died and f"pid {died[1]}")
-        fix = "if memory ran out, use fewer workers or smaller samples; without workers the data set's errors show"
-    else:
-        return None
+        if not (dead := _dead(batches)):
+            return None
+        lost = Lost(dead)
     saved = "a saved run can be resumed, and its samples come in the same order"
-    return WorkerError(what, where=f"{where}; {lost}", fix=f"{fix}; {saved}")
+    return WorkerError(lost.what, where=f"{where}; {lost.who}", fix=f"{lost.fix}; {saved}")
 
 
-def _end_of(worker: Any) -> str:
-    code = worker.exitcode
+class Lost(NamedTuple):
+    """Workers in words; and how many seconds they were waited for, None if they have died."""
+
+    who: str
+    seconds: float | None = None
+
+    @property
+    def what(self) -> str:
+        if self.seconds is None:
+            return "a process that loads data died."
+        return f"a process that loads data hangs: it gave no batch in {self.seconds:g} seconds."
+
+    @property
+    def fix(self) -> str:
+        if self.seconds is None:
+            return "if memory ran out, use fewer workers or smaller samples; without workers the data set's errors show"
+        return "look for what the data set waits for (a lock, a disk, a network), or give a longer timeout"
+
+
+def _workers(batches: Any) -> list[Any]:
+    """The processes of torch's iterator; none where it has none, or is not there yet."""
+    return list(getattr(batches, "_workers", ()))
+
+
+def _dead(batches: Any) -> str:
+    """The workers that have died, with what they died of; takes note of their end."""
+    ends = [(i, worker.pid, worker.exitcode) for i, worker in enumerate(_workers(batches))]
+    return ", ".join(f"worker {i} (pid {pid}, {_end(code)})" for i, pid, code in ends if code)
+
+
+def _end(code: int) -> str:
     return f"exit code {code}" if code > 0 else f"signal {-code}: {signal.strsignal(-code)}"
 
 
-def _is_dead(batches: Any) -> bool:
-    """Whether one of the workers has died, and nobody has taken note of it."""
-    with suppress(AttributeError, psutil.Error):
-        return any(psutil.Process(one.pid).status() == psutil.STATUS_ZOMBIE for one in batches._workers)
+def _is_zombie(worker: Any) -> bool:
+    """Whether it has ended, and nobody has taken note of it."""
+    with suppress(psutil.Error):
+        return psutil.Process(worker.pid).status() == psutil.STATUS_ZOMBIE
     return False
 
 
@@ -211,10 +241,11 @@ def _awaited(batches: Any) -> str:
 
 def end_workers(batches: Any, at_once: bool = False) -> None:
     """Ends the workers of torch's iterator, if it has any; those that hang, or that a dead one may block, at once."""
-    if not (workers := getattr(batches, "_workers", ())):
+    if not (workers := _workers(batches)):
         return
     if at_once or any(worker.exitcode for worker in workers):
         _kill(workers)
+        _hang_up(batches)
     # torch waits five seconds for each; one that dies just now can make the others wait for what it held.
     late = threading.Timer(SECONDS_TO_END, _kill, [workers])
     late.start()
@@ -229,3 +260,19 @@ def _kill(workers: Iterable[Any]) -> None:
         with suppress(RuntimeError, AssertionError, ValueError):  # torch tells of this end too; or it is over
             worker.kill()
             worker.join()
+
+
+def _hang_up(batches: Any) -> None:
+    """Lets go of the pipe that killed workers wrote to: who is still reading half a batch from it finds its end, unless
+    processes that were started later hold it too. torch would wait for ever for its thread that pins memory.
+    """
+    pinning = vars(batches).pop("_pin_memory_thread", None)
+    if pinning is not None:
+        batches._pin_memory_thread_done_event.set()
+        pinning._invoke_excepthook = lambda *_: None  # it may end with an EOFError, which is no news
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with suppress(OSError):  # it is closed already
+        os.dup2(nowhere, batches._worker_result_queue._writer.fileno(), inheritable=False)
+    os.close(nowhere)
+    if pinning is not None:
+        pinning.join(SECONDS_TO_END)
