@@ -408,23 +408,38 @@ def plan():
 """
 CHOICES = """
 import enum
+from pathlib import Path
 import epochal, torch
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
 class Kind(enum.Enum):
     narrow = 1
-    wide = 2
-def plan(kind: Kind = Kind.narrow, sizes: tuple[int, int] = (1, 2)):
-    print(kind, sizes)
+    too_wide = 2
+def plan(kind: Kind = Kind.narrow, sizes: tuple[int, int] = (1, 2), files: list[Path] = [], kinds: set[Kind] = set()):
+    print(kind, sizes, files, kinds)
     return epochal.Plan(torch.nn.Linear(4, 1), (X, X.sum(1, keepdim=True)), loss="mse", epochs=1, batch_size=8)
 """
 
 
 def test_flags_of_every_kind_come_back(command):
     Path("recipe.py").write_text(CHOICES)
-    code, out, err = command("train", "recipe.py", "--run", "r", "--kind", "wide", "--sizes", 3, 4)
-    assert code == 0 and out.startswith("Kind.wide (3, 4)\n"), err
+    words = [
+        "--kind",
+        "too-wide",
+        "--sizes",
+        3,
+        4,
+        "--files",
+        "a",
+        "--files",
+        Path("b").absolute(),
+        "--kinds",
+        "narrow",
+    ]
+    code, out, err = command("train", "recipe.py", "--run", "r", *words)
+    told, a, b = "Kind.too_wide (3, 4) [{!r}, {!r}] {{<Kind.narrow: 1>}}\n", Path("a"), Path("b").absolute()
+    assert code == 0 and out.startswith(told.format(a, b)), err
     code, out, err = command("resume", "r", "--epochs", 2)
-    assert code == 0 and out.startswith("Kind.wide (3, 4)\n"), err
+    assert code == 0 and out.startswith(told.format(a.absolute(), b)), err
 
 
 EQUAL = dict.fromkeys(("batches", "weights", "optimizer", "generators", "history", "the rest"), "equal")

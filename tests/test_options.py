@@ -458,12 +458,17 @@ def test_nonfinite_skip_equals_a_run_without_those_updates():
     assert skipped.history.train_loss == without.history.train_loss
 
 
-def test_a_validation_that_is_not_finite_is_told_once():
-    bad, told = X[:64].clone(), []
-    bad[5] = torch.nan
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_validation_that_is_not_finite_is_told_once_and_never_the_best(value):
+    told = []
+    val = X[:64].clone(), torch.randn(64, 1)
+    val[1][5] = float(value)
     listening = [lambda event: told.append(event.message) if isinstance(event, epochal.Noted) else None]
-    fit(nn.Linear(64, 10), (X, Y), val=(bad, Y[:64]), epochs=3, observers=listening)
-    assert told == ["val_loss is nan: a sample of val, or what the model makes of it, is to blame"]
+    result = epochal.fit(
+        nn.Linear(64, 1), (X, X[:, :1]), val=val, loss="mse", epochs=3, observers=listening, monitor="val_loss"
+    )
+    assert told == [f"val_loss is {value}: a sample of val, or what the model makes of it, is to blame"]
+    assert result.best is None and not result.restored and len(result.history) == 3
 
 
 def test_a_training_that_stands_still_is_told():

@@ -59,13 +59,14 @@ def written(flags: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value.absolute())
+    """As the command line takes it: an enum by its name, whatever holds several as a list."""
     if isinstance(value, enum.Enum):
         return value.name
-    if isinstance(value, tuple):
+    if isinstance(value, Path):
+        return str(value.absolute())
+    if isinstance(value, list | tuple | set | frozenset):
         return [_plain(part) for part in value]
-    return value if value is None or isinstance(value, bool | int | float | str | list) else str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _trained(plan: Plan, command: Sequence[str], files: Mapping[str, str | bytes]) -> Result:

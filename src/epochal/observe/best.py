@@ -49,8 +49,9 @@ class BestSoFar:
             known = sorted(name for name, value in row.items() if isinstance(value, float))
             where = f"epoch {row['epoch']}; the row has {', '.join(known)}"
             raise PlanError(f"there is no number {self.monitor!r} to monitor.", where=where, fix="monitor one of these")
-        value = row[self.monitor]
-        if not improves(value, self.best.value if self.best else None, mode=self.mode, min_delta=self.min_delta):
+        value, best = row[self.monitor], self.best.value if self.best else None
+        # Nor is an infinity the best of a run, though the first value of all counts for PyTorch's page.
+        if not math.isfinite(value) or not improves(value, best, mode=self.mode, min_delta=self.min_delta):
             return False
         self.best = Best(row["epoch"], row["step"], self.monitor, value)
         if self.modules:
