@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import epochal
 from campaigns import harness, training
@@ -102,6 +103,7 @@ class Averaged:
 
 
 LOADED = partial(DataLoader, batch_size=BATCH)
+KEEPING = partial(StatefulDataLoader, batch_size=BATCH)  # torchdata's, which keeps its place itself
 DATA: dict[str, Callable[[str], Any]] = {
     "arrays": lambda draws: (X, Y),
     "a data set": Augmented,
@@ -111,6 +113,8 @@ DATA: dict[str, Callable[[str], Any]] = {
     "a DataLoader, two workers": lambda draws: LOADED(Augmented(draws), shuffle=True, num_workers=2),
     "a stream": Streamed,
     "a stream that knows its place": Placed,
+    "a StatefulDataLoader": lambda draws: KEEPING(Augmented(draws), shuffle=True),
+    "a StatefulDataLoader, two workers": lambda draws: KEEPING(TensorDataset(X, Y), shuffle=True, num_workers=2),
     "a DataLoader of a stream": lambda draws: LOADED(Streamed(draws)),
     "a DataLoader of a stream that knows its place": lambda draws: LOADED(Placed(draws)),
 }

@@ -494,10 +494,8 @@ def test_a_recipe_is_shown_to_be_exact(command, monkeypatch):
 def test_a_recipe_that_hides_something_is_found_out(command, text, equal, different, what, where):
     code, told, err = verify(command, text)
     assert code == 1 and f"RecipeError: {what}" in err and f"{where}\n" in err, err
-    resumed, step = map(
-        int, re.search(r"where: after kill 1, resumed from step (\d+), before step (\d+), first", err).groups()
-    )
-    assert 0 < resumed < step
+    # Of 15 steps every third is saved, beside the training; it was killed after the seventh.
+    assert re.search(r"where: after kill 1, resumed from step [36], before step ", err), err
     assert {name for name in EQUAL if told[name] == "equal"} - {"the rest"} == equal
     assert all(told[name].startswith(line) for name, line in different.items())
 

@@ -1,5 +1,6 @@
 """Every option of ``fit``: what it accepts, and that it does what it says."""
 
+import json
 import random
 from pathlib import Path
 
@@ -456,6 +457,20 @@ def test_nonfinite_skip_equals_a_run_without_those_updates():
     assert torch.equal(one.weight, two.weight)
     assert skipped.history.rows[0]["skipped"] == 1
     assert skipped.history.train_loss == without.history.train_loss
+
+
+def test_an_error_that_has_a_place_of_its_own_is_recorded_all_the_same(tmp_path):
+    def fail(event):
+        if isinstance(event, epochal.StepDone):
+            error = LookupError("no such picture")
+            error.where, error.fix = tmp_path, ["look"]
+            raise error
+
+    with pytest.raises(LookupError):
+        fit(nn.Linear(64, 10), (X, Y), epochs=1, observers=[fail], run="r")
+    facts = json.loads(Path("r/run.json").read_text())
+    told = {name: facts[name] for name in ("reason", "message", "where", "fix")}
+    assert told == {"reason": "failed", "message": "no such picture", "where": None, "fix": None}
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

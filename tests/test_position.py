@@ -418,6 +418,10 @@ def test_what_cannot_be_exact_is_told_before():
     assert GivenLoader(DataLoader(X, num_workers=1, persistent_workers=True)).exactness == (
         "generators that persist in workers run on: a resumed run repeats the order of the samples, not what these draw"
     )
+    assert GivenLoader(Resumable(TensorDataset(X, Y), 4)).exactness is None
+    assert GivenLoader(Resumable(TensorDataset(X, Y), 4, num_workers=1)).exactness == (
+        "the loader keeps its place itself: a resumed run repeats the order, not what is drawn in its workers"
+    )
     told = {name: make().exactness for name, make in OWN.items()}
     assert [name for name, words in told.items() if words] == [
         "samples, workers", "a stream", "a stream in a worker", "a stream that knows its place, in a worker",

@@ -140,6 +140,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
         if Path("r/checkpoints/step-00000000").exists():
             break
         time.sleep(0.1)
+    time.sleep(1.5)  # until it is in the midst of its first step, which takes five seconds
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None  # it waits for the step in hand

@@ -15,7 +15,8 @@ import psutil
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import epochal
 from epochal.checkpoint import codec
@@ -367,55 +368,46 @@ def test_a_worker_lost_before_the_first_update_of_an_epoch_costs_no_bit(tmp_path
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
-class Listed(Sampler):
-    indices = ()
-
-    def __iter__(self):
-        return iter(self.indices)
-
-    def __len__(self):
-        return len(X)
-
-
-class Counting(DataLoader):
-    """Knows its place, and numbers its epochs itself."""
-
-    epoch = batch = 0
-
-    def __iter__(self):
-        order = torch.randperm(len(X), generator=torch.Generator().manual_seed(self.epoch))
-        self.sampler.indices = order.tolist()[4 * self.batch :]
-        for batch in super().__iter__():
-            self.batch += 1
-            yield batch
-        self.epoch, self.batch = self.epoch + 1, 0
-
-    def state_dict(self):
-        return {"epoch": self.epoch, "batch": self.batch}
-
-    def load_state_dict(self, state):
-        self.epoch, self.batch = state["epoch"], state["batch"]
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("lost_after", ["epoch", "update"])
-def test_a_loader_that_knows_its_place_loses_nothing_with_a_worker_either(tmp_path, lost_after):
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(("event", "spared"), [(epochal.Evaluated, 0), (epochal.Evaluated, 8), (epochal.StepDone, 24)])
+def test_a_loader_that_keeps_its_place_is_not_asked_for_it_after_a_loss(tmp_path, event, spared, persistent):
+    """It has read on meanwhile, or would start workers anew: the run goes on from where it was saved before."""
+
     def fit(**options):
         torch.manual_seed(0)
-        model = nn.Linear(3, 1)
-        loader = Counting(Marked(spared=4), 4, sampler=Listed(), num_workers=1)
-        return epochal.fit(model, loader, loss="mse", epochs=3, accumulate=2, **options).model.state_dict()
+        model = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.2))
+        loader = StatefulDataLoader(Marked(spared), 4, shuffle=True, num_workers=1, persistent_workers=persistent)
+        save = epochal.Saving("2 steps", share=None)
+        return epochal.fit(model, loader, loss="mse", epochs=3, accumulate=2, save=save, **options).model.state_dict()
 
-    def mark(event):
-        if isinstance(event, epochal.Evaluated if lost_after == "epoch" else epochal.StepDone):
-            Path("mark").touch()
-
-    straight = fit(run="straight", observers=())
-    with pytest.raises(epochal.WorkerError):
-        fit(run="r", observers=[mark])
+    straight, before = fit(run="straight", observers=()), psutil.Process().children()
+    with pytest.raises(epochal.WorkerError) as caught:
+        fit(run="r", observers=[lambda one: Path("mark").touch() if isinstance(one, event) else None])
+    assert psutil.Process().children() == before and not hasattr(caught.value, "__notes__")
     Path("mark").unlink()
     resumed = fit(run="r", observers=(), resume=True)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+class Slow(DataLoader):
+    """Takes its time to begin."""
+
+    def __iter__(self):
+        time.sleep(1.5)
+        return super().__iter__()
+
+
+def test_a_slow_start_is_no_worker_that_hangs():
+    class Absent(Troubled):
+        def __getitem__(self, i):
+            if i == 30:
+                raise FileNotFoundError("no such picture")
+            return super().__getitem__(i)
+
+    loader = Slow(Absent(), 4, num_workers=1, timeout=0.3)
+    with pytest.raises(FileNotFoundError, match="no such picture"):
+        epochal.fit(nn.Linear(3, 1), loader, loss="mse", epochs=1, observers=())
 
 
 def with_long_texts(rows):
@@ -551,7 +543,7 @@ def test_a_worker_lost_while_its_batch_is_pinned_is_noticed(pause):
 
 def test_a_death_is_heard_where_a_queue_is_polled_and_nowhere_else(monkeypatch):
     told, dog = [], workers._Watchdog(0, lambda: None)
-    monkeypatch.setattr(workers.signal_handling, "_error_if_any_worker_fails", lambda: told.append("heard"))
+    torch_tells = workers.signal_handling._error_if_any_worker_fails
 
     def handler():  # as torch's, which is called wherever the main thread is
         workers.signal_handling._error_if_any_worker_fails()
@@ -562,10 +554,11 @@ def test_a_death_is_heard_where_a_queue_is_polled_and_nowhere_else(monkeypatch):
     def recv_bytes():
         handler()
 
-    with workers.heard_while_awaited():
+    with monkeypatch.context() as patch, workers.heard_while_awaited(), workers.heard_while_awaited():
+        patch.setattr(workers, "_raise", lambda: told.append("heard"))
         select()
         assert not told  # no batch is awaited
-        monkeypatch.setattr(workers, "_AWAITING", {dog})
+        patch.setattr(workers, "_AWAITING", {dog})
         recv_bytes()
         assert not told
         select()
@@ -573,9 +566,9 @@ def test_a_death_is_heard_where_a_queue_is_polled_and_nowhere_else(monkeypatch):
         dog.insists = True
         recv_bytes()
         assert len(told) == 2
-        monkeypatch.setattr(workers, "_AWAITING", set())
-    recv_bytes()
-    assert len(told) == 3
+    with workers.heard_while_awaited(), workers.heard_while_awaited():
+        assert workers.signal_handling._error_if_any_worker_fails is workers._tell
+    assert workers.signal_handling._error_if_any_worker_fails is torch_tells
 
 
 def test_a_worker_that_others_have_taken_note_of_is_named_at_once():

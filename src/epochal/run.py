@@ -19,7 +19,7 @@ from epochal.data.given import GivenLoader
 from epochal.data.loader import Loader
 from epochal.data.window import Window, windows
 from epochal.data.workers import heard_while_awaited
-from epochal.errors import DiskFullError, NonFiniteError, PlanError, WorkerError
+from epochal.errors import DiskFullError, EpochalError, NonFiniteError, PlanError, WorkerError
 from epochal.events import Ended, Evaluated, Event, Noted, Saved, Started, StepDone, Stop, StopReason
 from epochal.metrics.metric import Stream
 from epochal.observe.averages import TrainAverages
@@ -147,7 +147,8 @@ class Run:
         """The end of a run that did not come to its end by itself."""
         try:
             # Between two steps, or two events, the state is whole; a step of the user's may lose a worker within.
-            if (error is None or isinstance(error, WorkerError)) and not self.state.is_torn:
+            is_whole = not self.state.is_torn and not getattr(self.train, "is_lost", False)
+            if is_whole and (error is None or isinstance(error, WorkerError)):
                 list(self._save(wait=True))
             elif not isinstance(error, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
                 list(self._saved(wait=True))
@@ -352,6 +353,7 @@ class Run:
     def _end(self, reason: StopReason, message: str, error: BaseException | None = None) -> Ended:
         """Puts the best weights and the modules' modes back, and tells. error: what ended the run."""
         progress, restored, is_whole = self.state.progress, False, False
+        where, fix = (error.where, error.fix) if isinstance(error, EpochalError) else (None, None)
         is_torn = self.state.is_torn or isinstance(error, KeyboardInterrupt)  # an update may be half done
         try:
             restored = self.best.restore()
@@ -362,7 +364,7 @@ class Run:
                 part.training = training
             self.ended = Ended(
                 reason, message or reason.message, self.best.best, restored, progress.epoch, progress.step,
-                self._seconds(), not is_whole, getattr(error, "where", None), getattr(error, "fix", None),
+                self._seconds(), not is_whole, where, fix,
             )  # fmt: skip
             try:
                 self._tell(self.ended)

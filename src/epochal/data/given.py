@@ -14,6 +14,7 @@ from epochal.protocols import Stateful
 from epochal.runtime import seeding
 
 GRACE = 2  # times the user's timeout, for torch's own to come first
+_NOT_IN_WORKERS = "the loader keeps its place itself: a resumed run repeats the order, not what is drawn in its workers"
 _NOT_LATER = "is not torch's own: a resumed run repeats what it draws when an epoch begins, which may not be all"
 
 
@@ -31,6 +32,7 @@ class GivenLoader:
         self.loader = loader
         asks_data = self._is_stream and isinstance(loader.dataset, Stateful) and loader.num_workers == 0
         self._asked: Any = loader if isinstance(loader, Stateful) else loader.dataset if asks_data else None
+        self.is_lost = False  # with a worker: what is asked may have read on, and does not know where the training is
         self._is_read = False  # a loader that was never read has no place yet, and finding one may draw
         self._was_put = False  # what is asked was put to its place, and was not read since
         self._reading: Any = None  # torch's iterator over the epoch in hand
@@ -68,11 +70,14 @@ class GivenLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The generators as they are, and as they were when the epoch in hand began (None between two epochs)."""
+        place = self._loaded.get("place")
+        if not self._loaded and self._asked is not None and (self._is_read or self._asked is not self.loader):
+            place = self._asked.state_dict()
         return {
             "began": self._began,
             "own": seeding.own_states(self.loader),
             "made": self._is_made,
-            "place": self._place,
+            "place": place,
             "is_over": self._is_over,
         }
 
@@ -90,7 +95,7 @@ class GivenLoader:
     def exactness(self) -> str | None:
         """What a resumed run cannot repeat exactly, in a sentence; None where it repeats everything."""
         if self._asked is not None:
-            return None
+            return _NOT_IN_WORKERS if self.loader.num_workers else None
         if self.loader.num_workers and self.loader.persistent_workers:
             return RUNS_ON
         if self.loader.num_workers and not getattr(self.loader, "in_order", True):
@@ -119,13 +124,6 @@ class GivenLoader:
         return self._loaded.get("made", False) or getattr(self.loader, "_iterator", None) is not None
 
     @property
-    def _place(self) -> Any:
-        """What the loader or its data set says of its place; None where that is not asked, or not known yet."""
-        if self._loaded or self._asked is None or (self._asked is self.loader and not self._is_read):
-            return self._loaded.get("place")
-        return self._asked.state_dict()
-
-    @property
     def _is_over(self) -> bool:
         """Whether the last batch was made of what was left, so that a stream has seen its end, and may have rewound."""
         fetcher = getattr(self._reading, "_dataset_fetcher", None)
@@ -133,8 +131,7 @@ class GivenLoader:
 
     def _generators(self) -> dict[str, Any]:
         every, own = seeding.generator_states(), seeding.own_states(self.loader)
-        place = self._place if self.loader.num_workers else None  # for an epoch that loses one, and is begun once more
-        return {"global": every, "own": own, "made": self._is_made, "place": place}
+        return {"global": every, "own": own, "made": self._is_made}
 
     def _put(self, states: dict[str, Any]) -> None:
         seeding.set_generator_states(states["global"])
@@ -145,17 +142,19 @@ class GivenLoader:
         now, loaded = self._generators(), self._loaded
         # An epoch that has begun and has no update yet, as a worker was lost, is begun once more.
         began = self._began = loaded.get("began") or now
-        self._loaded, self._is_read = {}, True
-        place = (loaded if start or began is now else began).get("place")
+        self._loaded, self._is_read, place = {}, True, loaded.get("place")
         if place is not None:
             self._asked.load_state_dict(place)
             self._was_put = True
+            if not start and self._asked is not self.loader.dataset:
+                self._asked.state_dict()  # lets it take up the end of the epoch before, and draw what it wants for that
+                self._put(now)
         if place is not None and start and loaded["is_over"]:  # it was saved after the last batch of its epoch
             return watched(lambda: iter(()), self.loader, start, timeout=0)
         was_put, self._was_put = self._was_put, False
         if began is not now:
             self._put(began)
-        if began["made"] and self.loader.persistent_workers and self.loader._iterator is None:
+        if began["made"] and place is None and self.loader.persistent_workers and self.loader._iterator is None:
             iter(self.loader)  # starts the workers and draws their seed, as the run did in its first epoch
             self._put(began)
 
@@ -163,10 +162,11 @@ class GivenLoader:
             self._reading = iter(self.loader)
             return self._reading
 
-        def undo() -> None:
-            if start:  # else it is begun once more
+        def lose(number: int) -> None:
+            self.is_lost = self._asked is not None
+            if number == start:
                 self._put(now)
-                self._loaded = loaded
+                self._loaded, self._began = loaded | ({"made": True} if now["made"] else {}), loaded.get("began")
 
         def anew() -> Iterator[Any]:
             self._put(now)
@@ -184,6 +184,6 @@ class GivenLoader:
 
         return watched(
             make, self.loader, start, timeout=GRACE * self.loader.timeout, skip=skip,
-            in_place=(lambda: self._put(now)) if start else None, undo=undo,
+            in_place=(lambda: self._put(now)) if start else None, lose=lose,
             anew=anew if was_put and not start else None,
         )  # fmt: skip

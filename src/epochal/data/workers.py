@@ -25,29 +25,38 @@ _NOTHING = object()
 _AWAITING: set[_Watchdog] = set()  # those of the loaders whose next batch is awaited just now
 
 
+_runs = 0  # in the main thread, one within the other
+_raise = signal_handling._error_if_any_worker_fails  # what torch's handler of SIGCHLD calls
+
+
 @contextmanager
 def heard_while_awaited() -> Iterator[None]:
     """Inside, the death of a worker is heard while a batch is awaited, and nowhere else.
 
     torch's handler of SIGCHLD raises wherever the main thread is: in the middle of a step, or in another handler, where
-    nobody hears it. Here it raises where a queue is polled, for in the midst of taking a batch over from a worker that
-    lives, that one would complain. A watchdog calls it again, and insists where it was the dead one's batch.
+    nobody hears it.
     """
-    usual, is_over = signal_handling._error_if_any_worker_fails, False  # what torch's handler calls
-
-    def tell() -> None:
-        polls = sys._getframe(2).f_code.co_name in ("select", "wait")
-        if is_over or (_AWAITING and (polls or any(one.insists for one in _AWAITING))):
-            usual()
-
-    if threading.current_thread() is threading.main_thread():
-        signal_handling._error_if_any_worker_fails = tell
+    global _runs
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _runs += 1
+    signal_handling._error_if_any_worker_fails = _tell
     try:
         yield
     finally:
-        is_over = True
-        if signal_handling._error_if_any_worker_fails is tell:
-            signal_handling._error_if_any_worker_fails = usual
+        _runs -= 1
+        if not _runs:
+            signal_handling._error_if_any_worker_fails = _raise
+
+
+def _tell() -> None:
+    """Raises where a queue is polled, for in the midst of taking a batch over from a worker that lives, that one would
+    complain. A watchdog calls it again, and insists where it was the dead one's batch.
+    """
+    polls = sys._getframe(2).f_code.co_name in ("select", "wait")
+    if _AWAITING and (polls or any(one.insists for one in _AWAITING)):
+        _raise()
 
 
 class _Watchdog(threading.Thread):
@@ -72,9 +81,9 @@ class _Watchdog(threading.Thread):
         while not self.over.wait(pause):
             # What it has seen pass counts, and not the clock: a program that was suspended has not waited.
             waited, since = (waited + pause if self.since == since else 0.0), self.since
-            if since is None:
-                continue
             batches, is_long = self._batches(), waited >= 2 * pause
+            if since is None or not _workers(batches):
+                continue
             lost = Lost(_awaited(batches), self.patience) if waited > self.patience else None
             if not self._tells:
                 dead = _dead(batches) if is_long else ""
@@ -86,12 +95,13 @@ class _Watchdog(threading.Thread):
                 self.lost = lost
                 for worker in _workers(batches):
                     worker.kill()
-                _hang_up(batches)
+                if not self._tells:
+                    _hang_up(batches)
 
     def wait_for(self, get: Callable[..., Any], *arguments: Any) -> Any:
         try:
             self.since, self.insists = time.monotonic(), False
-            if arguments or self._batches() is not None:  # an error while workers are being started is heard by nobody
+            if self._tells and (arguments or self._batches() is not None):  # none hears of it while workers are started
                 _AWAITING.add(self)
             for worker in _workers(self._batches()):
                 if worker.exitcode:  # other processes were started since: then torch itself hears nothing of it
@@ -110,15 +120,15 @@ def watched(
     timeout: float,
     skip: Callable[[Any], int] = lambda batches: 0,
     in_place: Callable[[], Any] | None = None,
-    undo: Callable[[], Any] = lambda: None,
+    lose: Callable[[int], Any] = lambda number: None,
     anew: Callable[[], Iterator[Any]] | None = None,
 ) -> Generator[Any, None, int]:
     """The batches of one pass over a DataLoader, numbered from ``first``; a lost worker becomes a WorkerError.
 
     make: gives torch's iterator. timeout: seconds without a batch after which the workers count as hung, 0 for ever.
-    skip: torch's iterator -> how many batches are read and thrown away before. in_place: called after that. undo:
-    called if a worker is lost before there is a batch. anew: gives what is read if there is nothing, as from a data set
-    that was put back to its very end. Returns the number of the last batch, plus one.
+    skip: torch's iterator -> how many batches are read and thrown away before. in_place: called after that. lose:
+    called with the number of the batch that is missing if a worker is lost. anew: gives what is read if there is
+    nothing, as from a data set that was put back to its very end. Returns the number of the last batch, plus one.
     """
     number, batches = first, getattr(loader, "_iterator", None)
 
@@ -148,8 +158,7 @@ def watched(
             raise
         end_workers(batches, at_once=True)
         loader._iterator = None
-        if number == first:
-            undo()
+        lose(number)
         raise told from error
     finally:
         dog.over.set()
