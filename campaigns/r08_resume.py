@@ -256,7 +256,8 @@ def _from(run: Path, straight: Path, place: Path, variant: Variant, legs: list[L
     for name in ("run.json", "config.toml", "metrics.jsonl", "results.csv"):
         shutil.copy(straight / name, run / name)  # with the rows of the whole run: they have to be cut back
     for leg in legs:
-        ended = harness.ask(lambda: fit(run, variant, leg=leg) and None)  # noqa: B023
+        saving = "1 steps" if leg[0] == "step" else "1000 steps"  # so that what the signal saves is of that moment
+        ended = harness.ask(lambda: fit(run, variant, saving=saving, leg=leg) and None)  # noqa: B023
         if ended.error is not None and ended.killed != signal.SIGKILL:
             return f"{leg}: {ended.error}"
     ended = harness.ask(lambda: left_by(fit(run, variant, saving="1 epoch"), run))

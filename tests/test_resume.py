@@ -3,7 +3,9 @@
 import copy
 import errno
 import json
+import os
 import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import epochal
 from epochal.checkpoint import files, saver
@@ -801,3 +805,41 @@ def test_a_state_without_one_of_its_parts_is_refused_before_anything_is_touched(
         epochal.fit(**given(model=model, run="r", epochs=2, schedule="cosine", resume=True))
     assert caught.value.where.endswith(f"; its state holds no {name}")
     assert all(torch.equal(before[key], weight) for key, weight in model.state_dict().items())
+
+
+class Interrupting(TensorDataset):
+    """Sends a Ctrl-C, once, when its eighth sample is asked for and the file is there."""
+
+    def __getitem__(self, i):
+        if i == 7 and Path("mark").exists():
+            Path("mark").unlink()
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("when", ["in a validation", "after an epoch's last update"])
+def test_a_loader_that_keeps_its_place_is_not_read_twice_at_an_epochs_end(tmp_path, when, workers):
+    X, Y = data(26, seed=0)
+
+    def fit(run, watch=None, **options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 1), nn.Dropout(0.2))
+        train = StatefulDataLoader(TensorDataset(X, Y), 4, shuffle=True, num_workers=workers)
+        if when == "in a validation":
+            options |= {"val": DataLoader(Interrupting(X, Y), 4)}
+        else:
+            options |= {"accumulate": 2}  # seven batches: the last window is a short one
+        options |= {"loss": "mse", "epochs": 4, "save": "1000 steps", "observers": [watch] if watch else ()}
+        result = epochal.fit(model, train, run=run, **options)
+        return result.reason.name, model.state_dict(), [row["step"] for row in result.history.rows]
+
+    def interrupt(event):
+        if isinstance(event, epochal.StepDone) and event.step == (9 if when == "in a validation" else 8):
+            Path("mark").touch() if when == "in a validation" else os.kill(os.getpid(), signal.SIGINT)
+
+    _, straight, steps = fit("straight")
+    assert fit("r", interrupt)[0] == "INTERRUPTED"
+    reason, resumed, again = fit("r", resume=True)
+    assert (reason, again) == ("EPOCHS", steps)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)

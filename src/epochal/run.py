@@ -147,11 +147,13 @@ class Run:
         """The end of a run that did not come to its end by itself."""
         try:
             # Between two steps, or two events, the state is whole; a step of the user's may lose a worker within.
-            is_whole = not self.state.is_torn and not getattr(self.train, "is_lost", False)
-            if is_whole and (error is None or isinstance(error, WorkerError)):
+            is_lost = getattr(self.train, "is_lost", False)
+            if not (self.state.is_torn or is_lost) and (error is None or isinstance(error, WorkerError)):
                 list(self._save(wait=True))
             elif not isinstance(error, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
                 list(self._saved(wait=True))
+            if is_lost and self.saver is not None:
+                self._note("a loader that keeps its place lost it with a worker: only earlier steps are saved")
             self._end(reason, message, error)
         except BaseException as failure:
             if self.ended is None:

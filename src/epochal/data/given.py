@@ -34,6 +34,7 @@ class GivenLoader:
         self._asked: Any = loader if isinstance(loader, Stateful) else loader.dataset if asks_data else None
         self.is_lost = False  # with a worker: what is asked may have read on, and does not know where the training is
         self._is_read = False  # a loader that was never read has no place yet, and finding one may draw
+        self._is_read_out = False  # the epoch in hand, though the run may still have to close it
         self._was_put = False  # what is asked was put to its place, and was not read since
         self._reading: Any = None  # torch's iterator over the epoch in hand
         self._began: dict[str, Any] | None = None
@@ -62,6 +63,7 @@ class GivenLoader:
                 sampler.set_epoch(epoch)
         count = yield from self._from(start)
         self._began = self._reading = None
+        self._is_read_out = True
         # Only torch's own parts are sure to have the length that they tell.
         plain = type(self.loader).__iter__ is DataLoader.__iter__ and type(self.loader.batch_sampler) is BatchSampler
         sized = plain and type(self.loader.sampler) in (SequentialSampler, RandomSampler) and self.samples is not None
@@ -125,9 +127,9 @@ class GivenLoader:
 
     @property
     def _is_over(self) -> bool:
-        """Whether the last batch was made of what was left, so that a stream has seen its end, and may have rewound."""
-        fetcher = getattr(self._reading, "_dataset_fetcher", None)
-        return self._loaded.get("is_over", False) or getattr(fetcher, "ended", False)
+        """Whether nothing is left of the epoch: what is asked has seen its end, and would begin another one."""
+        fetcher = getattr(self._reading, "_dataset_fetcher", None)  # a stream's, whose last batch was a smaller one
+        return self._loaded.get("is_over", False) or self._is_read_out or getattr(fetcher, "ended", False)
 
     def _generators(self) -> dict[str, Any]:
         every, own = seeding.generator_states(), seeding.own_states(self.loader)
@@ -142,15 +144,19 @@ class GivenLoader:
         now, loaded = self._generators(), self._loaded
         # An epoch that has begun and has no update yet, as a worker was lost, is begun once more.
         began = self._began = loaded.get("began") or now
-        self._loaded, self._is_read, place = {}, True, loaded.get("place")
+        self._loaded, self._is_read, self._is_read_out, place = {}, True, False, loaded.get("place")
         if place is not None:
             self._asked.load_state_dict(place)
             self._was_put = True
-            if not start and self._asked is not self.loader.dataset:
-                self._asked.state_dict()  # lets it take up the end of the epoch before, and draw what it wants for that
+
+        def take_up() -> None:
+            """Lets a loader that stands at the end of an epoch find that out, and draw what it wants for that."""
+            if place is not None and self._asked is not self.loader.dataset:
+                self._asked.state_dict()
                 self._put(now)
-        if place is not None and start and loaded["is_over"]:  # it was saved after the last batch of its epoch
-            return watched(lambda: iter(()), self.loader, start, timeout=0)
+
+        if place is not None and start and loaded["is_over"]:
+            return watched(lambda: take_up() or iter(()), self.loader, start, timeout=GRACE * self.loader.timeout)
         was_put, self._was_put = self._was_put, False
         if began is not now:
             self._put(began)
@@ -159,6 +165,8 @@ class GivenLoader:
             self._put(began)
 
         def make() -> Iterator[Any]:
+            if not start:
+                take_up()
             self._reading = iter(self.loader)
             return self._reading
 

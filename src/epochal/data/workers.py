@@ -81,22 +81,20 @@ class _Watchdog(threading.Thread):
         while not self.over.wait(pause):
             # What it has seen pass counts, and not the clock: a program that was suspended has not waited.
             waited, since = (waited + pause if self.since == since else 0.0), self.since
-            batches, is_long = self._batches(), waited >= 2 * pause
+            batches = self._batches()
             if since is None or not _workers(batches):
                 continue
-            lost = Lost(_awaited(batches), self.patience) if waited > self.patience else None
-            if not self._tells:
-                dead = _dead(batches) if is_long else ""
-                lost = Lost(dead) if dead else lost
-            elif any(map(_is_zombie, _workers(batches))):  # else torch looks in five seconds
-                self.insists = is_long
+            if self._tells and any(map(_is_zombie, _workers(batches))):  # else torch looks in five seconds
+                self.insists = waited >= 2 * pause
                 signal.pthread_kill(threading.main_thread().ident, CHILD)  # type: ignore[arg-type]
-            if lost is not None and self.lost is None and self.since == since:
-                self.lost = lost
+            late = waited - (4 * pause if self._tells else 0.0)  # unless torch's handler comes first, if it is there
+            dead = _dead(batches) if late >= 2 * pause else ""
+            if self.lost is None and self.since == since and (dead or waited > self.patience):
+                self.lost = Lost(dead) if dead else Lost(_awaited(batches), self.patience)
                 for worker in _workers(batches):
                     worker.kill()
-                if not self._tells:
-                    _hang_up(batches)
+            if self.lost is not None and late > (self.lost.seconds or 0.0):
+                _hang_up(batches)
 
     def wait_for(self, get: Callable[..., Any], *arguments: Any) -> Any:
         try:
