@@ -422,6 +422,10 @@ def test_what_cannot_be_exact_is_told_before():
     assert GivenLoader(Resumable(TensorDataset(X, Y), 4, num_workers=1)).exactness == (
         "the loader keeps its place itself: a resumed run repeats the order, not what is drawn in its workers"
     )
+    stream = LOADERS["a stream"]().dataset
+    assert GivenLoader(Resumable(stream, 4)).exactness.startswith("the loader keeps its place in a stream itself: ")
+    persistent = DataLoader(stream, 4, num_workers=1, persistent_workers=True)
+    assert GivenLoader(persistent).exactness.startswith("a stream in workers that persist runs on: ")
     told = {name: make().exactness for name, make in OWN.items()}
     assert [name for name, words in told.items() if words] == [
         "samples, workers", "a stream", "a stream in a worker", "a stream that knows its place, in a worker",

@@ -15,6 +15,12 @@ from epochal.runtime import seeding
 
 GRACE = 2  # times the user's timeout, for torch's own to come first
 _NOT_IN_WORKERS = "the loader keeps its place itself: a resumed run repeats the order, not what is drawn in its workers"
+_NOT_A_STREAM = (
+    "the loader keeps its place in a stream itself: a resumed run goes on where the loader says, which may be off"
+)
+_STREAM_RUNS_ON = (
+    "a stream in workers that persist runs on: a resumed run may miss samples of it, and repeats no random numbers"
+)
 _NOT_LATER = "is not torch's own: a resumed run repeats what it draws when an epoch begins, which may not be all"
 
 
@@ -96,10 +102,12 @@ class GivenLoader:
     @property
     def exactness(self) -> str | None:
         """What a resumed run cannot repeat exactly, in a sentence; None where it repeats everything."""
+        if self._asked is self.loader and self._is_stream:
+            return _NOT_A_STREAM
         if self._asked is not None:
             return _NOT_IN_WORKERS if self.loader.num_workers else None
         if self.loader.num_workers and self.loader.persistent_workers:
-            return RUNS_ON
+            return _STREAM_RUNS_ON if self._is_stream else RUNS_ON
         if self.loader.num_workers and not getattr(self.loader, "in_order", True):
             return "batches come as they are ready (in_order=False): no two runs have the same order"
         if self._is_stream:
