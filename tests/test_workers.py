@@ -201,7 +201,8 @@ def test_after_a_kill_the_run_has_the_same_bits(make):
 
     states = []
     with pytest.raises((epochal.WorkerError, RuntimeError)) as caught:
-        states.extend(train(prepared(make, Troubled(killed))))
+        # A second later, for the first steps to be done on a busy machine, too.
+        states.extend(train(prepared(make, Troubled(lambda: (time.sleep(1.0), killed())))))
     # torch may tell of the worker while a step is under way
     assert isinstance(caught.value, epochal.WorkerError) or worker_error(caught.value, "a step")
     saved = states[-1]
