@@ -429,21 +429,28 @@ def with_long_texts(rows):
     }  # through a pipe, which is full before its end
 
 
-@pytest.mark.parametrize(("number", "timeout", "what"), [(signal.SIGKILL, 0, "died"), (signal.SIGSTOP, 1, "hangs")])
-def test_a_worker_that_is_lost_while_it_hands_a_batch_over_is_noticed(number, timeout, what):
-    loader = DataLoader(Troubled(), 1, num_workers=1, collate_fn=with_long_texts, timeout=timeout)
-    began, seen = time.perf_counter(), []
+def losing(number, at):
+    """An objective that sends the workers a signal over batch ``at``, in the midst of their handing over the next one."""
+    seen = []
 
     def lose(model, batch):
         seen.append(batch)
-        if len(seen) == 2:
-            time.sleep(0.5)  # until the worker waits in the midst of the next one
+        if len(seen) == at:
+            time.sleep(0.5)
             for worker in psutil.Process().children():
                 worker.send_signal(number)
         return (model(batch["x"]) - batch["y"]).square().mean()
 
+    return lose
+
+
+@pytest.mark.parametrize(("number", "timeout", "what"), [(signal.SIGKILL, 0, "died"), (signal.SIGSTOP, 1, "hangs")])
+def test_a_worker_that_is_lost_while_it_hands_a_batch_over_is_noticed(number, timeout, what):
+    loader = DataLoader(Troubled(), 1, num_workers=1, collate_fn=with_long_texts, timeout=timeout)
+    began = time.perf_counter()
+
     with pytest.raises(epochal.WorkerError, match=what):
-        epochal.fit(nn.Linear(3, 1), loader, objective=lose, epochs=1, observers=())
+        epochal.fit(nn.Linear(3, 1), loader, objective=losing(number, at=2), epochs=1, observers=())
     assert time.perf_counter() - began < 12
 
 
@@ -458,18 +465,10 @@ class Uneven(IterableDataset):
 @pytest.mark.parametrize("timeout", [0, 1])
 def test_a_worker_that_has_ended_does_not_hide_that_another_died(timeout):
     loader = DataLoader(Uneven(), 1, num_workers=2, collate_fn=with_long_texts, timeout=timeout)
-    began, seen = time.perf_counter(), []
-
-    def lose(model, batch):
-        seen.append(batch)
-        if len(seen) == 8:
-            time.sleep(0.5)  # until the worker waits in the midst of the next one
-            for worker in psutil.Process().children():
-                worker.kill()
-        return (model(batch["x"]) - batch["y"]).square().mean()
+    began = time.perf_counter()
 
     with pytest.raises(epochal.WorkerError) as caught:
-        epochal.fit(nn.Linear(3, 1), loader, objective=lose, epochs=1, observers=())
+        epochal.fit(nn.Linear(3, 1), loader, objective=losing(signal.SIGKILL, at=8), epochs=1, observers=())
     assert re.search(r"; worker 1 \(pid \d+, signal 9: Killed\)$", caught.value.where)
     assert time.perf_counter() - began < 12
 
@@ -478,20 +477,12 @@ def test_a_worker_that_has_ended_does_not_hide_that_another_died(timeout):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_program_with_a_sigchld_handler_of_its_own_does_not_hang(number):
     list(DataLoader(X, 4, num_workers=1))  # now torch has set its own
-    loader, seen = DataLoader(Troubled(), 1, num_workers=1, collate_fn=with_long_texts, timeout=1), []
-
-    def lose(model, batch):
-        seen.append(batch)
-        if len(seen) == 2:
-            time.sleep(0.5)
-            for worker in psutil.Process().children():
-                worker.send_signal(number)
-        return (model(batch["x"]) - batch["y"]).square().mean()
+    loader = DataLoader(Troubled(), 1, num_workers=1, collate_fn=with_long_texts, timeout=1)
 
     before, began = signal.signal(signal.SIGCHLD, lambda *_: None), time.perf_counter()
     try:
         with pytest.raises(epochal.WorkerError):
-            epochal.fit(nn.Linear(3, 1), loader, objective=lose, epochs=1, observers=())
+            epochal.fit(nn.Linear(3, 1), loader, objective=losing(number, at=2), epochs=1, observers=())
     finally:
         signal.signal(signal.SIGCHLD, before)
     assert time.perf_counter() - began < 15
@@ -504,19 +495,11 @@ def test_a_program_with_a_sigchld_handler_of_its_own_does_not_hang(number):
 )
 def test_outside_the_main_thread_a_lost_worker_is_noticed_too(number, timeout, what):
     loader = DataLoader(Troubled(), 1, num_workers=1, collate_fn=with_long_texts, timeout=timeout)
-    seen, caught = [], []
-
-    def lose(model, batch):
-        seen.append(batch)
-        if len(seen) == 2:
-            time.sleep(0.5)
-            for worker in psutil.Process().children():
-                worker.send_signal(number)
-        return (model(batch["x"]) - batch["y"]).square().mean()
+    caught = []
 
     def fit():
         try:
-            epochal.fit(nn.Linear(3, 1), loader, objective=lose, epochs=1, observers=())
+            epochal.fit(nn.Linear(3, 1), loader, objective=losing(number, at=2), epochs=1, observers=())
         except epochal.WorkerError as error:
             caught.append(error)
 
