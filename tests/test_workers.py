@@ -430,7 +430,7 @@ def with_long_texts(rows):
 
 
 def losing(number, at):
-    """An objective that sends the workers a signal over batch ``at``, in the midst of their handing over the next one."""
+    """An objective that sends the workers a signal at batch ``at``, while they hand the next one over."""
     seen = []
 
     def lose(model, batch):
