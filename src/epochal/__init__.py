@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from epochal.result import evaluate as evaluate
     from epochal.result import predict as predict
     from epochal.run import Run as Run
+    from epochal.runtime.strategy import Strategy as Strategy
     from epochal.state import TrainState as TrainState
 
 __version__ = "0.1.0"
@@ -72,6 +73,7 @@ _ROOMS = {
     "report.history": "History",
     "result": "Result evaluate predict",
     "run": "Run",
+    "runtime.strategy": "Strategy",
     "state": "TrainState",
 }
 _HOMES = dict(sorted((name, room) for room, names in _ROOMS.items() for name in names.split()))

@@ -17,9 +17,10 @@ from epochal.data import split, tables
 from epochal.data.batch import TARGET_KEYS
 from epochal.data.given import GivenLoader
 from epochal.data.loader import Loader
+from epochal.data.share import Part
 from epochal.data.sources import Arrays, Source, as_tensor, encoded, learned, open_source
 from epochal.errors import LossError, PlanError
-from epochal.runtime import seeding
+from epochal.runtime import processes, seeding
 
 if TYPE_CHECKING:
     from epochal.plan import Plan
@@ -66,10 +67,14 @@ def read(plan: Plan, kind: str | None, device: torch.device, dtype: torch.dtype)
     if kind in losses.CLASS_INDEX:
         _refuse_negative(train_targets, plan.loss)
     if plan.seed is None and not isinstance(train, DataLoader):
-        seed = seeding.draw()  # so that torch.manual_seed before fit decides, as it does for a DataLoader
+        seed = processes.first(
+            seeding.draw
+        )  # so that torch.manual_seed before fit decides, as it does for a DataLoader
     size = plan.batch_size or DEFAULT_BATCH
     shuffle = True if plan.shuffle is None else plan.shuffle
-    options = {"batch_size": size, "seed": seed, "workers": plan.workers or 0}
+    world = processes.world()
+    part = Part(world.rank, world.size)
+    options = {"batch_size": size, "seed": seed, "workers": plan.workers or 0, "part": part}
     return Data(
         train=_loader(train, device, shuffle=shuffle, where="train", **options),
         val=None if val is None else _loader(val, device, shuffle=False, where="val", **options),

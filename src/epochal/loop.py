@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from epochal.data.batch import split
+from epochal.data.share import Share
 from epochal.errors import DataError, ModelError
 from epochal.metrics.metric import Mean, Stream
 from epochal.objective import Objective, relocate
@@ -68,23 +69,35 @@ def evaluate(
     device: torch.device,
     autocast: AbstractContextManager,
     where: str = "val",
+    in_step: bool = False,
 ) -> dict[str, Any]:
-    """The loss, as the weighted mean over all samples, and the metrics, by name."""
+    """The loss, as the weighted mean over all samples, and the metrics, by name.
+
+    Several processes each take their shares of the batches, and add up what they have counted. in_step: whether they
+    all have to call the model for every batch, even where nothing of it is theirs.
+    """
     mean, number = Mean(), -1
     stream.reset()
     with evaluation_mode(modules):
         for number, batch in enumerate(batches):
+            counts = True
+            if isinstance(batch, Share):
+                counts, batch = batch.samples > 0, batch.batch
+                if not (counts or in_step):
+                    continue
             try:
                 batch = devices.move(batch, device) if devices.moves(device) else batch
                 with autocast:
                     loss = objective(forward, batch)
-                stream.update(loss.outputs, loss.targets)
+                if counts:
+                    stream.update(loss.outputs, loss.targets)
             except Exception as error:
                 relocate(error, modules[0], batch, f"batch {number} of {where}")
-            mean.update(loss.value, loss.weight)
+            if counts:
+                mean.update(loss.value, loss.weight)
     if number < 0:
         raise DataError("there is no batch to evaluate.", where=where, fix="give at least one sample")
-    return {"loss": mean.compute(), **stream.compute()}
+    return {"loss": mean.together().compute(), **stream.together().compute()}
 
 
 def predict(

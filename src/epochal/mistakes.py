@@ -26,6 +26,7 @@ from epochal.optim import optimizers
 from epochal.optim.schedules import Schedule
 from epochal.runtime import device as devices
 from epochal.runtime.precision import PRECISIONS
+from epochal.runtime.strategy import Strategy
 
 if TYPE_CHECKING:
     from epochal.plan import Plan
@@ -77,7 +78,6 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
 NAMES = {  # the values of an option, and what they are called
     "precision": ("precision", PRECISIONS),
     "nonfinite": ("policy for values that are not finite", ("stop", "skip")),
-    "strategy": ("strategy", ("auto",)),
 }
 
 
@@ -196,4 +196,5 @@ CHECKS: tuple[Callable[[Plan], object], ...] = (
     lambda plan: named.resolve(plan.metrics, loss=None),
     lambda plan: Every.parse(plan.evaluate_every, where="evaluate_every"),
     lambda plan: devices.choose(plan.device),
+    lambda plan: Strategy.of(plan.strategy),
 )  # fmt: skip

@@ -13,6 +13,7 @@ from epochal import losses
 from epochal.data.batch import size, split
 from epochal.errors import NonFiniteError
 from epochal.protocols import Loss
+from epochal.runtime import processes
 
 ROWS_TOLD = 8
 _MILDER = 'lower lr, set clip=1.0, or use nonfinite="skip"'
@@ -51,15 +52,20 @@ class Place(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """what: the beginning of a sentence. rows: of the micro-batch, where they are known."""
+    """what: the beginning of a sentence. rows: of the micro-batch, where they are known. is_cause: whether it says why."""
 
     what: str
     fix: str
     rows: Sequence[int] = ()
     micro_batch: int | None = None
+    is_cause: bool = True
 
-    def error(self, place: Place, loss: float, norm: float | None, micro_batches: int = 1) -> NonFiniteError:
+    def error(
+        self, place: Place, loss: float, norm: float | None, *, micro_batches: int = 1, rank: int | None = None
+    ) -> NonFiniteError:
         told = [f"step {place.step}, epoch {place.epoch}, batch {place.batch}"]
+        if rank is not None:
+            told[0] += f", its share of process {rank}"
         if micro_batches > 1 and self.micro_batch is not None:
             told[0] += f", micro-batch {self.micro_batch}"
         if self.rows:
@@ -75,11 +81,20 @@ def unexplained(loss: Tensor, error: BaseException | None = None) -> Finding:
     """What can be said without a second run, or when it failed or went well."""
     what = "a gradient is not finite" if torch.isfinite(loss).all() else "the loss is not finite"
     if error is not None:
-        return Finding(f"{what}, and running the step again to see why raised {type(error).__name__}", _UNKNOWN)
+        told = f"{what}, and running the step again to see why raised {type(error).__name__}"
+        return Finding(told, _UNKNOWN, is_cause=False)
     return Finding(
         f"{what}, but it was when the step was run again",
         f"something draws from python's or numpy's generators, or changes its inputs in place; {_UNKNOWN}",
+        is_cause=False,
     )
+
+
+def agreed(finding: Finding) -> tuple[int | None, Finding]:
+    """Of the findings of several processes the first that says why, and whose it is; None where there is but one."""
+    findings = processes.gather(finding)
+    rank = next((rank for rank, one in enumerate(findings) if one.is_cause), 0)
+    return (rank if len(findings) > 1 else None), findings[rank]
 
 
 class Watch:

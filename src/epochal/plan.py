@@ -24,6 +24,7 @@ from epochal.prepare import prepare
 from epochal.result import Result
 from epochal.run import Run
 from epochal.runtime.seeding import generator_states, set_generator_states
+from epochal.runtime.strategy import Strategy
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ class Plan:
     device: str | torch.device = "auto"
     precision: str = "fp32"
     compile: bool = False
-    strategy: str = "auto"
+    strategy: str | Strategy = "auto"
     seed: int | None = None
     run: str | Path | None = None
     resume: bool = False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from epochal import losses
+from epochal.agreement import FACTS, Agreement
 from epochal.cadence import Every, amount
 from epochal.checkpoint import codec
 from epochal.checkpoint.saver import Saver
@@ -33,15 +36,16 @@ from epochal.observe.console import Console
 from epochal.observe.early_stopping import EarlyStopping
 from epochal.observe.recorder import Recorder, claim
 from epochal.optim import optimizers, schedules
-from epochal.protocols import Stateful, Step
+from epochal.protocols import Stateful, Step, StepResult
 from epochal.result import Setting, float_type
 from epochal.resuming import about, resume
 from epochal.run import Limits, Run, Validation
 from epochal.runtime import device as devices
 from epochal.runtime import precision as precisions
-from epochal.runtime import seeding
-from epochal.runtime.processes import world
+from epochal.runtime import processes, seeding
 from epochal.runtime.signals import Signals
+from epochal.runtime.strategy import Strategy
+from epochal.runtime.world import announced
 from epochal.state import TrainState
 from epochal.step import Update
 
@@ -51,9 +55,11 @@ if TYPE_CHECKING:
 
 def prepare(plan: Plan) -> Run:
     """Builds every part. What is wrong with data, optimizer, metrics and monitor is told at once."""
+    strategy, world = Strategy.of(plan.strategy), announced()
+    device = devices.choose(plan.device, world.local_rank)
+    world = processes.join(device, strategy.patience)
     if plan.seed is not None:
         seeding.seed_everything(plan.seed)
-    device = devices.choose(plan.device)
     loss = losses.resolve(plan.loss) if plan.loss is not None else None
     modules = [plan.model, loss] if isinstance(loss, nn.Module) else [plan.model]
     for module in modules:
@@ -66,6 +72,7 @@ def prepare(plan: Plan) -> Run:
         data = read(plan, losses.kind(loss), device, float_type(plan.model))
         _materialise(plan.model, data, device)
     with mistakes:
+        agreement = _agreement(plan, strategy, modules, device) if world.size > 1 else None
         optimizer = _optimizer(plan, modules)
     with mistakes:
         metrics = named.resolve(plan.metrics, loss=losses.kind(loss), ignore_index=losses.ignore_index(loss))
@@ -74,10 +81,10 @@ def prepare(plan: Plan) -> Run:
 
     limits = Limits(plan.epochs, plan.max_steps, amount(plan.max_time))
     forward = torch.compile(plan.model) if plan.compile else plan.model
-    step = _on_device(plan.step, device) if plan.step else Update(
+    step = _own(plan.step, device, agreement) if plan.step else Update(
         _objective(plan, loss, data, data.train_targets), forward, device,
         precision=plan.precision, clip=plan.clip, skip_nonfinite=plan.nonfinite == "skip",
-        keeps_outputs=bool(metrics),
+        keeps_outputs=bool(metrics), agreement=agreement,
     )  # fmt: skip
     state = TrainState(
         plan.model, optimizer, loss=loss if isinstance(loss, nn.Module) else None, seed=data.seed,
@@ -87,16 +94,28 @@ def prepare(plan: Plan) -> Run:
     run = Run(
         state=state, step=step, train=data.train, accumulate=plan.accumulate, limits=limits, best=best,
         validation=Validation(data.val, Stream(metrics), Every.parse(plan.evaluate_every, where="evaluate_every")),
-        averages=TrainAverages(Stream(metrics)),
+        averages=TrainAverages(Stream(metrics)), agreement=agreement,
         setting=Setting(
-            forward, modules, device, _objective(plan, loss, data, data.val_targets), metrics,
+            *_outside(agreement, forward, _objective(plan, loss, data, data.val_targets)), modules, device, metrics,
             precisions.autocast(plan.precision, device), data.batch_size, data.target, data.inputs, data.encoding,
-            float_type(plan.model),
+            float_type(plan.model), in_step=agreement is not None and agreement.is_sharded,
         ),
         started=started(plan, state, data, device, best.monitor, losses.describe(loss or plan.objective or plan.step)),
     )  # fmt: skip
     _watch(plan, run)
+    if world.size > 1:
+        seeding.diverge(world.rank, processes.first(torch.initial_seed))
     return run
+
+
+def _agreement(plan: Plan, strategy: Strategy, modules: list[nn.Module], device: torch.device) -> Agreement:
+    """What joins several processes; their weights are the first one's from here on."""
+    from epochal.runtime import parallel  # torch's engines, which one process does without
+
+    if plan.step is None:
+        return Agreement(parallel.engine(modules, device, strategy, plan.precision, 2 + FACTS))
+    parallel.begin_alike(modules)
+    return Agreement(None)
 
 
 def _materialise(model: nn.Module, data: Data, device: torch.device) -> None:
@@ -113,21 +132,38 @@ def _materialise(model: nn.Module, data: Data, device: torch.device) -> None:
         model(*args, **kwargs)
 
 
-def _on_device(step: Step, device: torch.device) -> Step:
+def _outside(agreement: Agreement | None, forward: Callable, objective: Any) -> tuple[Callable, Any]:
+    """The model and the objective as they are called outside of an update: a sharded model by all processes at once."""
+    if agreement is None or not agreement.is_sharded:
+        return forward, objective
+    call = agreement.engine.call  # type: ignore[union-attr]
+    return partial(call, forward), objective and (lambda _, batch: call(objective, forward, batch))
+
+
+def _own(step: Step, device: torch.device, agreement: Agreement | None) -> Step:
     """A user's step, which gets its batches on the run's device; when it has moved which weights, only it knows."""
 
     def whole(state: TrainState, window: Window) -> Any:
         if devices.moves(device):
-            window = Window([devices.move(batch, device) for batch in window.batches], window.sizes)
+            window = Window([devices.move(batch, device) for batch in window.batches], window.sizes, window.total)
         state.is_torn = True
         result = step(state, window)
         state.is_torn = False
-        return result
+        return result if agreement is None else _of_all(result, agreement)
 
     if hasattr(step, "settle"):
         whole.settle = step.settle  # type: ignore[attr-defined]
     whole.__name__ = getattr(step, "__name__", type(step).__name__)
     return whole
+
+
+def _of_all(result: StepResult, agreement: Agreement) -> StepResult:
+    """The means over all processes of what a user's step reports of its share."""
+    weight = float(result.weight)
+    told = [value.item() * weight for value in (result.loss, *result.values.values())]
+    total, *sums = agreement.exchange(weight, *told)
+    loss, *values = [torch.tensor(one / total if total else math.nan) for one in sums]
+    return replace(result, loss=loss, weight=total, values=dict(zip(result.values, values)))
 
 
 def _optimizer(plan: Plan, modules: Sequence[nn.Module]) -> Any:
@@ -184,9 +220,10 @@ def _monitor(plan: Plan, stopping: EarlyStopping, metrics: list) -> tuple[str, s
 
 def _watch(plan: Plan, run: Run) -> None:
     """Gives the run its observers and its folder, and what was saved before, if it is resumed."""
-    folder, is_first = run.started.run, world().is_first
+    folder, is_first = run.started.run, processes.world().is_first
     stopping = plan.early_stopping or (EarlyStopping(patience=plan.patience) if plan.patience else None)
-    chosen = plan.observers if plan.observers is not None else ([Console()] if is_first else [])
+    chosen = plan.observers if plan.observers is not None else [Console()]
+    chosen = chosen if is_first else ()  # only the first process prints and writes
     extras: dict[str, Any] = {
         "best": run.best, "averages": run.averages, "data.train": run.train, "data.val": run.validation.loader,
         "early_stopping": stopping.fresh() if stopping else None, "step": plan.step or run.step,

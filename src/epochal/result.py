@@ -73,13 +73,13 @@ class Setting:
     """How a model is called outside of training: what predict and evaluate need to know.
 
     objective: None where nothing can be evaluated. inputs: how many inputs a batch has, None where that is not
-    known. encoding: of a table.
+    known. encoding: of a table. in_step: whether all processes have to call the model together.
     """
 
     forward: Callable
+    objective: Any
     modules: Sequence[nn.Module]
     device: torch.device
-    objective: Any = None
     metrics: Sequence[Any] = ()
     autocast: AbstractContextManager = field(default_factory=nullcontext)
     batch_size: int = 32
@@ -87,6 +87,7 @@ class Setting:
     inputs: int | None = None
     encoding: Any = None
     dtype: torch.dtype | None = None
+    in_step: bool = False
 
     def predict(self, data: Any, batch_size: int | None = None) -> Any:
         if isinstance(data, list) and data and isinstance(data[0], list):
@@ -156,7 +157,8 @@ def _setting(model: nn.Module, device: Any, batch_size: int, **options: Any) -> 
     own = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     chosen = devices.choose(device) if device is not None else own
     model.to(chosen)
-    return Setting(model, [model], chosen, batch_size=batch_size, dtype=float_type(model), **options)
+    options = {"objective": None, **options}
+    return Setting(model, modules=[model], device=chosen, batch_size=batch_size, dtype=float_type(model), **options)
 
 
 def float_type(model: nn.Module) -> torch.dtype:

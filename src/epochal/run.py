@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from epochal import loop, nonfinite
+from epochal.agreement import Agreement, Word
 from epochal.cadence import Every
 from epochal.checkpoint.saver import Saver
 from epochal.data.given import GivenLoader
@@ -29,6 +31,7 @@ from epochal.report.history import History
 from epochal.result import Result, Setting
 from epochal.runtime import seeding
 from epochal.runtime.lock import Lock
+from epochal.runtime.processes import copy_from_first, first, world
 from epochal.runtime.signals import Signals
 from epochal.state import Progress, TrainState
 
@@ -84,11 +87,12 @@ class Run:
     saver: Saver | None = None
     lock: Lock | None = None
     signals: Signals = field(default_factory=lambda: Signals(terminate=False))
+    agreement: Agreement | None = None
     ended: Ended | None = field(default=None, init=False)
     _handlers: ExitStack = field(default_factory=ExitStack, init=False)  # put back when it is left
     _began: float = field(default_factory=time.perf_counter, init=False)
-    _last_evaluation: float = field(default_factory=time.perf_counter, init=False)
-    _last_saving: float = field(default_factory=time.perf_counter, init=False)
+    _last_evaluation: float = field(default=0.0, init=False)
+    _last_saving: float = field(default=0.0, init=False)
     _saved_mark: tuple = field(default=(), init=False)
     _has_begun: bool = field(default=False, init=False)
     _were_finite: bool = field(default=False, init=False)  # the weights at the start, of a run that saves
@@ -123,7 +127,7 @@ class Run:
                 yield from self._closed(evaluated)
             if self.saver is not None:
                 yield from self._save() if self._saving_is_due(at_epoch_end) else self._saved()
-        if progress.evaluated != progress.step and self.signals.received is None:
+        if progress.evaluated != progress.step and self._signal is None:
             yield from self._pending()
         yield from self._save(wait=True)
         yield self._end(*self._reason())
@@ -179,7 +183,9 @@ class Run:
         self._were_finite = self.saver is not None and nonfinite.weight(self.state.modules) is None
         self.started = replace(self.started, done=progress.epoch, step=progress.step, rows=tuple(self.state.rows))
         self._began = time.perf_counter() - self.state.progress.seconds
-        self._last_evaluation = self._last_saving = time.perf_counter()
+        if self.agreement is not None:
+            self.agreement.begin(self._word, self.state.stop is not None, progress.seconds)
+        self._last_evaluation = self._last_saving = self._now()
         self._modes = [(part, part.training) for module in self.state.modules for part in module.modules()]
         for module in self.state.modules:
             # A model in train mode is left as it is: a backbone that was put to eval mode stays so.
@@ -199,15 +205,33 @@ class Run:
         return windows(batches, self.accumulate, self.setting.target)
 
     def _is_over(self) -> bool:
-        asked = self.state.stop is not None or self.signals.received is not None
-        return asked or self.limits.reached(self.state.progress, self._seconds()) is not None
+        asked = self._is_stopped or self._signal is not None
+        return asked or self.limits.reached(self.state.progress, self._now()) is not None
+
+    @property
+    def _signal(self) -> signal.Signals | None:
+        """That which ends the run; of several processes, one that all know of."""
+        return self.signals.received if self.agreement is None else self.agreement.signal
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self.state.stop is not None if self.agreement is None else self.agreement.stop
+
+    def _now(self) -> float:
+        """Seconds, by which something is due; of several processes, as all have heard them."""
+        return self._seconds() if self.agreement is None else self.agreement.seconds
+
+    def _word(self) -> Word:
+        """What this process tells the others with each update."""
+        seconds = self._seconds() if world().is_first else 0.0
+        return Word(self.signals.received, self.state.stop is not None, seconds)
 
     def _reason(self) -> tuple[StopReason, str]:
         if (stop := self.state.stop) is not None:
             return stop.reason, stop.message
-        if (signal := self.signals.received) is not None:
+        if (signal := self._signal) is not None:
             return StopReason.INTERRUPTED, f"interrupted by {signal.name}"
-        reason = self.limits.reached(self.state.progress, self._seconds()) or StopReason.CLOSED
+        reason = self.limits.reached(self.state.progress, self._now()) or StopReason.CLOSED
         return reason, reason.message
 
     def _seconds(self) -> float:
@@ -235,7 +259,7 @@ class Run:
             self.state.schedule.after_step()
 
     def _evaluation_is_due(self, at_epoch_end: bool) -> bool:
-        progress, since = self.state.progress, time.perf_counter() - self._last_evaluation
+        progress, since = self.state.progress, self._now() - self._last_evaluation
         every = self.validation.every
         due = every.due(step=progress.step, epoch=progress.epoch, at_epoch_end=at_epoch_end, seconds=since)
         return due and progress.evaluated != progress.step
@@ -246,6 +270,9 @@ class Run:
 
     def _closed(self, evaluated: Evaluated) -> Iterator[Event]:
         yield self._tell(evaluated)
+        if self.agreement is not None:  # an observer of the first process may have asked for an end
+            self.state.stop = first(lambda: self.state.stop)
+            self.agreement.stop = self.state.stop is not None
         row = evaluated.row
         before = self.state.rows[-2] if len(self.state.rows) > 1 else {"step": 0, "val_loss": 0.0}
         if row.get("skipped") == row["step"] - before["step"]:
@@ -266,7 +293,7 @@ class Run:
             before, is_whole = (seeding.generator_states(), validation.loader.state_dict()), False
             try:
                 measured = self._validate(validation.loader)
-                is_whole = self.signals.received is None
+                is_whole = self._signal is None
             finally:
                 if not is_whole:
                     progress.reopen_epoch(at_epoch_end)
@@ -281,7 +308,7 @@ class Run:
         if self.state.schedule is not None:
             self.state.schedule.after_evaluation(row[self.best.monitor])
         progress.evaluated = progress.step
-        self._last_evaluation = time.perf_counter()
+        self._last_evaluation = self._now()
         self.state.rows.append(row)
         return Evaluated(row, is_best, self.best.best)
 
@@ -290,20 +317,24 @@ class Run:
         batches = self._until_signal(loader.batches(epoch=0))
         values = loop.evaluate(
             setting.objective, setting.forward, batches, self.validation.stream,
-            modules=setting.modules, device=setting.device, autocast=setting.autocast,
+            modules=setting.modules, device=setting.device, autocast=setting.autocast, in_step=setting.in_step,
         )  # fmt: skip
         return {f"val_{name}": value for name, value in values.items()}
 
     def _until_signal(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
             yield batch
-            if self.signals.received is not None:
+            if self._signal is not None:
                 return
 
     def _settle(self) -> None:
-        """Lets a step that reads late (on an accelerator) say now whether all its updates were finite."""
+        """Lets a step that reads late (on an accelerator) say now whether all its updates were finite; and gives all
+        processes the first one's running statistics.
+        """
         if (settle := getattr(self.step, "settle", None)) is not None:
             settle(self.state)
+        if self.agreement is not None:
+            copy_from_first([buffer for module in self.state.modules for buffer in module.buffers()])
 
     def _lr(self) -> float | None:
         return float(self.state.optimizer.param_groups[0]["lr"]) if self.state.optimizer is not None else None
@@ -311,7 +342,7 @@ class Run:
     def _saving_is_due(self, at_epoch_end: bool) -> bool:
         if (saver := self.saver) is None:
             return False
-        progress, since = self.state.progress, time.perf_counter() - self._last_saving
+        progress, since = self.state.progress, self._now() - self._last_saving
         due = saver.every.due(step=progress.step, epoch=progress.epoch, at_epoch_end=at_epoch_end, seconds=since)
         return due and saver.may_start(self._seconds())
 
@@ -326,7 +357,7 @@ class Run:
         self.state.progress.seconds = self._seconds()
         self.saver.start(self.state.progress.step, {**self.state.state_dict(), "about": self.about})
         self.keep_as_saved()
-        self._last_saving = time.perf_counter()
+        self._last_saving = self._now()
         yield from self._saved(wait=wait)
 
     def keep_as_saved(self) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,12 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from epochal import nonfinite
+from epochal.accumulation import Sum, dense, dense_gradients, gradients
+from epochal.agreement import Agreement
 from epochal.buffers import Buffers
 from epochal.data.batch import pieces, size
 from epochal.data.window import Window
-from epochal.errors import LossError, ModelError, NonFiniteError
+from epochal.errors import ModelError, NonFiniteError
 from epochal.objective import Custom, Objective, describe_batch, relocate
-from epochal.protocols import Loss, StepResult
+from epochal.protocols import StepResult
 from epochal.runtime import device as devices
 from epochal.runtime import precision as precisions
 
@@ -27,48 +29,6 @@ if TYPE_CHECKING:
 
 # The kernel of torch's own GradScaler; with a scale of 1 it changes no bit of what is finite.
 _flag_nonfinite = torch._amp_foreach_non_finite_check_and_unscale_
-
-
-class Sum:
-    """What the micro-batches of a window (as it was cut, if it was) add up to: the weighted mean, and its weight.
-
-    divides_by_itself: of a loss whose gradient is not known to be 0 where nothing is counted.
-    """
-
-    def __init__(self, window: Window, scaler: Any, *, divides_by_itself: bool, keeps_outputs: bool):
-        self.window, self._scaler, self._alone = window, scaler, len(window.batches) == 1
-        self._divides_by_itself, self._keeps_outputs = divides_by_itself, keeps_outputs
-        self.loss: Any = 0.0
-        self.weight: float | Tensor = 0.0
-        self.seen: list[tuple[Any, Any]] = []
-
-    def add(self, loss: Loss) -> Tensor | None:
-        """Gives the value to differentiate; None where nothing is counted, and the gradient would be 0 / 0."""
-        value, weight = loss.value, loss.weight
-        if not value.requires_grad:
-            what = "the loss does not depend on any parameter that can be trained."
-            fix = "do not detach() the outputs, and do not compute the loss under torch.no_grad()"
-            raise LossError(what, where="loss.requires_grad is False", fix=fix)
-        # One batch is its own mean, and gives the bits of the plain loop. Of several, each counts by its
-        # weight; samples are known before, what the weights add up to only afterwards.
-        if self._alone:
-            self.loss, self.weight = value.detach(), weight
-        elif self._divides_by_itself and not weight:
-            return None
-        else:
-            value = _weighted(value, weight)
-            self.loss, self.weight = self.loss + value.detach(), self.weight + weight
-            value = value / self.window.samples
-        if self._keeps_outputs:
-            self.seen.append((_detached(loss.outputs), _detached(loss.targets)))
-        return value if self._scaler is None else self._scaler.scale(value)
-
-    def close(self, state: TrainState, device: torch.device) -> None:
-        """All micro-batches are there: the sums, and the gradients, become those of the mean."""
-        if not self._alone:
-            counted = isinstance(self.loss, Tensor)
-            self.loss = self.loss / self.weight if counted else torch.full((), math.nan, device=device)
-            _rescale(state, self.window.samples, self.weight)
 
 
 class Doubtful(NamedTuple):
@@ -112,8 +72,11 @@ class Update:
         clip: float | None = None,
         skip_nonfinite: bool = False,
         keeps_outputs: bool = True,
+        agreement: Agreement | None = None,
     ):
         self.objective, self.forward, self.device = objective, forward, device
+        self.agreement, self._engine = agreement, None if agreement is None else agreement.engine
+        self._call = objective if self._engine is None else partial(self._engine.call, objective)
         self.autocast = precisions.autocast(precision, device)
         self.clip, self.skip_nonfinite, self.keeps_outputs = clip, skip_nonfinite, keeps_outputs
         self.micro_batch: int | None = None
@@ -122,7 +85,7 @@ class Update:
         self._moves = devices.moves(device)
         # torch's own losses give a gradient of 0 where nothing is counted; what a user divides by is not known.
         self._divides_by_itself = isinstance(objective, Custom)
-        self._reads_late = device.type == "cuda" and not skip_nonfinite
+        self._reads_late = device.type == "cuda" and not skip_nonfinite and agreement is None
         self._unread: Doubtful | None = None
         self._kept: deque[Buffers] = deque()  # that of the update in hand first, then of the one not read yet
         self._order: dict[int, int] = {}  # the place of each parameter in the model
@@ -132,13 +95,13 @@ class Update:
         before, notes, batch = self._keep(state), [], None
         while True:
             _clear_gradients(state.optimizer)
-            summed = self._sum(state, self._cut(window))
+            summed = self._sum(state, self._cut(window), self.agreement)
             try:
-                for batch in summed.window.batches:
+                for batch in summed.batches():
                     if self._moves:
                         batch = devices.move(batch, self.device)
                     with self.autocast:
-                        loss = self.objective(self.forward, batch)
+                        loss = self._call(self.forward, batch)
                     if (value := summed.add(loss)) is not None:
                         value.backward()
                 break
@@ -147,7 +110,10 @@ class Update:
             batch = loss = value = None  # they hold what fills the memory
             self._make_room(state, summed.window, before, failed)
             notes = self._notes(window)
-        summed.close(state, self.device)
+        if self.agreement is None:
+            summed.close(state, self.device)
+        else:
+            self._close_together(state, summed, self.agreement)
         if self._unread is not None:
             self.settle(state)  # the update before this one: the device has long done it
         self._look_for_nonfinite(state, summed.loss)
@@ -192,9 +158,16 @@ class Update:
         before.keep()
         return before
 
-    def _sum(self, state: TrainState, window: Window) -> Sum:
+    def _sum(self, state: TrainState, window: Window, agreement: Agreement | None = None) -> Sum:
         divides, keeps = self._divides_by_itself, self.keeps_outputs
-        return Sum(window, state.scaler, divides_by_itself=divides, keeps_outputs=keeps)
+        return Sum(window, state.scaler, divides_by_itself=divides, keeps_outputs=keeps, agreement=agreement)
+
+    def _close_together(self, state: TrainState, summed: Sum, agreement: Agreement) -> None:
+        """The sums over all processes; and what is not finite in one of them is so in all."""
+        agreement.engine.check()
+        if agreement.engine.sharded:  # each has only looked at its part
+            self._look_for_nonfinite(state, self._one)
+        agreement.hear(summed.close_together(state, self.device, self._found))
 
     def _out_of_memory(self, error: Exception, state: TrainState, batch: Any) -> Exception:
         words = ("out of memory", "not enough memory", "can't allocate memory")
@@ -243,12 +216,14 @@ class Update:
             # An fp16 gradient may overflow: its scaler sees that, skips the update and scales down.
             state.scaler.unscale_(state.optimizer)
             return _flag_nonfinite([loss], self._found, self._one)
-        looked_at = _gradients(state)
+        looked_at = gradients(state)
+        if self._engine is not None:
+            looked_at = [self._engine.local(gradient) for gradient in looked_at]
         looked_at.append(loss)
         try:
             return _flag_nonfinite(looked_at, self._found, self._one)
         except RuntimeError:  # a gradient is sparse or complex, which is not asked of each at every step
-            return _flag_nonfinite([*_dense_gradients(state), loss], self._found, self._one)
+            return _flag_nonfinite([*dense_gradients(state), loss], self._found, self._one)
 
     def _leave_out(self, state: TrainState, doubtful: Doubtful, notes: list[str]) -> StepResult:
         """All is put back, as if the window had never been given to the model; unless that is an error."""
@@ -269,15 +244,16 @@ class Update:
         try:
             _clear_gradients(state.optimizer)
             before.put_back()
-            again = self._sum(state, window)
+            again = self._sum(state, window)  # of what this process has of it
+            call = watch if self._engine is None else self._engine.alone(watch)
             with watch:
                 for batch in window.batches:
                     with self.autocast:
-                        found = watch(state.model, devices.move(batch, self.device))
+                        found = call(state.model, devices.move(batch, self.device))
                     if (value := again.add(found)) is not None:
                         value.backward()
             again.close(state, self.device)
-            norm = torch.nn.utils.get_total_norm(_dense_gradients(state)).item()
+            norm = self._norm(dense_gradients(state)).item()
             norm /= 1.0 if state.scaler is None else state.scaler.get_scale()
             finding = watch.finding(loss)
         except Exception as error:  # what is known already must not be lost over the search for more
@@ -285,7 +261,8 @@ class Update:
         finally:
             _clear_gradients(state.optimizer)
             before.put_back()
-        return finding.error(place, loss.item(), norm, micro_batches=len(window.batches))
+        rank, finding = nonfinite.agreed(finding)
+        return finding.error(place, loss.item(), norm, micro_batches=len(window.batches), rank=rank)
 
     def _doubtful(self, state: TrainState, before: Buffers, summed: Sum, late: bool) -> Doubtful:
         progress, flag, event = state.progress, self._found, None
@@ -306,13 +283,17 @@ class Update:
             self._order = {id(p): place for place, p in enumerate(every)}
         held = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
         parameters = sorted(held, key=lambda p: self._order.get(id(p), len(self._order)))
-        norm = torch.nn.utils.get_total_norm([_dense(p.grad) for p in parameters])
+        norm = self._norm([dense(p.grad) for p in parameters])
         torch.nn.utils.clip_grads_with_norm_([p for p in parameters if not p.grad.is_sparse], clip, norm)
         coefficient = torch.clamp(clip / (norm + 1e-6), max=1.0)  # the same formula, for what torch leaves out
         for p in parameters:
             if p.grad.is_sparse:
                 p.grad.mul_(coefficient)
         return norm
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return norm if self._engine is None else self._engine.whole(norm)
 
     def _move_weights(self, state: TrainState, unless_found: bool) -> bool:
         state.is_torn, applied = True, True
@@ -347,28 +328,6 @@ def _step_unless(found: Tensor, optimizer: Any) -> None:
         del optimizer.found_inf
 
 
-def _weighted(value: Tensor, weight: float | Tensor) -> Tensor:
-    """value × weight, and 0 where nothing is counted: the mean over nothing is not a number."""
-    if isinstance(weight, Tensor):
-        return torch.where(weight == 0, 0.0, value * weight)
-    return value * weight if weight else value * 0.0
-
-
-def _gradients(state: TrainState) -> list[Tensor]:
-    return [g for group in state.optimizer.param_groups for p in group["params"] if (g := p.grad) is not None]
-
-
-def _dense_gradients(state: TrainState) -> list[Tensor]:
-    return [_dense(gradient) for gradient in _gradients(state)]
-
-
-def _dense(gradient: Any) -> Tensor:
-    """A gradient as a dense real tensor: of a sparse one its entries, of a complex one both parts."""
-    if gradient.is_sparse:
-        gradient = gradient.coalesce().values()
-    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
-
-
 def _clear_gradients(optimizer: Optimizer) -> None:
     """As ``optimizer.zero_grad()``, without its bookkeeping; an optimizer with a way of its own is asked."""
     if type(optimizer).zero_grad is not Optimizer.zero_grad:
@@ -377,22 +336,3 @@ def _clear_gradients(optimizer: Optimizer) -> None:
         for parameter in group["params"]:
             parameter.grad = None
     return None
-
-
-def _rescale(state: TrainState, samples: int, weights: float | Tensor) -> None:
-    """Turns gradients of values divided by the samples into those of values divided by the weights."""
-    if not isinstance(weights, Tensor) and weights in (0, samples):
-        return
-    factor = samples / (weights.double() if isinstance(weights, Tensor) else weights)
-    for gradient in _gradients(state):
-        gradient.mul_(factor)
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, dict):
-        return {key: _detached(part) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_detached(part) for part in value)
-    return value

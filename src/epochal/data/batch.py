@@ -96,6 +96,12 @@ def pieces(batch: Any, limit: int, target: Sequence[str] = (), *, no_lone: bool 
     return None if any(part is _WHOLE for part in parts) else parts
 
 
+def rows(batch: Any, wanted: slice, target: Sequence[str] = ()) -> Any | None:
+    """The batch of these rows, which share their memory with it; None where it cannot be cut (see :func:`pieces`)."""
+    found = _rows(batch, wanted, size(batch, target))
+    return None if found is _WHOLE else found
+
+
 _WHOLE = object()  # what cannot be cut
 
 

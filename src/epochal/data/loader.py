@@ -8,9 +8,11 @@ from itertools import count
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from epochal.data.order import AUGMENTATION, batch_indices, epoch_order
+from epochal.data.share import ALL, Part, Share, rows_of
 from epochal.data.sources import Arrays, Samples, Source, Stream, open_source
 from epochal.data.workers import end_workers, watched
 from epochal.errors import DataError, PlanError
@@ -27,7 +29,7 @@ class Loader:
     a data set draws while a sample is made; these are seeded for each batch, so 0, 1 or 4 workers give
     the same samples, and the training's own generators are never touched. pin_memory: put batches where an
     accelerator can fetch them without waiting. timeout: after how many seconds without a batch a worker counts
-    as hung (a WorkerError).
+    as hung (a WorkerError). part: this process's, of several: then each batch is a :class:`Share`.
 
     >>> loader = Loader((torch.arange(5.0), torch.arange(5)), batch_size=2)
     >>> [len(y) for x, y in loader.batches(epoch=0)]
@@ -47,7 +49,9 @@ class Loader:
         dtype: torch.dtype | None = None,
         pin_memory: bool = False,
         timeout: float = TIMEOUT,
+        part: Part = ALL,
     ):
+        self.part = part
         self.source: Source = open_source(data, where=where, target=target, dtype=dtype)
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         if workers > 1 and isinstance(self.source, Stream):
@@ -56,7 +60,7 @@ class Loader:
             raise PlanError(what, where=where, fix=fix)
         self._arrays = self.source if isinstance(self.source, Arrays) and not pin_memory else None
         if self._arrays is None:
-            self._epoch = _Epoch(self.samples or 0, batch_size, shuffle, seed)
+            self._epoch = _Epoch(self.samples or 0, batch_size, shuffle, seed, part)
             self._data_loader = _data_loader(self.source, self._epoch, workers, pin_memory)
         self._timeout = timeout
         self._dataset = getattr(self.source, "dataset", None)
@@ -89,8 +93,19 @@ class Loader:
         if self._arrays is not None:
             device = self._arrays.tensors[0].device
             order = epoch_order(len(self._arrays), seed=self.seed, epoch=epoch, shuffle=self.shuffle).to(device)
-            return map(self._arrays.take, batch_indices(order, self.batch_size, start))
-        return self._read(epoch, start)
+            indices = batch_indices(order, self.batch_size, start)
+            return map(self._arrays.take if self.part.size == 1 else self._share, indices)
+        batches = self._read(epoch, start)
+        is_cut = self.part.size == 1 or isinstance(self.source, Stream)
+        return batches if is_cut else map(self._counted, count(start), batches)
+
+    def _share(self, index: Tensor) -> Share:
+        wanted, counted = rows_of(self.part, len(index))
+        return Share(self._arrays.take(index[wanted]), counted, len(index))  # type: ignore[union-attr]
+
+    def _counted(self, number: int, batch: Any) -> Share:
+        total = min(self.batch_size, len(self.source) - number * self.batch_size)  # type: ignore[arg-type]
+        return Share(batch, rows_of(self.part, total)[1], total)
 
     def _read(self, epoch: int, start: int) -> Iterator[Any]:
         was_put = self._was_put
@@ -154,17 +169,19 @@ class _Epoch:
     first_read: the first that a stream reads. is_over: whether a stream has seen its end, and may have rewound.
     """
 
-    def __init__(self, samples: int, batch_size: int, shuffle: bool, seed: int):
-        self.samples, self.batch_size, self.shuffle, self.seed = samples, batch_size, shuffle, seed
+    def __init__(self, samples: int, batch_size: int, shuffle: bool, seed: int, part: Part):
+        self.samples, self.batch_size, self.shuffle, self.seed, self.part = samples, batch_size, shuffle, seed, part
         self.number, self.start, self.first_read, self.is_over = 0, 0, 0, False
 
-    def seed_of(self, batch: int) -> int:
-        return derive(self.seed, AUGMENTATION, self.number, batch)
+    def seed_of(self, batch: int, *first_row: int) -> int:
+        return derive(self.seed, AUGMENTATION, self.number, batch, *first_row)
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         order = epoch_order(self.samples, seed=self.seed, epoch=self.number, shuffle=self.shuffle)
         for batch, index in enumerate(batch_indices(order, self.batch_size, self.start), self.start):
-            yield self.seed_of(batch), index.tolist()
+            wanted, _ = rows_of(self.part, len(index))
+            # Two shares of a batch shall not have the same random numbers; the first has those of the whole.
+            yield self.seed_of(batch, *([wanted.start] if wanted.start else [])), index[wanted].tolist()
 
 
 class _Batches(Dataset):
@@ -192,7 +209,7 @@ class _StreamedBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         self.epoch.is_over = False
-        batches = Stream(self._samples()).batches(self.epoch.batch_size)
+        batches = Stream(self._samples()).batches(self.epoch.batch_size, self.epoch.part)
         for number in count(self.epoch.first_read):
             with seeded(self.epoch.seed_of(number)):
                 batch = next(batches, None)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from epochal.data import tables
+from epochal.data.share import ALL, Part, Share, rows_of
 from epochal.errors import DataError, PlanError
 
 
@@ -77,10 +78,15 @@ class Stream:
 
     dataset: Any
 
-    def batches(self, batch_size: int) -> Iterator[Any]:
+    def batches(self, batch_size: int, part: Part = ALL) -> Iterator[Any]:
+        """Of several processes, each reads all samples, and gives its share of each batch: so all see the same end."""
         samples = iter(self.dataset)
         while batch := list(islice(samples, batch_size)):
-            yield default_collate(batch)
+            if part.size == 1:
+                yield default_collate(batch)
+                continue
+            wanted, counted = rows_of(part, len(batch))
+            yield Share(default_collate(batch[wanted]), counted, len(batch))
 
 
 Source = Arrays | Samples | Stream

@@ -8,21 +8,25 @@ from itertools import islice
 from typing import Any
 
 from epochal.data.batch import size
+from epochal.data.share import Share
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
     """All micro-batches of one update. The last window of an epoch holds what is left, so nothing is dropped.
 
-    sizes: the number of samples of each batch; samples: their sum.
+    sizes: the number of samples of each batch; samples: how many there are in all. Of several processes, each has its
+    share of every batch: ``samples`` counts those of all of them, ``sizes`` its own, and a batch of size 0 is a
+    stand-in, of which nothing counts.
     """
 
     batches: list[Any]
     sizes: list[int]
+    total: int | None = None  # over all processes, where there are several
 
     @property
     def samples(self) -> int:
-        return sum(self.sizes)
+        return sum(self.sizes) if self.total is None else self.total
 
 
 def windows(batches: Iterable[Any], accumulate: int = 1, target: Sequence[str] = ()) -> Iterator[Window]:
@@ -34,4 +38,8 @@ def windows(batches: Iterable[Any], accumulate: int = 1, target: Sequence[str] =
     """
     batches = iter(batches)
     while group := list(islice(batches, accumulate)):
+        if isinstance(group[0], Share):
+            total = sum(share.total for share in group)
+            yield Window([share.batch for share in group], [share.samples for share in group], total)
+            continue
         yield Window(group, [size(batch, target) for batch in group])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from epochal.errors import CheckpointError, DataError
+from epochal.runtime.processes import gather, world
 
 WORD_BORDER = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"  # Binary|F1|Score, KL|Divergence
 
@@ -154,6 +155,15 @@ class Mean:
             self._total.add_(value, alpha=weight)
             self._weight = self._weight + weight
 
+    def together(self) -> Mean:
+        """The mean of what all processes have counted; in a world of one, this."""
+        if world().size == 1:
+            return self
+        whole = Mean()
+        for total, weight in gather((self._total.cpu(), float(self._weight))):  # in one order, for one sum
+            whole._total, whole._weight = whole._total + total, whole._weight + weight
+        return whole
+
     def compute(self) -> float:
         """The mean so far; NaN when nothing has been counted. Waits for the device."""
         weight = float(self._weight)
@@ -229,6 +239,23 @@ class Stream:
                 row[key if key not in row else f"{metric.label}_{key}"] = _plain(part)
         return row
 
+    def together(self) -> Stream:
+        """A stream that has counted what those of all processes have; in a world of one, this."""
+        if world().size == 1 or not self._metrics:
+            return self
+        own = None if self._is_empty else {name: sums.cpu() for name, sums in self._sums.items()}
+        counted = [told for told in gather((own, self._foreign)) if told[0] is not None]
+        whole = Stream(self._metrics)
+        whole._is_empty = not counted
+        for sums, foreign in counted:
+            for metric in self._own:
+                old = whole._sums.get(metric.name)
+                new = sums[metric.name]
+                whole._sums[metric.name] = new if old is None else _merged(metric, old, new)
+            for name, one in foreign.items():
+                _take_in(whole._foreign[name].metric, one.metric)
+        return whole
+
     def reset(self) -> None:
         self._sums.clear()
         self._is_empty = True
@@ -275,6 +302,26 @@ def _merged(metric: Metric, old: Tensor, new: Tensor) -> Tensor:
         fix = "give the outputs of every batch the same number of classes or columns"
         raise DataError(what, where="metrics", fix=fix)
     return metric.merge(old, new)
+
+
+def _take_in(metric: Any, other: Any) -> None:
+    """Adds what another process's torchmetrics metric, or collection of them, has counted."""
+    if isinstance(metric, nn.ModuleDict):
+        for name in metric:
+            _take_in(metric[name], other[name])
+        return
+    metric.sync_on_compute = (
+        False  # what it would do by itself where there are processes, waiting for those without any
+    )
+    try:
+        if metric._update_count == 0:
+            _load_foreign(metric, _foreign_state(other))
+        else:
+            metric.merge_state(other)
+    except (AttributeError, RuntimeError, ValueError, TypeError) as error:
+        what = f"what several processes count of {type(metric).__name__} cannot be put together: {error}"
+        fix = "use a metric with full_state_update=False, or count it after the training: result.evaluate"
+        raise DataError(what, where="metrics", fix=fix) from error
 
 
 def _flat(name: str | None, value: Any) -> Iterable[tuple[str, Any]]:

@@ -25,9 +25,9 @@ class TrainAverages:
             self.values.setdefault(name, Mean()).update(value, result.weight)
 
     def take(self) -> dict[str, Any]:
-        """The means so far, by column name; a new row begins."""
+        """The means so far, by column name; a new row begins. What the steps report is of all processes already."""
         found = {**{name: mean.compute() for name, mean in self.values.items()}, "loss": self.loss.compute()}
-        columns = {f"train_{name}": value for name, value in {**found, **self.stream.compute()}.items()}
+        columns = {f"train_{name}": value for name, value in {**found, **self.stream.together().compute()}.items()}
         if self.skipped:
             columns["skipped"] = self.skipped
         self.loss.reset()

@@ -11,15 +11,17 @@ from torch import Tensor
 from epochal.errors import PlanError
 
 
-def choose(device: str | torch.device) -> torch.device:
+def choose(device: str | torch.device, local_rank: int | None = None) -> torch.device:
     """The device to use: ``"auto"`` takes the accelerator if there is one, anything else is kept.
+
+    local_rank: of several processes on this machine; each takes an accelerator of its own.
 
     >>> choose("cpu")
     device(type='cpu')
     """
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
-        return found if found is not None else torch.device("cpu")
+        return _own(found, local_rank) if found is not None else torch.device("cpu")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
@@ -27,7 +29,15 @@ def choose(device: str | torch.device) -> torch.device:
         where = f"device={device!r}; torch says: {str(error).strip().splitlines()[0]}"
         fix = 'use device="auto" or "cpu", or install a torch build for this device'
         raise PlanError(f"the device {device!r} cannot be used.", where=where, fix=fix) from error
-    return chosen
+    return _own(chosen, local_rank)
+
+
+def _own(device: torch.device, local_rank: int | None) -> torch.device:
+    if local_rank is None or device.type == "cpu" or device.index is not None:
+        return device
+    own = torch.device(device.type, local_rank % torch.accelerator.device_count())
+    torch.accelerator.set_device_index(own.index)
+    return own
 
 
 def describe(device: torch.device) -> str:

@@ -12,6 +12,7 @@ import torch
 
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _PARTS = {"dataset", "sampler", "batch_sampler", "collate_fn", "transform", "target_transform"}
+RANKS = 4  # a stream of seeds, as those of data/order.py
 _LISTS = {"datasets", "transforms"}  # looked into; a data set that is a list of samples is not
 
 
@@ -32,6 +33,12 @@ def derive(*keys: int) -> int:
     """
     words = [key % 2**64 for key in keys]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+
+def diverge(rank: int, seed: int) -> None:
+    """Gives every process but the first random numbers of its own, for dropout and the like: a function of both."""
+    if rank:
+        seed_everything(derive(seed, RANKS, rank))
 
 
 def draw() -> int:

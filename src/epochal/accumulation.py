@@ -1,0 +1,143 @@
+"""What the micro-batches of an update add up to: the mean over all samples, and its gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from epochal.agreement import FACTS, Agreement
+from epochal.data.window import Window
+from epochal.errors import LossError
+from epochal.protocols import Loss
+
+if TYPE_CHECKING:
+    from epochal.state import TrainState
+
+
+class Sum:
+    """What the micro-batches of a window (as it was cut, if it was) add up to: the weighted mean, and its weight.
+
+    divides_by_itself: of a loss whose gradient is not known to be 0 where nothing is counted. agreement: of several
+    processes, whose sums are those over all of them.
+    """
+
+    def __init__(
+        self, window: Window, scaler: Any, *, divides_by_itself: bool, keeps_outputs: bool,
+        agreement: Agreement | None = None,
+    ):  # fmt: skip
+        self.window, self._scaler, self._agreement = window, scaler, agreement
+        self._alone = len(window.batches) == 1 and agreement is None
+        self._divides_by_itself, self._keeps_outputs = divides_by_itself, keeps_outputs
+        self.loss: Any = 0.0
+        self.weight: float | Tensor = 0.0
+        self.seen: list[tuple[Any, Any]] = []
+
+    def batches(self) -> Iterator[Any]:
+        """The micro-batches, one after the other; with the last one the processes exchange their gradients."""
+        for self._number, batch in enumerate(self.window.batches):
+            self._is_last = self._number == len(self.window.batches) - 1
+            if self._agreement is not None:
+                self._agreement.engine.begin(syncs=self._is_last)
+            yield batch
+
+    def add(self, loss: Loss) -> Tensor | None:
+        """Gives the value to differentiate; None where nothing is counted, and the gradient would be 0 / 0."""
+        value, weight = loss.value, loss.weight
+        if not value.requires_grad:
+            what = "the loss does not depend on any parameter that can be trained."
+            fix = "do not detach() the outputs, and do not compute the loss under torch.no_grad()"
+            raise LossError(what, where="loss.requires_grad is False", fix=fix)
+        if self._agreement is not None:
+            return self._share(loss, self._agreement)
+        # One batch is its own mean, and gives the bits of the plain loop. Of several, each counts by its
+        # weight; samples are known before, what the weights add up to only afterwards.
+        if self._alone:
+            self.loss, self.weight = value.detach(), weight
+        elif self._divides_by_itself and not weight:
+            return None
+        else:
+            value = _weighted(value, weight)
+            self.loss, self.weight = self.loss + value.detach(), self.weight + weight
+            value = value / self.window.samples
+        self._see(loss)
+        return value if self._scaler is None else self._scaler.scale(value)
+
+    def _share(self, loss: Loss, agreement: Agreement) -> Tensor:
+        """This process's part of the value, and what travels with its gradient: the sums, and with the last the word."""
+        counts = self.window.sizes[self._number] > 0  # else it stands in for a share that is empty
+        weight = loss.weight if counts else 0.0
+        told = agreement.facts() if self._is_last else [0.0] * FACTS
+        if self._divides_by_itself and not weight:
+            return agreement.engine.carry(None, [0.0, 0.0, *told])
+        if counts:
+            self._see(loss)
+        weighted = _weighted(loss.value, weight)
+        value = weighted / self.window.samples
+        value = value if self._scaler is None else self._scaler.scale(value)
+        return agreement.engine.carry(value, [weighted.detach(), weight, *told])
+
+    def _see(self, loss: Loss) -> None:
+        if self._keeps_outputs:
+            self.seen.append((_detached(loss.outputs), _detached(loss.targets)))
+
+    def close(self, state: TrainState, device: torch.device) -> None:
+        """All micro-batches are there: the sums, and the gradients, become those of the mean."""
+        if not self._alone:
+            counted = isinstance(self.loss, Tensor)
+            self.loss = self.loss / self.weight if counted else torch.full((), math.nan, device=device)
+            _rescale(state, self.window.samples, self.weight)
+
+    def close_together(self, state: TrainState, device: torch.device, found: Tensor) -> list[float]:
+        """As :meth:`close`, over all processes; gives the sums of their words. found: above 0 where a gradient is not
+        finite, and afterwards also where one of another process is not.
+        """
+        loss, self.weight, *told, not_finite = self._agreement.engine.told(found)  # type: ignore[union-attr]
+        found.fill_(not_finite)
+        self.loss = torch.full((), loss / self.weight if self.weight else math.nan, device=device)
+        _rescale(state, self.window.samples, self.weight)
+        return told
+
+
+def _weighted(value: Tensor, weight: float | Tensor) -> Tensor:
+    """value × weight, and 0 where nothing is counted: the mean over nothing is not a number."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, 0.0, value * weight)
+    return value * weight if weight else value * 0.0
+
+
+def _rescale(state: TrainState, samples: int, weights: float | Tensor) -> None:
+    """Turns gradients of values divided by the samples into those of values divided by the weights."""
+    if not isinstance(weights, Tensor) and weights in (0, samples):
+        return
+    factor = samples / (weights.double() if isinstance(weights, Tensor) else weights)
+    for gradient in gradients(state):
+        gradient.mul_(factor)
+
+
+def gradients(state: TrainState) -> list[Tensor]:
+    return [g for group in state.optimizer.param_groups for p in group["params"] if (g := p.grad) is not None]
+
+
+def dense_gradients(state: TrainState) -> list[Tensor]:
+    return [dense(gradient) for gradient in gradients(state)]
+
+
+def dense(gradient: Any) -> Tensor:
+    """A gradient as a dense real tensor: of a sparse one its entries, of a complex one both parts."""
+    if gradient.is_sparse:
+        gradient = gradient.coalesce().values()
+    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {key: _detached(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_detached(part) for part in value)
+    return value

@@ -1,0 +1,223 @@
+"""How one model is trained by several processes: replicated (DDP) or sharded (FSDP2), both torch's own.
+
+The user's module stays what it is, with its plain names. What is called is a module around it, whose forward takes a
+function and gives it the model: so any objective, whatever parts of the model it calls, runs inside torch's engine.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from epochal.errors import ModelError, PlanError
+from epochal.runtime.processes import copy_from_first, gather
+from epochal.runtime.strategy import Strategy
+
+
+class _Whole(nn.Module):
+    """What torch's engines are given: the model, and the loss if it is a module.
+
+    carrier: a parameter of zeros. Its gradient is whatever it is multiplied with, and that travels with the other
+    gradients: so the processes tell each other small numbers in each update, and nobody waits once more for that.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], facts: int, device: torch.device):
+        super().__init__()
+        self.modules_within = nn.ModuleList(modules)
+        self.carrier = nn.Parameter(torch.zeros(facts, device=device)) if facts else None
+
+    def forward(self, function: Callable, *given: Any) -> Any:
+        # What is not among the outputs counts as unused.
+        return function(*given), None if self.carrier is None else self.carrier * 1.0
+
+
+class Replicated:
+    """Every process has the whole model; DistributedDataParallel adds up the gradients while they are computed.
+
+    facts: how many numbers are told in each update; they are added up too.
+    """
+
+    sharded = False
+
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device, facts: int):
+        self.modules, self.device = list(modules), device
+        self._whole = _Whole(modules, facts, device)
+        self._wrap(finds_unused=True)  # known after the first update
+
+    def _wrap(self, *, finds_unused: bool) -> None:
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        self._ddp = DistributedDataParallel(
+            self._whole, init_sync=False, gradient_as_bucket_view=True, find_unused_parameters=finds_unused,
+            **{buffers: False},
+        )  # fmt: skip
+        self._ddp.register_comm_hook(None, _sum)
+        self._finds_unused = finds_unused
+
+    def begin(self, *, syncs: bool) -> None:
+        """Before each micro-batch; syncs: with the last one of an update, the gradients are added up."""
+        self._ddp.require_backward_grad_sync = syncs
+
+    def call(self, function: Callable, *given: Any) -> Any:
+        outcome, self._carrier = self._ddp(function, *given)
+        return outcome
+
+    def carry(self, value: Tensor | None, facts: Sequence[Any]) -> Tensor:
+        """The value to differentiate instead, which takes the facts along; None is that of nothing."""
+        if value is None:
+            value = sum((p.sum() * 0.0 for module in self.modules for p in module.parameters() if p.requires_grad))
+        told = torch.stack([torch.as_tensor(fact, dtype=torch.float32, device=self.device) for fact in facts])
+        return value + (self._carrier * told).sum()
+
+    def told(self, found: Tensor) -> list[float]:
+        """The sums of all facts, after the last backward pass, and of ``found``: the gradients are the same anywhere."""
+        gradient, self._whole.carrier.grad = self._whole.carrier.grad, None
+        return [*gradient.tolist(), 0.0]
+
+    def alone(self, function: Callable) -> Callable:
+        """The function, called so that no other process hears of it."""
+        return function
+
+    def local(self, gradient: Tensor) -> Tensor:
+        """What of it lies in this process."""
+        return gradient
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """What was computed of parts, put together."""
+        return tensor
+
+    def check(self) -> None:
+        """After the backward pass: every weight that the others wait for has got its gradient here, too."""
+        trained = [(n, p) for module in self.modules for n, p in module.named_parameters() if p.requires_grad]
+        unused = [name for name, p in trained if p.grad is None]
+        if self._finds_unused:
+            return
+        if unused:
+            what = "a weight that was used until now got no gradient: the model takes another way than before."
+            raise ModelError(what, where=", ".join(unused[:3]), fix="")
+
+
+def _sum(_, bucket):  # torch compares annotations with its classes, and these would be texts
+    """torch's own hook would divide by the processes; here each value is divided by what all of them count."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])  # type: ignore[union-attr]
+
+
+class Sharded:
+    """Every process has a part of every weight (FSDP2); the wrapped modules are put together when they are needed."""
+
+    sharded = True
+
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device, strategy: Strategy, precision: str):
+        self.modules, self.device = list(modules), device
+        self._whole = _Whole(modules, 0, device)
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        policy = MixedPrecisionPolicy()
+        if precision == "bf16":  # weights travel in it; what is computed in it, autocast says
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        blocks = list(_blocks(modules[0], strategy.wrap))
+        for block in blocks:
+            if strategy.activation_checkpointing:
+                checkpoint(block)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(self._whole, mesh=mesh, mp_policy=policy)
+        for part in (*blocks, self._whole):  # a sum, as each value is divided by what all processes count
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+        self._facts: Any = 0.0
+
+    def begin(self, *, syncs: bool) -> None:
+        self._whole.set_requires_gradient_sync(syncs)
+
+    def call(self, function: Callable, *given: Any) -> Any:
+        return self._whole(function, *given)[0]
+
+    def carry(self, value: Tensor | None, facts: Sequence[Any]) -> Tensor:
+        told = torch.stack([torch.as_tensor(fact, dtype=torch.float64, device=self.device) for fact in facts])
+        self._facts = self._facts + told.detach()
+        assert value is not None
+        return value
+
+    def told(self, found: Tensor) -> list[float]:
+        facts, self._facts = torch.cat([self._facts, found[None].double()]), 0.0
+        dist.all_reduce(facts)
+        return facts.tolist()
+
+    def check(self) -> None:
+        """Nothing: a weight without a gradient has none in any process."""
+
+    def alone(self, function: Callable) -> Callable:
+        return partial(self.call, function)
+
+    def local(self, gradient: Tensor) -> Tensor:
+        return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+Engine = Replicated | Sharded
+
+
+def begin_alike(modules: Sequence[nn.Module]) -> None:
+    """Gives every process the weights of the first one. Raises ModelError if they have different models."""
+    named = [
+        (name, value) for module in modules for name, value in (*module.named_parameters(), *module.named_buffers())
+    ]
+    told = gather([(name, tuple(value.shape), str(value.dtype)) for name, value in named])
+    for rank, other in enumerate(told):
+        for one, theirs in zip_longest(told[0], other):
+            if one != theirs:
+                what = "the processes have different models."
+                where = f"process 0 has {one}, process {rank} has {theirs}"
+                raise ModelError(
+                    what, where=where, fix="build the same model in every process; only weights may differ"
+                )
+    copy_from_first([value.detach() for _, value in named])
+
+
+def engine(
+    modules: Sequence[nn.Module], device: torch.device, strategy: Strategy, precision: str, facts: int
+) -> Engine:
+    """What trains these modules in several processes, which begin with the same weights."""
+    begin_alike(modules)
+    if strategy.kind == "fsdp":
+        return Sharded(modules, device, strategy, precision)
+    return Replicated(modules, device, facts)
+
+
+def _blocks(model: nn.Module, classes: Sequence[type[nn.Module]] | None) -> Iterator[nn.Module]:
+    """The modules to wrap, none within another: those of the classes; or the repeated ones, which stand in a list."""
+    if classes is not None:
+        found = [part for part in model.modules() if isinstance(part, tuple(classes)) and part is not model]
+        if not found:
+            named = ", ".join(one.__name__ for one in classes)
+            known = ", ".join(sorted({type(part).__name__ for part in model.modules()}))
+            what = f"the model has no module of the class {named} to wrap."
+            raise PlanError(what, where=f"strategy: wrap; the model has {known}", fix="name classes of its blocks")
+    else:
+        lists = (part for part in model.modules() if isinstance(part, nn.ModuleList | nn.Sequential))
+        found = [child for one in lists for child in one if _is_repeated(child, one)]
+    taken: set[int] = set()
+    for block in found:  # modules() gives the outer ones first
+        if id(block) not in taken:
+            taken.update(map(id, block.modules()))
+            yield block
+
+
+def _is_repeated(child: nn.Module, siblings: nn.Module) -> bool:
+    counts = Counter(type(one) for one in siblings)
+    return counts[type(child)] > 1 and any(True for _ in child.children()) and any(True for _ in child.parameters())

@@ -1,0 +1,62 @@
+"""Several processes: the same samples in each update, the same numbers, whatever their number."""
+
+import itertools
+
+import group
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+import epochal
+
+DIGITS = load_digits()
+
+
+def digits():
+    return torch.from_numpy(DIGITS.images[:, None]).float() / 16, torch.from_numpy(DIGITS.target).long()
+
+
+def network():
+    torch.manual_seed(7)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(256, 10),
+    )  # fmt: skip
+
+
+class Seen:
+    """Watches which samples a process is given."""
+
+    def __init__(self, images):
+        self.numbers = {images[i].numpy().tobytes(): i for i in range(len(images))}
+        self.updates = []
+
+
+def curve(rank, strategy, options):
+    images, labels = digits()
+    result = epochal.fit(
+        network(), (images, labels), val=0.2, loss="cross_entropy", optimizer="adam", lr=1e-3, batch_size=64,
+        metrics=["accuracy", "f1"], epochs=2, seed=3, strategy=strategy, observers=(), **options,
+    )  # fmt: skip
+    row = {name: value for name, value in result.history.rows[-1].items() if name != "time"}
+    losses = [row[name] for row in result.history.rows for name in ("train_loss", "val_loss")]
+    counted = np.sum(result.history.rows[-1].get("val_confusion", 0))
+    return losses, row, counted
+
+
+def alone(function, *given):
+    return function(0, *given)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_any_number_of_processes_gives_the_same_loss_curve(size, strategy):
+    options = {"accumulate": 3}  # 23 batches, the last of 29 samples; 8 windows, the last of 2 batches
+    (losses, row, _) = alone(curve, "auto", options)
+    found = group.run(curve, size, strategy, options)
+    for other, their_row, _ in found:
+        assert other == pytest.approx(losses, rel=1e-5)
+        assert their_row["val_accuracy"] == pytest.approx(row["val_accuracy"], abs=1e-6)
+    assert all(one == found[0] for one in found[1:])
