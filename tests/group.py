@@ -3,10 +3,11 @@
 import contextlib
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import traceback
+
+from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.nn.parallel", "epochal", "epochal.plan"])
@@ -14,24 +15,32 @@ CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.nn.par
 
 def run(function, size, *given, seconds=60):
     """What ``function(rank, *given)`` gives in each of ``size`` processes, by rank; what one raises is raised here."""
-    port, answers = free_port(), [CONTEXT.Pipe(duplex=False) for _ in range(size)]
+    outcomes = outcomes_of(function, size, *given, seconds=seconds)
+    for _, error in outcomes:
+        if error:
+            raise AssertionError(error)
+    return [value for value, _ in outcomes]
+
+
+def outcomes_of(function, size, *given, seconds=60):
+    """Of each process, by rank, what the function gives and the traceback of what it raises; one of them is None."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent holds it
+    port, answers = store.port, [CONTEXT.Pipe(duplex=False) for _ in range(size)]
     processes = [
         CONTEXT.Process(target=_work, args=(function, rank, size, port, os.getcwd(), writer, given))
         for rank, (_, writer) in enumerate(answers)
     ]
     for process in processes:
         process.start()
+    for _, writer in answers:
+        writer.close()  # theirs is open, until they end
     try:
         found = [_answer(reader, seconds) for reader, _ in answers]
     finally:
         for process in processes:
             process.join(5)
             process.kill()
-    for value, error in found:
-        if error:
-            raise AssertionError(error)
-        del value
-    return [value for value, _ in found]
+    return found
 
 
 def _answer(reader, seconds):
@@ -43,16 +52,11 @@ def _answer(reader, seconds):
         return None, "the process is gone"
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 def _work(function, rank, size, port, folder, writer, given):
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
+    )  # fmt: skip
     import torch
 
     torch.set_num_threads(1)

@@ -1,6 +1,8 @@
 """Several processes: the same samples in each update, the same numbers, whatever their number."""
 
-import itertools
+import os
+import signal
+from pathlib import Path
 
 import group
 import numpy as np
@@ -46,6 +48,37 @@ def curve(rank, strategy, options):
     return losses, row, counted
 
 
+class Dies:
+    """Watches, and ends its process after a step, as SIGKILL does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def __call__(self, event):
+        if isinstance(event, epochal.StepDone) and event.step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def trained(rank, run, strategy, given):
+    """The weights that a run leaves, as whole tensors, and its history."""
+    images, labels = digits()
+    options = {"epochs": 2, "accumulate": 3, "optimizer": "adam", "save": epochal.Saving("1 step", share=None)} | given
+    result = epochal.fit(
+        network(), (images, labels), val=0.2, loss="cross_entropy", lr=1e-3, batch_size=64, metrics=["accuracy"],
+        seed=3, strategy=strategy, run=run, **{"observers": (), **options},
+    )  # fmt: skip
+    weights = {name: whole(tensor).numpy() for name, tensor in result.model.state_dict().items()}
+    return weights, [{k: v for k, v in row.items() if k != "time"} for row in result.history.rows], result.message
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
 def alone(function, *given):
     return function(0, *given)
 
@@ -60,3 +93,16 @@ def test_any_number_of_processes_gives_the_same_loss_curve(size, strategy):
         assert other == pytest.approx(losses, rel=1e-5)
         assert their_row["val_accuracy"] == pytest.approx(row["val_accuracy"], abs=1e-6)
     assert all(one == found[0] for one in found[1:])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_is_resumed_to_the_bit(strategy):
+    (weights, rows, _), _ = group.run(trained, 2, "runs/whole", strategy, {})
+    outcomes = group.outcomes_of(trained, 2, "runs/cut", strategy, {"observers": [Dies(13)]})
+    assert outcomes[0] == (None, "the process is gone")
+    assert "ProcessError: a process was waited for in vain" in outcomes[1][1]
+    assert "process 1 waited after step 13; process 0 is dead or stopped (last heard of at step " in outcomes[1][1]
+    (resumed, their_rows, _), _ = group.run(trained, 2, "runs/cut", strategy, {"resume": True})
+    assert same(resumed, weights) and their_rows == rows
+    for name in ("model.safetensors", "metrics.jsonl", "results.csv"):
+        assert Path("runs/cut", name).read_bytes() == Path("runs/whole", name).read_bytes()

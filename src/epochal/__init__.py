@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from epochal.errors import ModelError as ModelError
     from epochal.errors import NonFiniteError as NonFiniteError
     from epochal.errors import PlanError as PlanError
+    from epochal.errors import ProcessError as ProcessError
     from epochal.errors import RecipeError as RecipeError
     from epochal.errors import RunFolderError as RunFolderError
     from epochal.errors import TableError as TableError
@@ -61,8 +62,8 @@ _ROOMS = {
     "data.loader": "Loader",
     "data.window": "Window",
     "errors": """CheckpointError DataError DiskFullError EpochalError FileError Interrupted LossError LossShapeError
-        MissingPackageError ModelError NonFiniteError PlanError RecipeError RunFolderError TableError UnknownNameError
-        WorkerError""",
+        MissingPackageError ModelError NonFiniteError PlanError ProcessError RecipeError RunFolderError TableError
+        UnknownNameError WorkerError""",
     "events": "Ended Evaluated Noted Saved Started StepDone Stop StopReason",
     "metrics.metric": "Metric",
     "observe.console": "Console",

@@ -38,8 +38,8 @@ class Sum:
 
     def batches(self) -> Iterator[Any]:
         """The micro-batches, one after the other; with the last one the processes exchange their gradients."""
-        for self._number, batch in enumerate(self.window.batches):
-            self._is_last = self._number == len(self.window.batches) - 1
+        for number, batch in enumerate(self.window.batches):
+            self._number, self._is_last = number, number == len(self.window.batches) - 1
             if self._agreement is not None:
                 self._agreement.engine.begin(syncs=self._is_last)
             yield batch
@@ -67,7 +67,7 @@ class Sum:
         return value if self._scaler is None else self._scaler.scale(value)
 
     def _share(self, loss: Loss, agreement: Agreement) -> Tensor:
-        """This process's part of the value, and what travels with its gradient: the sums, and with the last the word."""
+        """This process's part of the value. With its gradient travel the sums, and with the last one the word."""
         counts = self.window.sizes[self._number] > 0  # else it stands in for a share that is empty
         weight = loss.weight if counts else 0.0
         told = agreement.facts() if self._is_last else [0.0] * FACTS

@@ -12,8 +12,10 @@ from signal import Signals
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from epochal.runtime import processes
+from epochal.runtime.pulse import Pulse
 
 if TYPE_CHECKING:
     from epochal.runtime.parallel import Engine
@@ -36,8 +38,8 @@ FACTS = len(HEARD) + 3
 
 
 class Agreement:
-    """What was heard with the last update. engine: what adds it up; None where a user's own step trains. ask: gives this
-    process's word.
+    """What was heard with the last update. engine: what adds it up; None where a user's own step trains. ask: gives
+    this process's word.
 
     signal: one that a process has got. stop: whether one asks for an end. seconds: the first process's time. idle: how
     many processes have nothing left to write.
@@ -48,14 +50,22 @@ class Agreement:
         self.ask: Callable[[], Word] = Word
         self.signal: Signals | None = None
         self.stop, self.seconds, self.idle = False, 0.0, 0
+        self.pulse = Pulse()
 
     @property
     def is_sharded(self) -> bool:
         return self.engine is not None and self.engine.sharded
 
-    def begin(self, ask: Callable[[], Word], stop: bool, seconds: float) -> None:
+    def begin(self, stop: bool, seconds: float) -> None:
         """Before the first update all know this much."""
-        self.ask, self.stop, self.seconds = ask, stop, seconds
+        self.stop, self.seconds = stop, seconds
+        self.pulse.start()
+
+    def refuse_drift(self, modules: Sequence[nn.Module]) -> None:
+        """Raises ModelError where the weights that all processes should have alike are not."""
+        from epochal.runtime.parallel import refuse_drift
+
+        refuse_drift(modules)
 
     def facts(self) -> list[float]:
         """This process's word as numbers that can be added up."""

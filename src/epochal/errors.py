@@ -14,6 +14,7 @@
     │   └── DiskFullError        there is no room for a checkpoint
     ├── FileError                a file cannot be written
     ├── RunFolderError           the run folder cannot be used
+    ├── ProcessError             one of several processes died, hangs or went another way
     ├── RecipeError              a recipe raised, or does not define ``plan``
     ├── MissingPackageError      an optional package is needed and not installed
     └── Interrupted              a signal ended the run; it can be resumed
@@ -140,6 +141,10 @@ class FileError(EpochalError):
 
 class RunFolderError(EpochalError):
     """The run folder cannot be used."""
+
+
+class ProcessError(EpochalError):
+    """One of several processes died, hangs, or went another way than the others."""
 
 
 class RecipeError(EpochalError):

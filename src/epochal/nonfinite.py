@@ -14,6 +14,7 @@ from epochal.data.batch import size, split
 from epochal.errors import NonFiniteError
 from epochal.protocols import Loss
 from epochal.runtime import processes
+from epochal.runtime.shards import local
 
 ROWS_TOLD = 8
 _MILDER = 'lower lr, set clip=1.0, or use nonfinite="skip"'
@@ -26,8 +27,8 @@ _UNKNOWN = f"look for NaN in the data, {_MILDER}"
 
 
 def weight(modules: Sequence[nn.Module]) -> str | None:
-    """The name of a trained weight that is not finite, None if all of them are."""
-    every = [named for module in modules for named in module.named_parameters()]
+    """The name of a trained weight that is not finite, None if all of them are; of a sharded one, what lies here."""
+    every = [(name, local(p)) for module in modules for name, p in module.named_parameters()]
     # Neither for sparse ones nor for those of a byte does torch know it.
     trained = [(n, p) for n, p in every if p.requires_grad and p.layout is torch.strided and p.dtype.itemsize > 1]
     finite = [torch.isfinite(p.detach()).all() for _, p in trained]
@@ -52,7 +53,7 @@ class Place(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """what: the beginning of a sentence. rows: of the micro-batch, where they are known. is_cause: whether it says why."""
+    """what: the beginning of a sentence. rows: of the micro-batch, where known. is_cause: whether it says why."""
 
     what: str
     fix: str

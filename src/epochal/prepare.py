@@ -24,6 +24,7 @@ from epochal.data.batch import split
 from epochal.data.given import GivenLoader
 from epochal.data.window import Window
 from epochal.describe import started, told_optimizer
+from epochal.ending import Ending, Limits
 from epochal.errors import Mistakes, ModelError, PlanError, UnknownNameError
 from epochal.feeding import Data, read, steps_of
 from epochal.loop import evaluation_mode
@@ -39,7 +40,7 @@ from epochal.optim import optimizers, schedules
 from epochal.protocols import Stateful, Step, StepResult
 from epochal.result import Setting, float_type
 from epochal.resuming import about, resume
-from epochal.run import Limits, Run, Validation
+from epochal.run import Run, Validation
 from epochal.runtime import device as devices
 from epochal.runtime import precision as precisions
 from epochal.runtime import processes, seeding
@@ -92,9 +93,10 @@ def prepare(plan: Plan) -> Run:
         scaler=precisions.scaler(plan.precision, device),
     )  # fmt: skip
     run = Run(
-        state=state, step=step, train=data.train, accumulate=plan.accumulate, limits=limits, best=best,
+        state=state, step=step, train=data.train, accumulate=plan.accumulate, best=best,
+        ending=Ending(limits, state, agreement=agreement),
         validation=Validation(data.val, Stream(metrics), Every.parse(plan.evaluate_every, where="evaluate_every")),
-        averages=TrainAverages(Stream(metrics)), agreement=agreement,
+        averages=TrainAverages(Stream(metrics)),
         setting=Setting(
             *_outside(agreement, forward, _objective(plan, loss, data, data.val_targets)), modules, device, metrics,
             precisions.autocast(plan.precision, device), data.batch_size, data.target, data.inputs, data.encoding,
@@ -231,13 +233,19 @@ def _watch(plan: Plan, run: Run) -> None:
     }  # fmt: skip
     run.state.extras.update({name: one for name, one in extras.items() if isinstance(one, Stateful)})
     run.observers = [*([extras["early_stopping"]] if stopping else []), *chosen]
-    if folder is not None and is_first:
+    if folder is None:
+        return
+
+    def take() -> None:
         run.lock = claim(folder, resume=plan.resume)
-        try:
-            _record(plan, run, folder)
-        except BaseException:
+
+    processes.first(take)
+    try:
+        _record(plan, run, folder)
+    except BaseException:
+        if run.lock is not None:
             run.lock.release()
-            raise
+        raise
 
 
 def _by_kind(observers: Sequence[Any]) -> dict[str, Any]:
@@ -248,17 +256,20 @@ def _by_kind(observers: Sequence[Any]) -> dict[str, Any]:
 
 def _record(plan: Plan, run: Run, folder: Path) -> None:
     saving = Saving.of(plan.save)
-    checkpoints = Checkpoints(folder / "checkpoints", saving.keep)
+    group = processes.aside(Strategy.of(plan.strategy).patience)
+    checkpoints = Checkpoints(folder / "checkpoints", saving.keep, group)
     run.about = about(plan, run)
-    run.saver, run.signals = Saver(checkpoints, saving), Signals(terminate=True)
-    recorder = Recorder(folder, plan.model, environment=run.about["environment"], goes_on=saving.on_full == "continue")
-    run.observers = [recorder, *run.observers]  # first: another observer's error does not silence it
-    _, tensors = codec.encode(run.state.state_dict())  # what cannot be saved is known before anything is trained
+    run.saver, run.ending.signals = Saver(checkpoints, saving), Signals(terminate=True)
+    if group.is_first:
+        goes_on = saving.on_full == "continue"
+        recorder = Recorder(folder, run.weights, environment=run.about["environment"], goes_on=goes_on)
+        run.observers = [recorder, *run.observers]  # first: another observer's error does not silence it
+    _, tensors = codec.encode(run.state_dict())  # what cannot be saved is known before anything is trained
     refuse_unholdable(weights_of(plan.model), "train without run=, or make it a buffer with persistent=False")
     # The tensors as they are now, once more for best weights, and twice the trained ones, for what an optimizer keeps.
     trained = sum(p.nbytes for module in run.state.modules for p in module.parameters() if p.requires_grad)
     needed = 2 * sum(tensor.nbytes for tensor in tensors.values()) + 2 * trained + 2**16
-    run.notes += look_for_room(needed, folder, saving)
+    run.notes += group.first(lambda: list(look_for_room(needed, folder, saving)))
     if plan.resume:
         run.notes += resume(run, folder, checkpoints)
         run.started = replace(

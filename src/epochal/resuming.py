@@ -19,7 +19,9 @@ from epochal.errors import CheckpointError, RunFolderError
 from epochal.events import StopReason
 from epochal.observe.console import counted
 from epochal.observe.early_stopping import EarlyStopping
+from epochal.runtime import seeding
 from epochal.runtime.environment import environment
+from epochal.runtime.processes import Group, world
 
 if TYPE_CHECKING:
     from epochal.plan import Plan
@@ -37,6 +39,7 @@ def about(plan: Plan, run: Run) -> dict[str, Any]:
     """What a run is compared with when it is resumed: its plan, its data, and what it ran on."""
     state, val = run.state, run.validation.loader
     is_named = plan.optimizer is None or isinstance(plan.optimizer, str)  # its settings stand in the plan
+    several = {"processes": size} if (size := world().size) > 1 else {}
     machine = {name: value for name, value in environment().items() if name != "memory_gib"}
     return {
         "plan": {name: value for name, value in config(plan).items() if name not in UNTOLD},
@@ -51,7 +54,11 @@ def about(plan: Plan, run: Run) -> dict[str, Any]:
             "optimizer": {} if is_named else _plain(getattr(state.optimizer, "defaults", {})),
         },
         "data": {"train": fingerprint(run.train)} | ({} if val is None else {"val": fingerprint(val)}),
-        "environment": {**machine, "device": str(run.setting.device)},
+        "environment": {
+            **machine,
+            "device": run.setting.device.type if several else str(run.setting.device),
+            **several,
+        },
     }
 
 
@@ -68,7 +75,7 @@ def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
 
     Raises CheckpointError if none is whole, or if it is another run's; nothing has been changed then.
     """
-    found = checkpoints.newest_whole()
+    found = _newest(checkpoints)
     if found is None:
         rows = folder / "results.csv"  # empty as long as there is none
         if (folder / "model.safetensors").exists() or (rows.exists() and rows.stat().st_size):
@@ -83,7 +90,11 @@ def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
     yield from (f"{Path(damaged.where or '').name} is left out: {damaged.what}" for damaged in found.damaged)
     recorded = defaultdict(dict, _told(found))
     _refuse_another_run(run.state, found, recorded["parts"], run.about["parts"])
+    has_own = _own_part(found, checkpoints.group)
     _put_back(run.state, found)
+    if not has_own:  # there were fewer, or more
+        state = run.state
+        seeding.diverge(checkpoints.group.rank, seeding.derive(state.seed, state.progress.step))
     run.keep_as_saved()
     yield f"resumed from {found.path.name}, after {counted(run.state.progress.step, 'step')}."
     yield from _changes(recorded, run.about)
@@ -104,6 +115,29 @@ def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
         if is_longer:
             stopping.begin_anew()
             yield "early stopping begins to count anew."
+
+
+def _newest(checkpoints: Checkpoints) -> Found | None:
+    """The newest checkpoint that is whole. Of several processes the first looks for it, and each reads it."""
+    mine: list[Found | None] = [None]
+
+    def look() -> tuple[Path, list[CheckpointError]] | None:
+        mine[0] = found = checkpoints.newest_whole()
+        return None if found is None else (found.path, found.damaged)
+
+    told = checkpoints.group.first(look)
+    if told is None or checkpoints.group.is_first:
+        return mine[0]
+    return Found(told[0], checkpoints.load(told[0]), told[1])
+
+
+def _own_part(found: Found, group: Group) -> bool:
+    """Gives each process but the first what is its own in the state; False where there is nothing for it."""
+    others = found.state.pop("processes", [])
+    if group.rank == 0 or len(others) != group.size - 1:
+        return len(others) == group.size - 1
+    found.state.update(others[group.rank - 1])
+    return True
 
 
 def _told(found: Found) -> dict[str, dict[str, Any]]:

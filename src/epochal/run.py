@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
@@ -14,14 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from epochal import loop, nonfinite
-from epochal.agreement import Agreement, Word
 from epochal.cadence import Every
 from epochal.checkpoint.saver import Saver
+from epochal.checkpoint.weights import weights_of
 from epochal.data.given import GivenLoader
 from epochal.data.loader import Loader
 from epochal.data.window import Window, windows
 from epochal.data.workers import heard_while_awaited
-from epochal.errors import DiskFullError, EpochalError, NonFiniteError, PlanError, WorkerError
+from epochal.ending import Ending, reason_of
+from epochal.errors import DiskFullError, EpochalError, PlanError, ProcessError, WorkerError
 from epochal.events import Ended, Evaluated, Event, Noted, Saved, Started, StepDone, Stop, StopReason
 from epochal.metrics.metric import Stream
 from epochal.observe.averages import TrainAverages
@@ -31,27 +30,10 @@ from epochal.report.history import History
 from epochal.result import Result, Setting
 from epochal.runtime import seeding
 from epochal.runtime.lock import Lock
-from epochal.runtime.processes import copy_from_first, first, world
+from epochal.runtime.processes import copy_from_first, first, gather, world
+from epochal.runtime.shards import whole_on_first
 from epochal.runtime.signals import Signals
 from epochal.state import Progress, TrainState
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Where a run ends, whichever comes first; None is no limit."""
-
-    epochs: int | None = None
-    steps: int | None = None
-    seconds: float | None = None
-
-    def reached(self, progress: Progress, seconds: float) -> StopReason | None:
-        if self.epochs is not None and progress.epoch >= self.epochs:
-            return StopReason.EPOCHS
-        if self.steps is not None and progress.step >= self.steps:
-            return StopReason.MAX_STEPS
-        if self.seconds is not None and seconds >= self.seconds:
-            return StopReason.MAX_TIME
-        return None
 
 
 @dataclass(frozen=True)
@@ -76,7 +58,7 @@ class Run:
     train: Loader | GivenLoader
     accumulate: int
     validation: Validation
-    limits: Limits
+    ending: Ending
     averages: TrainAverages
     best: BestSoFar
     setting: Setting
@@ -86,15 +68,13 @@ class Run:
     observers: Sequence[Observer] = ()
     saver: Saver | None = None
     lock: Lock | None = None
-    signals: Signals = field(default_factory=lambda: Signals(terminate=False))
-    agreement: Agreement | None = None
     ended: Ended | None = field(default=None, init=False)
     _handlers: ExitStack = field(default_factory=ExitStack, init=False)  # put back when it is left
-    _began: float = field(default_factory=time.perf_counter, init=False)
     _last_evaluation: float = field(default=0.0, init=False)
     _last_saving: float = field(default=0.0, init=False)
     _saved_mark: tuple = field(default=(), init=False)
     _has_begun: bool = field(default=False, init=False)
+    _whole: dict[str, Tensor] = field(default_factory=dict, init=False)  # of sharded weights, at the end
     _were_finite: bool = field(default=False, init=False)  # the weights at the start, of a run that saves
     _modes: list[tuple[nn.Module, bool]] = field(default_factory=list, init=False)
     _train_modes: list[tuple[nn.Module, bool]] = field(default_factory=list, init=False)
@@ -111,7 +91,7 @@ class Run:
         yield from self._save(wait=True)  # the start, too, can be resumed from, with all that is random in it
         if progress.windows and self._evaluation_is_due(at_epoch_end=False):
             yield from self._pending()  # the state was taken between a step and its evaluation
-        for result in loop.steps(state, self.step, self._windows, self._is_over):
+        for result in loop.steps(state, self.step, self._windows, self.ending.is_here):
             at_epoch_end = result is None
             if result is not None:
                 self._account_for(result)
@@ -127,10 +107,10 @@ class Run:
                 yield from self._closed(evaluated)
             if self.saver is not None:
                 yield from self._save() if self._saving_is_due(at_epoch_end) else self._saved()
-        if progress.evaluated != progress.step and self._signal is None:
+        if progress.evaluated != progress.step and self.ending.signal is None:
             yield from self._pending()
         yield from self._save(wait=True)
-        yield self._end(*self._reason())
+        yield self._end(*self.ending.reason())
 
     def __enter__(self) -> Run:
         self._handlers.enter_context(self.signals)
@@ -138,10 +118,14 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if (lost := self.ending.lost(error)) is not None:  # another process; nothing can be saved without it
+            with suppress(Exception):
+                self.__exit__(type(lost), lost, None)
+            raise lost from error
         asked = self.signals.received is not None and isinstance(error, WorkerError)  # the signal reached them too
         try:
             if self.ended is None:
-                reason, message = self._reason() if asked else (_reason_of(error), _first_line(error))
+                reason, message = self.ending.reason() if asked else reason_of(error)
                 self._leave(None if asked else error, reason, message)
         finally:
             self._handlers.close()
@@ -152,9 +136,10 @@ class Run:
         try:
             # Between two steps, or two events, the state is whole; a step of the user's may lose a worker within.
             is_lost = getattr(self.train, "is_lost", False)
-            if not (self.state.is_torn or is_lost) and (error is None or isinstance(error, WorkerError)):
+            may_save = error is None or (isinstance(error, WorkerError) and world().size == 1)  # all have to, together
+            if may_save and not (self.state.is_torn or is_lost):
                 list(self._save(wait=True))
-            elif not isinstance(error, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
+            elif not isinstance(error, KeyboardInterrupt | ProcessError):  # a second Ctrl-C waits for nothing
                 list(self._saved(wait=True))
             if is_lost and self.saver is not None:
                 self._note("a loader that keeps its place lost it with a worker: only earlier steps are saved")
@@ -165,6 +150,10 @@ class Run:
             if error is None or not isinstance(failure, Exception):
                 raise
             error.add_note(f"epochal: {failure}")  # what ended the run matters more
+
+    @property
+    def signals(self) -> Signals:
+        return self.ending.signals
 
     @property
     def result(self) -> Result:
@@ -180,12 +169,12 @@ class Run:
 
     def _begin(self) -> None:
         progress, self._has_begun = self.state.progress, True
-        self._were_finite = self.saver is not None and nonfinite.weight(self.state.modules) is None
+        self._were_finite = self.saver is not None and not any(gather(nonfinite.weight(self.state.modules)))
         self.started = replace(self.started, done=progress.epoch, step=progress.step, rows=tuple(self.state.rows))
-        self._began = time.perf_counter() - self.state.progress.seconds
-        if self.agreement is not None:
-            self.agreement.begin(self._word, self.state.stop is not None, progress.seconds)
-        self._last_evaluation = self._last_saving = self._now()
+        self.ending.begin()
+        if (agreement := self.ending.agreement) is not None:
+            agreement.ask = lambda: self.ending.word(self.saver is None or self.saver.is_idle)
+        self._last_evaluation = self._last_saving = self.ending.now()
         self._modes = [(part, part.training) for module in self.state.modules for part in module.modules()]
         for module in self.state.modules:
             # A model in train mode is left as it is: a backbone that was put to eval mode stays so.
@@ -203,39 +192,6 @@ class Run:
                 part.training = training
         batches = self.train.batches(progress.epoch, progress.windows * self.accumulate)
         return windows(batches, self.accumulate, self.setting.target)
-
-    def _is_over(self) -> bool:
-        asked = self._is_stopped or self._signal is not None
-        return asked or self.limits.reached(self.state.progress, self._now()) is not None
-
-    @property
-    def _signal(self) -> signal.Signals | None:
-        """That which ends the run; of several processes, one that all know of."""
-        return self.signals.received if self.agreement is None else self.agreement.signal
-
-    @property
-    def _is_stopped(self) -> bool:
-        return self.state.stop is not None if self.agreement is None else self.agreement.stop
-
-    def _now(self) -> float:
-        """Seconds, by which something is due; of several processes, as all have heard them."""
-        return self._seconds() if self.agreement is None else self.agreement.seconds
-
-    def _word(self) -> Word:
-        """What this process tells the others with each update."""
-        seconds = self._seconds() if world().is_first else 0.0
-        return Word(self.signals.received, self.state.stop is not None, seconds)
-
-    def _reason(self) -> tuple[StopReason, str]:
-        if (stop := self.state.stop) is not None:
-            return stop.reason, stop.message
-        if (signal := self._signal) is not None:
-            return StopReason.INTERRUPTED, f"interrupted by {signal.name}"
-        reason = self.limits.reached(self.state.progress, self._now()) or StopReason.CLOSED
-        return reason, reason.message
-
-    def _seconds(self) -> float:
-        return time.perf_counter() - self._began
 
     def _tell(self, event: Event) -> Event:
         for observer in self.observers:
@@ -259,7 +215,7 @@ class Run:
             self.state.schedule.after_step()
 
     def _evaluation_is_due(self, at_epoch_end: bool) -> bool:
-        progress, since = self.state.progress, self._now() - self._last_evaluation
+        progress, since = self.state.progress, self.ending.now() - self._last_evaluation
         every = self.validation.every
         due = every.due(step=progress.step, epoch=progress.epoch, at_epoch_end=at_epoch_end, seconds=since)
         return due and progress.evaluated != progress.step
@@ -270,9 +226,7 @@ class Run:
 
     def _closed(self, evaluated: Evaluated) -> Iterator[Event]:
         yield self._tell(evaluated)
-        if self.agreement is not None:  # an observer of the first process may have asked for an end
-            self.state.stop = first(lambda: self.state.stop)
-            self.agreement.stop = self.state.stop is not None
+        self.ending.agree()
         row = evaluated.row
         before = self.state.rows[-2] if len(self.state.rows) > 1 else {"step": 0, "val_loss": 0.0}
         if row.get("skipped") == row["step"] - before["step"]:
@@ -293,7 +247,7 @@ class Run:
             before, is_whole = (seeding.generator_states(), validation.loader.state_dict()), False
             try:
                 measured = self._validate(validation.loader)
-                is_whole = self._signal is None
+                is_whole = self.ending.signal is None
             finally:
                 if not is_whole:
                     progress.reopen_epoch(at_epoch_end)
@@ -303,12 +257,12 @@ class Run:
                 return None
         row: dict[str, Any] = {"epoch": max(1, progress.epoch_in_hand), "step": progress.step}
         row.update({"lr": self._lr(), "time": 0.0, **self.averages.take(), **measured})
-        row["time"] = progress.seconds = self._seconds()
+        row["time"] = progress.seconds = self.ending.seconds()
         is_best = self.best.update(row)
         if self.state.schedule is not None:
             self.state.schedule.after_evaluation(row[self.best.monitor])
         progress.evaluated = progress.step
-        self._last_evaluation = self._now()
+        self._last_evaluation = self.ending.now()
         self.state.rows.append(row)
         return Evaluated(row, is_best, self.best.best)
 
@@ -324,7 +278,7 @@ class Run:
     def _until_signal(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
             yield batch
-            if self._signal is not None:
+            if self.ending.signal is not None:
                 return
 
     def _settle(self) -> None:
@@ -333,7 +287,7 @@ class Run:
         """
         if (settle := getattr(self.step, "settle", None)) is not None:
             settle(self.state)
-        if self.agreement is not None:
+        if self.ending.agreement is not None:
             copy_from_first([buffer for module in self.state.modules for buffer in module.buffers()])
 
     def _lr(self) -> float | None:
@@ -342,9 +296,9 @@ class Run:
     def _saving_is_due(self, at_epoch_end: bool) -> bool:
         if (saver := self.saver) is None:
             return False
-        progress, since = self.state.progress, self._now() - self._last_saving
+        progress, since = self.state.progress, self.ending.now() - self._last_saving
         due = saver.every.due(step=progress.step, epoch=progress.epoch, at_epoch_end=at_epoch_end, seconds=since)
-        return due and saver.may_start(self._seconds())
+        return due and first(lambda: saver.may_start(self.ending.seconds()))
 
     def _save(self, *, wait: bool = False) -> Iterator[Event]:
         """Begins to save the state, unless nothing has happened since the last time; tells what is written."""
@@ -352,13 +306,24 @@ class Run:
         if self.saver is None or self._mark() == self._saved_mark:
             return
         self._settle()
-        if self._were_finite and (name := nonfinite.weight(self.state.modules)) is not None:
+        names = gather(nonfinite.weight(self.state.modules)) if self._were_finite else []
+        if (name := next(filter(None, names), None)) is not None:
             raise nonfinite.of_weight(name, self.state.progress.step)
-        self.state.progress.seconds = self._seconds()
-        self.saver.start(self.state.progress.step, {**self.state.state_dict(), "about": self.about})
+        if self.ending.agreement is not None:
+            self.ending.agreement.refuse_drift(self.state.modules)
+        self.state.progress.seconds = self.ending.seconds()
+        self.saver.start(self.state.progress.step, self.state_dict())
         self.keep_as_saved()
-        self._last_saving = self._now()
+        self._last_saving = self.ending.now()
         yield from self._saved(wait=wait)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds: the state, what the run is about, and what other processes have of their own."""
+        whole = {**self.state.state_dict(), "about": self.about}
+        if self.ending.agreement is not None:
+            own = {name: part for name, part in whole.items() if name.startswith(("generators", "extras.data."))}
+            whole["processes"] = gather(own)[1:]
+        return whole
 
     def keep_as_saved(self) -> None:
         """The state stands in a checkpoint as it is; until something happens, there is nothing to save."""
@@ -366,11 +331,11 @@ class Run:
 
     def _mark(self) -> tuple:
         progress = self.state.progress
-        return progress.step, progress.epoch, progress.windows, progress.evaluated, self.state.stop is None
+        return progress.step, progress.epoch, progress.windows, progress.evaluated, self.ending.is_stopped
 
     def _saved(self, *, wait: bool = False) -> Iterator[Event]:
         """Tells what was written since the last call, and raises what went wrong with it."""
-        if self.saver is None or not self.saver.is_busy:
+        if self.saver is None or not self.saver.is_busy or not (wait or self._all_idle()):
             return
         try:
             written = self.saver.finished(wait=wait)
@@ -383,6 +348,15 @@ class Run:
             if written is not None:
                 yield self._tell(Saved(written[1], written[0]))
 
+    def _all_idle(self) -> bool:
+        """Whether what was begun is written: by all processes, so that each tells it after the same update."""
+        agreement = self.ending.agreement
+        return agreement is None or agreement.idle == world().size
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's, as the run leaves them."""
+        return self._whole or weights_of(self.state.model)
+
     def _end(self, reason: StopReason, message: str, error: BaseException | None = None) -> Ended:
         """Puts the best weights and the modules' modes back, and tells. error: what ended the run."""
         progress, restored, is_whole = self.state.progress, False, False
@@ -392,12 +366,15 @@ class Run:
             restored = self.best.restore()
             is_finite = not self._were_finite or nonfinite.weight(self.state.modules) is None
             is_whole = is_finite and (restored or not is_torn)
+            if (agreement := self.ending.agreement) is not None and agreement.is_sharded:
+                is_whole = error is None and all(gather(is_whole))  # the others may not come to put them together
+                self._whole = whole_on_first(weights_of(self.state.model), world().is_first) if is_whole else {}
         finally:  # a model that was changed meanwhile may not take them
             for part, training in self._modes:
                 part.training = training
             self.ended = Ended(
                 reason, message or reason.message, self.best.best, restored, progress.epoch, progress.step,
-                self._seconds(), not is_whole, where, fix,
+                self.ending.seconds(), not is_whole, where, fix,
             )  # fmt: skip
             try:
                 self._tell(self.ended)
@@ -413,15 +390,3 @@ class Run:
         finally:
             if self.lock is not None:
                 self.lock.release() if self.saver is None else self.saver.then(self.lock.release)
-
-
-def _first_line(error: BaseException | None) -> str:
-    return str(error).splitlines()[0] if error and str(error) else ""
-
-
-def _reason_of(error: BaseException | None) -> StopReason:
-    if error is None:
-        return StopReason.CLOSED
-    if isinstance(error, KeyboardInterrupt):
-        return StopReason.INTERRUPTED
-    return StopReason.NONFINITE if isinstance(error, NonFiniteError) else StopReason.FAILED

@@ -18,6 +18,7 @@ from epochal.events import Stop, StopReason
 from epochal.optim import optimizers
 from epochal.protocols import Stateful
 from epochal.runtime import seeding
+from epochal.runtime.shards import all_like
 
 if TYPE_CHECKING:
     import torch
@@ -136,6 +137,8 @@ class TrainState:
         for name, part in self._parts().items():
             if name == "optimizer":
                 optimizers.load_exactly(part, state[name])
+            elif name in state and isinstance(part, nn.Module):
+                part.load_state_dict(all_like(state[name], part.state_dict()))
             elif name in state:
                 part.load_state_dict(state[name])
         for name, value in asdict(plain.progress).items():

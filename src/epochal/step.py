@@ -23,6 +23,7 @@ from epochal.objective import Custom, Objective, describe_batch, relocate
 from epochal.protocols import StepResult
 from epochal.runtime import device as devices
 from epochal.runtime import precision as precisions
+from epochal.runtime import seeding
 
 if TYPE_CHECKING:
     from epochal.state import TrainState
@@ -93,6 +94,8 @@ class Update:
 
     def __call__(self, state: TrainState, window: Window) -> StepResult:
         before, notes, batch = self._keep(state), [], None
+        if self._engine is not None:
+            self._engine.warm_up(lambda: self._rehearse(state, window, before))
         while True:
             _clear_gradients(state.optimizer)
             summed = self._sum(state, self._cut(window), self.agreement)
@@ -162,9 +165,25 @@ class Update:
         divides, keeps = self._divides_by_itself, self.keeps_outputs
         return Sum(window, state.scaler, divides_by_itself=divides, keeps_outputs=keeps, agreement=agreement)
 
+    def _rehearse(self, state: TrainState, window: Window, before: Buffers) -> None:
+        """The passes of an update of which nothing remains but the gradients, until the next one."""
+        generators, batch = seeding.generator_states(), None
+        _clear_gradients(state.optimizer)
+        summed = self._sum(state, window, self.agreement)
+        try:
+            for batch in summed.batches():
+                with self.autocast:
+                    loss = self._call(self.forward, devices.move(batch, self.device))
+                if (value := summed.add(loss)) is not None:
+                    value.backward()
+        except Exception as error:
+            relocate(error, state.model, batch, f"step {state.progress.step}, batch {state.progress.windows} of train")
+        self._engine.told(self._found)  # type: ignore[union-attr]
+        before.put_back()
+        seeding.set_generator_states(generators)
+
     def _close_together(self, state: TrainState, summed: Sum, agreement: Agreement) -> None:
         """The sums over all processes; and what is not finite in one of them is so in all."""
-        agreement.engine.check()
         if agreement.engine.sharded:  # each has only looked at its part
             self._look_for_nonfinite(state, self._one)
         agreement.hear(summed.close_together(state, self.device, self._found))

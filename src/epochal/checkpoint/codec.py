@@ -11,7 +11,7 @@ import re
 import struct
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -20,16 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from epochal.checkpoint.memory import DTYPES, HELD, NAMES, Found, View, name_of, place
 from epochal.errors import CheckpointError
+from epochal.runtime.shards import is_sharded
 
 _DEPTH = 64  # far deeper than any state, far from the end of the interpreter's stack
-_INTEGERS = "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64"
-_FLOATS = "float16 bfloat16 float32 float64 complex64 float8_e4m3fn float8_e5m2"
-_OTHERS = "complex32 complex128 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2"
-_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in f"{_INTEGERS} {_FLOATS} {_OTHERS}".split()}
-# Not every reader of safetensors knows the others, so they are stored as bytes.
-_HELD = {_DTYPES[name] for name in f"{_INTEGERS} {_FLOATS}".split()}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _COMPRESSED = {
     "$csr": (torch.sparse_csr, "crow_indices", "col_indices"),
     "$csc": (torch.sparse_csc, "ccol_indices", "row_indices"),
@@ -50,28 +45,6 @@ _FIXES: tuple[tuple[Any, str], ...] = (
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, struct.error)
 
 
-@dataclass(frozen=True, eq=False)
-class _View:
-    """A tensor, where it stood first, and its entry in the tree, which is filled in at the end."""
-
-    tensor: Tensor
-    path: tuple
-    record: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def start(self) -> int:
-        return self.tensor.data_ptr()
-
-    @property
-    def extent(self) -> int:
-        """Bytes from the first to the last one, gaps between elements too."""
-        steps = sum((size - 1) * stride for size, stride in zip(self.tensor.shape, self.tensor.stride()))
-        return (steps + 1) * self.tensor.itemsize if self.tensor.numel() else 0
-
-
-_Found = defaultdict[tuple, dict[tuple, _View]]  # by memory, then by layout
-
-
 def encode(state: Any) -> tuple[Any, dict[str, Tensor]]:
     """The state as JSON, and its tensors by the names that the JSON gives them.
 
@@ -79,20 +52,21 @@ def encode(state: Any) -> tuple[Any, dict[str, Tensor]]:
     tensors, numpy arrays and numbers, numbers, strings, bytes, booleans, None, torch.dtype, torch.device, and members
     of an IntEnum or StrEnum (as their values). Anything else is a CheckpointError that says where it stands. The
     tensors are contiguous and strided, of a type that safetensors holds, on the device where they were, and no two
-    share memory. They are the state's own memory where that is possible: copy them before the state moves on.
+    share memory. They are the state's own memory where that is possible: copy them before the state moves on. A
+    sharded tensor (DTensor) stays one.
 
     >>> encode({"step": 3, "betas": (0.9, 0.99)})
     ({'step': 3, 'betas': {'$tuple': [0.9, 0.99]}}, {})
     """
-    found: _Found = defaultdict(dict)
+    found: Found = defaultdict(dict)
     tree = _encode(state, ("state",), found)
     tensors: dict[str, Tensor] = {}
     for views in found.values():
-        _place(list(views.values()), tensors)
+        place(list(views.values()), tensors)
     return tree, tensors
 
 
-def _encode(value: Any, path: tuple, found: _Found) -> Any:
+def _encode(value: Any, path: tuple, found: Found) -> Any:
     kind = type(value)
     if value is None or kind is bool:
         return value
@@ -104,7 +78,9 @@ def _encode(value: Any, path: tuple, found: _Found) -> Any:
         return value if _is_text(value) else {"$str": value.encode("utf-8", "surrogatepass").hex()}
     if len(path) > _DEPTH:
         what = f"the state is nested deeper than {_DEPTH} levels."
-        raise CheckpointError(what, where=_name((*path[:8], "..")), fix="look for a list or dict that contains itself")
+        raise CheckpointError(
+            what, where=name_of((*path[:8], "..")), fix="look for a list or dict that contains itself"
+        )
     if kind is list or kind is tuple:
         # Python's generator is 625 numbers, and it is saved often: they are looked at all at once.
         small = set(map(type, value)) == {int} and min(value) >= -(2**63) and max(value) < 2**64
@@ -117,7 +93,7 @@ def _encode(value: Any, path: tuple, found: _Found) -> Any:
     return _encode_rare(value, path, found)
 
 
-def _encode_rare(value: Any, path: tuple, found: _Found) -> Any:
+def _encode_rare(value: Any, path: tuple, found: Found) -> Any:
     kind = type(value)
     if kind is np.ndarray and _ARRAY.fullmatch(value.dtype.str):
         content = torch.from_numpy(np.frombuffer(bytearray(value.tobytes()), np.uint8))
@@ -130,20 +106,20 @@ def _encode_rare(value: Any, path: tuple, found: _Found) -> Any:
         return {"$complex": [_encode(value.real, path, found), _encode(value.imag, path, found)]}
     if kind is bytes:
         return {"$bytes": value.hex()}
-    if kind is torch.dtype and value in _NAMES:
-        return {"$dtype": _NAMES[value]}
+    if kind is torch.dtype and value in NAMES:
+        return {"$dtype": NAMES[value]}
     if kind is torch.device and _DEVICE.fullmatch(str(value)):
         return {"$device": str(value)}
     raise _refusal(value, path)
 
 
-def _encode_mapping(value: Mapping, path: tuple, found: _Found) -> Any:
+def _encode_mapping(value: Mapping, path: tuple, found: Found) -> Any:
     pairs = [(key.value if _is_value(key) else key, part) for key, part in value.items()]
     for key, _ in pairs:
         if not _is_key(key):
             what = f"a dict with a key of the type {type(key).__name__} cannot be saved."
             fix = "use keys that are strings, numbers of up to 64 bits, None or tuples of them"
-            raise CheckpointError(what, where=_name(path), fix=fix)
+            raise CheckpointError(what, where=name_of(path), fix=fix)
     if all(type(key) is str and not key.startswith("$") and _is_text(key) for key, _ in pairs):
         entries: Any = {key: _encode(part, (*path, key), found) for key, part in pairs}
     else:
@@ -170,9 +146,11 @@ def _is_text(value: str) -> bool:  # JSON cannot hold a lone surrogate
     return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
-def _encode_tensor(value: Tensor, path: tuple, found: _Found) -> dict[str, Any]:
+def _encode_tensor(value: Tensor, path: tuple, found: Found) -> dict[str, Any]:
+    if is_sharded(value):
+        return _encode_sharded(value, path, found)
     plain = type(value) in (Tensor, nn.Parameter) and not (value.is_meta or value.is_quantized or value.is_nested)
-    if not plain or value.dtype not in _NAMES:
+    if not plain or value.dtype not in NAMES:
         raise _refusal(value, path)
     tensor = value.detach()
 
@@ -184,14 +162,23 @@ def _encode_tensor(value: Tensor, path: tuple, found: _Found) -> dict[str, Any]:
     for mark, (layout, *indices) in _COMPRESSED.items():
         if tensor.layout is layout:
             return {mark: [list(tensor.shape), *parts(*indices, "values")]}
-    if tensor.layout is not torch.strided or _View(tensor, path).extent > tensor.untyped_storage().nbytes():
+    if tensor.layout is not torch.strided or View(tensor, path).extent > tensor.untyped_storage().nbytes():
         raise _refusal(value, path)  # where the extent is larger, its memory was given back
     tensor = tensor.resolve_conj().resolve_neg()
-    view, storage = _View(tensor, path), tensor.untyped_storage()
+    view, storage = View(tensor, path), tensor.untyped_storage()
     # Tied tensors have one place: memory and layout. A tensor without elements may have no address.
     memory = storage.data_ptr() if tensor.numel() else -storage._cdata
     layout = (tensor.dtype, view.start, tensor.shape, tensor.stride())
     return found[tensor.device, memory].setdefault(layout, view).record
+
+
+def _encode_sharded(value: Any, path: tuple, found: Found) -> dict[str, Any]:
+    """One entry, as if it were whole; what of it lies where is the business of whoever writes it."""
+    if value.dtype not in HELD:
+        raise _refusal(value, path)
+    storage = value.to_local().untyped_storage()
+    place = ("sharded", storage.data_ptr() or -storage._cdata, value.to_local().storage_offset())
+    return found[place].setdefault((value.dtype, value.shape), View(value.detach(), path)).record
 
 
 def _refusal(value: Any, path: tuple) -> CheckpointError:
@@ -201,54 +188,7 @@ def _refusal(value: Any, path: tuple) -> CheckpointError:
     elif isinstance(value, np.ndarray):
         what += f" of {value.dtype}"
     fix = next(fix for kinds, fix in _FIXES if isinstance(value, kinds))
-    return CheckpointError(f"{what} cannot be saved.", where=_name(path), fix=fix)
-
-
-def _place(views: list[_View], tensors: dict[str, Tensor]) -> None:
-    """Stores the views of one memory: together if they make up most of what they span, otherwise each by itself."""
-    together = [view for view in views if view.tensor.nbytes <= view.extent]  # not the expanded ones
-    if len(together) > 1:
-        span = max(view.start + view.extent for view in together) - min(view.start for view in together)
-        if span <= 2 * sum(view.tensor.nbytes for view in together):
-            _place_flat(together, tensors)
-            views = [view for view in views if view.tensor.nbytes > view.extent]
-    for view in views:
-        tensor = view.tensor
-        if len(views) > 1 or view.extent != tensor.nbytes or not tensor.numel():
-            tensor = tensor.clone()  # memory of its own, without gaps
-        if tensor.is_contiguous() and tensor.dtype in _HELD:
-            view.record["$tensor"] = _add(tensor, view.path, tensors)
-        else:
-            _place_flat([replace(view, tensor=tensor)], tensors)
-
-
-def _place_flat(views: list[_View], tensors: dict[str, Tensor]) -> None:
-    """Stores the memory that the views cover once, and of each view where it lies in there."""
-    dtypes = {view.tensor.dtype for view in views}
-    dtype = views[0].tensor.dtype if len(dtypes) == 1 and dtypes <= _HELD else torch.uint8
-    storage = max((view.tensor.untyped_storage() for view in views), key=lambda storage: storage.nbytes())
-    start, end = min(view.start for view in views), max(view.start + view.extent for view in views)
-    if len(dtypes) > 1:  # a place that is a whole number of elements away from each of them
-        start -= (start - storage.data_ptr()) % 16
-    offset, count = (start - storage.data_ptr()) // dtype.itemsize, (end - start) // dtype.itemsize
-    flat = torch.empty(0, dtype=dtype, device=views[0].tensor.device).set_(storage, offset, (count,), (1,))
-    name = _add(flat, views[0].path, tensors)
-    for view in views:
-        tensor, offset = view.tensor, (view.start - start) // view.tensor.itemsize
-        view.record["$view"] = [name, _NAMES[tensor.dtype], list(tensor.shape), list(tensor.stride()), offset]
-
-
-def _add(tensor: Tensor, path: tuple, tensors: dict[str, Tensor]) -> str:
-    """Files the tensor under its path; where two entries have one (``1`` and ``"1"``), under a name like it."""
-    name = _name(path)
-    while name in tensors:
-        name += f"#{len(tensors)}"
-    tensors[name] = tensor
-    return name
-
-
-def _name(path: tuple) -> str:
-    return ".".join(map(str, path)).encode("utf-8", "backslashreplace").decode()
+    return CheckpointError(f"{what} cannot be saved.", where=name_of(path), fix=fix)
 
 
 @dataclass(frozen=True)
@@ -302,7 +242,7 @@ def _decode(tree: Any, path: tuple, stored: _Stored) -> Any:
         return _decode_mark(mark, content, path, stored)
     except _MALFORMED as error:
         fix = "use an older checkpoint"
-        raise CheckpointError(f"the state is malformed: {error}.", where=_name(path), fix=fix) from error
+        raise CheckpointError(f"the state is malformed: {error}.", where=name_of(path), fix=fix) from error
 
 
 def _decode_mark(mark: str, content: Any, path: tuple, stored: _Stored) -> Any:
@@ -313,7 +253,7 @@ def _decode_mark(mark: str, content: Any, path: tuple, stored: _Stored) -> Any:
         case "$tensor", str(name):
             return stored.tensor(name)
         case "$view", [str(name), str(dtype), list(shape), list(stride), offset]:
-            return stored.view(name, _DTYPES[dtype], _sizes(shape), _sizes(stride), _sizes([offset])[0])
+            return stored.view(name, DTYPES[dtype], _sizes(shape), _sizes(stride), _sizes([offset])[0])
         case "$tuple", list():
             return tuple(_decode(content, path, stored))
         case "$dict", list():
@@ -343,7 +283,7 @@ def _decode_mark(mark: str, content: Any, path: tuple, stored: _Stored) -> Any:
         case "$bytes", str():
             return bytes.fromhex(content)
         case "$dtype", str():
-            return _DTYPES[content]
+            return DTYPES[content]
         case "$device", str() if _DEVICE.fullmatch(content):
             return torch.device(content)
         case "$array", [part, str(dtype), list(shape)] if _ARRAY.fullmatch(dtype):

@@ -6,9 +6,10 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 import psutil
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from epochal.checkpoint import files, tensors
 from epochal.checkpoint.files import Data
+from epochal.checkpoint.sharded import put_together
 from epochal.errors import CheckpointError
 
-FORMAT = 1
+FORMAT, WITH_PIECES = 1, 2  # the second: tensors that several processes have written, each a part
 MANIFEST, STATE = "manifest.json", "state.json"
 LARGEST = 16 * 2**20  # bytes of a manifest; one of a hundred thousand tensors has about ten million
 SIZES = {name: torch.empty(0, dtype=dtype).element_size() for dtype, name in tensors.DTYPES.items()}
@@ -36,27 +38,43 @@ class File(Struct, frozen=True, forbid_unknown_fields=True):
     sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
-class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
-    """files: by name. tensors: dtype and shape, by name."""
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """files: by name. tensors: dtype and shape, by name. pieces: of the tensors that stand in a file in part, the row
+    at which the part begins; by file and name.
+    """
 
     format: int
     step: Count
     files: dict[str, File]
     tensors: dict[str, tuple[str, list[Count]]]
+    pieces: dict[str, dict[str, Count]] = {}
 
 
 class _Versioned(Struct):
     format: int
 
 
-def describe(step: int, contents: Mapping[str, Sequence[Data]], named: Mapping[str, Tensor]) -> bytes:
-    """The manifest of files with these contents and tensors, as the bytes of its own file."""
-    described = {name: (tensors.DTYPES[tensor.dtype], list(tensor.shape)) for name, tensor in named.items()}
-    facts = {name: _facts(chunks) for name, chunks in contents.items()}
-    return msgspec.json.encode(Manifest(FORMAT, step, facts, described))
+class Written(NamedTuple):
+    """What one process has written: its files, and what stands in them, as in a manifest."""
+
+    files: dict[str, File]
+    tensors: dict[str, tuple[str, list[int]]]
+    pieces: dict[str, dict[str, int]]
 
 
-def _facts(chunks: Sequence[Data]) -> File:
+def describe(step: int, written: Sequence[Written]) -> bytes:
+    """The manifest of what the processes have written, as the bytes of its own file."""
+    files, named, pieces = ({k: v for one in written for k, v in one[field].items()} for field in range(3))
+    return msgspec.json.encode(Manifest(WITH_PIECES if pieces else FORMAT, step, files, named, pieces))
+
+
+def described(named: Mapping[str, Tensor]) -> dict[str, tuple[str, list[int]]]:
+    """dtype and shape by name."""
+    return {name: (tensors.DTYPES[tensor.dtype], list(tensor.shape)) for name, tensor in named.items()}
+
+
+def facts(chunks: Sequence[Data]) -> File:
+    """What a manifest says of a file that holds these."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
@@ -70,8 +88,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise damaged(folder, "it is not a folder")
         data = files.read(folder / MANIFEST, most=LARGEST)
         version = msgspec.json.decode(data, type=_Versioned).format
-        if version != FORMAT:
-            what = f"the checkpoint has format {version}, and this version of epochal reads format {FORMAT}."
+        if version not in (FORMAT, WITH_PIECES):
+            what = f"the checkpoint has format {version}, and this version of epochal reads {FORMAT} and {WITH_PIECES}."
             fix = "read it with the version of epochal that wrote it, or a newer one"
             raise CheckpointError(what, where=str(folder), fix=fix)
         manifest = msgspec.json.decode(data, type=Manifest)
@@ -84,6 +102,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise damaged(folder, f"its {MANIFEST} is not as epochal writes it")
     if STATE not in manifest.files or not all(map(NAME.fullmatch, manifest.files)):
         raise damaged(folder, f"its {MANIFEST} names other files than a checkpoint has")
+    if manifest.pieces.keys() - manifest.files.keys() or bool(manifest.pieces) != (version == WITH_PIECES):
+        raise damaged(folder, f"its {MANIFEST} tells of pieces of tensors that it has no files for")
     for name, (dtype, shape) in manifest.tensors.items():
         if dtype not in SIZES or SIZES[dtype] * math.prod(shape) >= 2**63:
             raise damaged(folder, f"its {MANIFEST} gives {name!r} a type or a shape that no tensor has")
@@ -96,22 +116,34 @@ def read_files(folder: Path, manifest: Manifest) -> tuple[bytes, dict[str, Tenso
     if needed > psutil.virtual_memory().available:
         raise damaged(folder, f"reading it would take {needed / 2**30:,.1f} GiB of memory")
     found: dict[str, Tensor] = {}
+    pieces: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for name, expected in sorted(manifest.files.items()):
         if name != STATE:
             part = tensors.parse(_read(folder, name, expected), str(folder / name))
+            for tensor, row in manifest.pieces.get(name, {}).items():
+                if tensor not in part or row in pieces[tensor]:
+                    raise damaged(folder, f"a piece of {tensor!r} is missing, or is there twice")
+                pieces[tensor][row] = part.pop(tensor)
             if found.keys() & part.keys():
                 raise damaged(folder, "a tensor stands in two of its files")
             found |= part
-    described = {name: (tensors.DTYPES[tensor.dtype], list(tensor.shape)) for name, tensor in found.items()}
-    if described != manifest.tensors:
+    if found.keys() & pieces.keys() or not pieces.keys() <= manifest.tensors.keys():
+        raise damaged(folder, "a tensor stands there as a whole and in pieces")
+    for name, rows in pieces.items():
+        try:
+            found[name] = put_together(manifest.tensors[name][1], rows)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise damaged(folder, f"{name!r}: {error}") from error
+    if described(found) != manifest.tensors:
         raise damaged(folder, "its tensors are not those that its manifest names")
     return _read(folder, STATE, manifest.files[STATE]), found
 
 
-def verify(folder: Path) -> None:
-    """Compares every file with the manifest, without keeping what it holds. Raises CheckpointError."""
+def verify(folder: Path, names: Collection[str]) -> None:
+    """Compares these files with the manifest, without keeping what they hold. Raises CheckpointError."""
     for name, expected in read_manifest(folder).files.items():
-        _read(folder, name, expected)
+        if name in names:
+            _read(folder, name, expected)
 
 
 def _read(folder: Path, name: str, expected: File) -> bytes:

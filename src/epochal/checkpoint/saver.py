@@ -8,9 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from epochal.cadence import Every
 from epochal.checkpoint import codec
-from epochal.checkpoint.store import Checkpoints, Saving
+from epochal.checkpoint.sharded import shared_out
+from epochal.checkpoint.store import Checkpoints, Piece, Saving
+from epochal.checkpoint.tensors import DTYPES
+from epochal.runtime.shards import is_sharded, part_of
 
 
 class Saver:
@@ -29,6 +34,11 @@ class Saver:
     def is_busy(self) -> bool:
         return self._thread is not None
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being written, though what has been may not have been told yet."""
+        return self._thread is None or self._written.is_set()
+
     def may_start(self, seconds: float) -> bool:
         """Whether one more save keeps within its share of the run's seconds until now, with what is to come in any
         case: the one at the end, and the weights, which cost about as much.
@@ -39,7 +49,9 @@ class Saver:
         """Takes a snapshot of the state and begins to write it. Nothing else may be in flight."""
         began = time.perf_counter()
         tree, tensors = codec.encode(state)
-        snapshot = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        if (group := self.checkpoints.group).size > 1:
+            tensors = shared_out(tensors, group.rank, group.size)
+        snapshot = {name: _copied(tensor) for name, tensor in tensors.items()}
         # A daemon, so that a second Ctrl-C does not wait for it: what it leaves half-written is swept up later.
         self._written, begins = threading.Event(), threading.Lock()
         task = begins, step, tree, snapshot, self._written
@@ -59,7 +71,9 @@ class Saver:
             return
         outcome: Path | BaseException
         try:
-            outcome = self.checkpoints.commit(step, tree, tensors)
+            pieces = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Piece)}
+            whole = {name: tensor for name, tensor in tensors.items() if name not in pieces}
+            outcome = self.checkpoints.commit(step, tree, whole, pieces)
         except BaseException as error:  # it is raised where the training can hear it
             outcome = error
         self._outcome = step, outcome, time.thread_time()
@@ -87,3 +101,11 @@ class Saver:
         if isinstance(outcome, BaseException):
             raise outcome
         return step, outcome
+
+
+def _copied(tensor: Tensor) -> Tensor | Piece:
+    """A copy on the host; of a sharded tensor, of the part that lies here."""
+    if not is_sharded(tensor):
+        return tensor.detach().to("cpu", copy=True)
+    part, row = part_of(tensor)
+    return Piece(part.detach().to("cpu", copy=True), row, (DTYPES[tensor.dtype], list(tensor.shape)))

@@ -6,18 +6,30 @@ import errno
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from epochal.cadence import Every
 from epochal.checkpoint import codec, files, tensors
 from epochal.checkpoint.files import Data
-from epochal.checkpoint.manifest import MANIFEST, STATE, damaged, describe, read_files, read_manifest, verify
+from epochal.checkpoint.manifest import (
+    MANIFEST,
+    STATE,
+    Written,
+    damaged,
+    describe,
+    described,
+    facts,
+    read_files,
+    read_manifest,
+    verify,
+)  # fmt: skip
 from epochal.errors import CheckpointError, DiskFullError, PlanError, UnknownNameError
+from epochal.runtime.processes import Group
 
 LARGEST_FILE = 512 * 2**20  # bytes of tensors in one file, so that reading it does not take the memory of all
 TRANSIENT = frozenset(  # a network's or another process's fault, that may be over in a moment
@@ -66,6 +78,17 @@ class Found:
     damaged: list[CheckpointError] = field(default_factory=list)
 
 
+class Piece(NamedTuple):
+    """A part of a tensor: the row at which it begins, and type and shape of the whole, as a manifest tells them."""
+
+    tensor: Tensor
+    row: int
+    whole: tuple[str, list[int]]
+
+
+NO_PIECES: Mapping[str, Piece] = {}
+
+
 class Checkpoints:
     """The checkpoints in one folder; each is a folder ``step-00000120`` with a manifest of its files.
 
@@ -77,8 +100,8 @@ class Checkpoints:
     ('step-00000120', {'lr': 0.1})
     """
 
-    def __init__(self, folder: str | Path, keep: int = 3):
-        self.folder, self.keep = Path(folder), Saving(keep=keep).keep
+    def __init__(self, folder: str | Path, keep: int = 3, group: Group | None = None):
+        self.folder, self.keep, self.group = Path(folder), Saving(keep=keep).keep, group or Group()
         self._damaged: set[Path] = set()
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
@@ -88,52 +111,73 @@ class Checkpoints:
         tree, named = codec.encode(state)
         return self.commit(step, tree, {name: tensor.cpu() for name, tensor in named.items()})
 
-    def commit(self, step: int, tree: Any, named: Mapping[str, Tensor]) -> Path:
+    def commit(
+        self, step: int, tree: Any, named: Mapping[str, Tensor], pieces: Mapping[str, Piece] = NO_PIECES
+    ) -> Path:
         """Commits an encoded state, its tensors on the host; what may pass is tried again, each time anew.
 
-        Raises DiskFullError, or CheckpointError for anything else; the older checkpoints are untouched then.
+        Of several processes (``group``) each gives the tensors that it shall write, and the pieces; the first one
+        writes the tree. Raises DiskFullError, or CheckpointError for anything else; the older checkpoints are untouched
+        then.
         """
-        contents: dict[str, list[Data]] = {STATE: [codec.dumps(tree)]}
-        for number, part in enumerate(_parts(named)):
-            contents[f"tensors-{number:05d}.safetensors"] = tensors.chunks(part)
-        contents[MANIFEST] = [describe(step, contents, named)]
+        contents: dict[str, list[Data]] = {STATE: [codec.dumps(tree)]} if self.group.is_first else {}
+        written = Written({}, described(named) | {name: piece.whole for name, piece in pieces.items()}, {})
+        for number, part in enumerate(_parts({**named, **{name: piece.tensor for name, piece in pieces.items()}})):
+            file = f"tensors-{number * self.group.size + self.group.rank:05d}.safetensors"
+            contents[file] = tensors.chunks(part)
+            if cut := {name: pieces[name].row for name in part if name in pieces}:
+                written.pieces[file] = cut
+        written.files.update({name: facts(chunks) for name, chunks in contents.items()})
         for pause in (*PAUSES, None):
             try:
-                return self._commit(step, contents)
+                return self._commit(step, contents, written)
             except OSError as error:
                 if error.errno not in TRANSIENT or pause is None:
                     raise _unwritable(self.folder, error) from error
                 time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
-    def _commit(self, step: int, contents: Mapping[str, list[Data]]) -> Path:
+    def _commit(self, step: int, contents: Mapping[str, list[Data]], written: Written) -> Path:
         """Written aside and synced, the manifest last; renamed into place; read back; and only then others go."""
+        group = self.group
+        everything = group.gather(written)
+        final, aside = group.first(lambda: self._begin(step, describe(step, everything), everything))
+        try:
+            group.together(lambda: [files.write(aside / name, *chunks) for name, chunks in contents.items()])
+            group.first(lambda: self._place(aside, final, describe(step, everything)))
+        except BaseException:
+            if group.is_first:
+                files.remove_folder(aside)
+            raise
+        try:
+            group.together(lambda: verify(final, contents.keys()))
+        except CheckpointError as error:
+            if group.is_first:
+                files.discard(final)
+            raise OSError(errno.EIO, "what was written is not what is read back") from error
+        group.first(lambda: self._prune(final))
+        return final
+
+    def _begin(self, step: int, manifest: bytes, written: Sequence[Written]) -> tuple[Path, Path]:
+        """Where the checkpoint shall be in the end, and where it is written, which is made."""
         files.make_folder(self.folder)
         files.sweep(self.folder)
-        self._refuse_full_disk(contents)
+        needed = len(manifest) + sum(file.size for one in written for file in one.files.values())
+        if needed > free_space(self.folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         final = self._free(step)
         aside = files.aside(final)
         try:
             files.new_folder(aside)
-            for name, chunks in contents.items():
-                files.write(aside / name, *chunks)
-            files.sync(aside)
-            files.rename(aside, final)
         except BaseException:
             files.remove_folder(aside)
             raise
-        try:
-            verify(final)
-        except CheckpointError as error:
-            files.discard(final)
-            raise OSError(errno.EIO, "what was written is not what is read back") from error
-        self._prune(final)
-        return final
+        return final, aside
 
-    def _refuse_full_disk(self, contents: Mapping[str, list[Data]]) -> None:
-        needed = sum(memoryview(chunk).nbytes for chunks in contents.values() for chunk in chunks)
-        if needed > free_space(self.folder):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def _place(self, aside: Path, final: Path, manifest: bytes) -> None:
+        files.write(aside / MANIFEST, manifest)
+        files.sync(aside)
+        files.rename(aside, final)
 
     def _free(self, step: int) -> Path:
         """The folder for a step; one that is saved again, after an evaluation or a decision, has a number more."""

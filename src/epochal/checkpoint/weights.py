@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from epochal.checkpoint import files, tensors
 from epochal.errors import CheckpointError
+from epochal.runtime.shards import all_like
 
 IMPORTED = "imported.safetensors"  # in a run folder: what a run begins with that has no checkpoint yet
 DIGEST = "epochal.sha256"  # metadata, as the next one
@@ -104,8 +105,9 @@ def refuse_another_model(own: Mapping[str, Any], weights: Mapping[str, Any], whe
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
     """Puts weights into a module; missing, unexpected and mismatched names are an error, and nothing is loaded."""
-    refuse_another_model(module.state_dict(), weights, where)
-    module.load_state_dict(dict(weights))
+    own = module.state_dict()
+    refuse_another_model(own, weights, where)
+    module.load_state_dict(all_like(dict(weights), own))
 
 
 def _shape(entry: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from epochal.metrics.metric import Mean, Stream
 from epochal.protocols import StepResult
+from epochal.runtime.processes import world
 
 
 class TrainAverages:
@@ -39,14 +40,15 @@ class TrainAverages:
     def state_dict(self) -> dict[str, Any]:
         return {
             "loss": self.loss.state_dict(),
-            "stream": self.stream.state_dict(),
+            "stream": self.stream.together().state_dict(),
             "values": {name: mean.state_dict() for name, mean in self.values.items()},
             "skipped": self.skipped,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.loss.load_state_dict(state["loss"])
-        self.stream.load_state_dict(state["stream"])
+        if world().is_first:  # what all processes had counted, counts once
+            self.stream.load_state_dict(state["stream"])
         self.skipped = state["skipped"]
         self.values = {}
         for name, saved in state["values"].items():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from epochal.errors import PlanError
 from epochal.events import Best, Row
+from epochal.runtime.shards import all_like
 
 
 def improves(value: float, best: float | None, *, mode: str = "min", min_delta: float = 0.0) -> bool:
@@ -72,6 +73,9 @@ class BestSoFar:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.best = Best(**state["best"]) if state["best"] else None
         self.weights = state["weights"] if self.modules else None
+        if self.weights is not None:  # of a sharded module each process keeps its part
+            pairs = zip(self.weights, self.modules, strict=True)
+            self.weights = [dict(all_like(weights, module.state_dict())) for weights, module in pairs]
 
 
 @torch.no_grad()

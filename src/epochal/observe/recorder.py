@@ -6,16 +6,16 @@ import csv
 import io
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import tomlkit
-from torch import nn
+from torch import Tensor
 
 from epochal.checkpoint import files
-from epochal.checkpoint.weights import IMPORTED, save_weights, weights_of
+from epochal.checkpoint.weights import IMPORTED, save_weights
 from epochal.errors import FileError, RunFolderError
 from epochal.events import Ended, Evaluated, Event, Noted, Row, Saved, Started, StepDone
 from epochal.runtime.lock import Lock, was_held
@@ -29,8 +29,8 @@ BEFORE_A_RUN = {"config.toml", "journal.jsonl", "recipe.py", "recipe.toml", "fit
 class Recorder:
     """Writes all files of a run folder but its checkpoints: what was planned, what was measured, what happened.
 
-    folder: claimed by this run. environment: facts for ``run.json``. goes_on: a full disk ends nothing; what could not
-    be written is made good later.
+    folder: claimed by this run. weights: gives those that the run ends with. environment: facts for ``run.json``.
+    goes_on: a full disk ends nothing; what could not be written is made good later.
 
     What was measured stands in ``metrics.jsonl`` and ``results.csv``, a line an evaluation, the same bytes in every run
     of the same plan: no line tells the time. When what happened stands in ``journal.jsonl``. Lines are written when an
@@ -38,9 +38,14 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: Path, model: nn.Module, *, environment: Mapping[str, Any] | None = None, goes_on: bool = False
+        self,
+        folder: Path,
+        weights: Callable[[], Mapping[str, Tensor]],
+        *,
+        environment: Mapping[str, Any] | None = None,
+        goes_on: bool = False,
     ):
-        self.folder, self.model, self.goes_on = folder, model, goes_on
+        self.folder, self.weights, self.goes_on = folder, weights, goes_on
         self._facts: dict[str, Any] = {"environment": dict(environment or {})}
         self._rows: list[dict[str, Any]] = []
         self._columns: list[str] = []
@@ -104,7 +109,7 @@ class Recorder:
 
     def _save_weights(self) -> None:
         try:
-            save_weights(weights_of(self.model), self.folder / "model.safetensors")
+            save_weights(self.weights(), self.folder / "model.safetensors")
         except FileError as error:
             error.fix = "free some space and resume the run: it goes on from its newest checkpoint"
             raise

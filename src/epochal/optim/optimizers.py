@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from epochal.errors import ModelError, PlanError, UnknownNameError
+from epochal.runtime.shards import is_sharded, like
 
 NAMES: dict[str, Callable[..., Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -127,11 +128,17 @@ def load_exactly(optimizer: Any, state: Any) -> None:
     torch makes every floating point entry the type of its parameter: averages in fp32 of weights in bf16 would lose
     their last bits.
     """
-    optimizer.load_state_dict(state)
     if not (isinstance(state, dict) and state.keys() >= {"state", "param_groups"}):
+        optimizer.load_state_dict(state)
         return
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {**state, "state": dict(state["state"])}
+    for number, parameter in zip(numbers, parameters):
+        if is_sharded(parameter) and number in state["state"]:
+            kept = state["state"][number]
+            state["state"][number] = {name: like(value, parameter) for name, value in kept.items()}
+    optimizer.load_state_dict(state)
     for number, parameter in zip(numbers, parameters):
         live = optimizer.state.get(parameter, {})
         for name, saved in state["state"].get(number, {}).items():

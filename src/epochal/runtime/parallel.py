@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from epochal.errors import ModelError, PlanError
 from epochal.runtime.processes import copy_from_first, gather
+from epochal.runtime.shards import local
 from epochal.runtime.strategy import Strategy
 
 
@@ -55,7 +56,22 @@ class Replicated:
     def __init__(self, modules: Sequence[nn.Module], device: torch.device, facts: int):
         self.modules, self.device = list(modules), device
         self._whole = _Whole(modules, facts, device)
-        self._wrap(finds_unused=True)  # known after the first update
+        self._ddp: DistributedDataParallel | None = None
+
+    def warm_up(self, update: Callable[[], object]) -> None:
+        """Finds out what the model uses, before the first update; ``update``: its passes, of which nothing may remain.
+
+        torch has to know whether a weight may get no gradient. And it lays out the gradients anew after the first pass,
+        which decides how they are added up, to the bit: a run that is resumed would begin with another layout.
+        """
+        if self._ddp is not None:
+            return
+        update()
+        trained = [(n, p) for module in self.modules for n, p in module.named_parameters() if p.requires_grad]
+        unused = {name for names in gather([name for name, p in trained if p.grad is None]) for name in names}
+        self._wrap(finds_unused=bool(unused))
+        if not unused:
+            update()
 
     def _wrap(self, *, finds_unused: bool) -> None:
         known = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -65,25 +81,25 @@ class Replicated:
             **{buffers: False},
         )  # fmt: skip
         self._ddp.register_comm_hook(None, _sum)
-        self._finds_unused = finds_unused
 
     def begin(self, *, syncs: bool) -> None:
         """Before each micro-batch; syncs: with the last one of an update, the gradients are added up."""
-        self._ddp.require_backward_grad_sync = syncs
+        if self._ddp is not None:
+            self._ddp.require_backward_grad_sync = syncs
 
     def call(self, function: Callable, *given: Any) -> Any:
-        outcome, self._carrier = self._ddp(function, *given)
+        outcome, self._carrier = (self._ddp or self._whole)(function, *given)
         return outcome
 
     def carry(self, value: Tensor | None, facts: Sequence[Any]) -> Tensor:
         """The value to differentiate instead, which takes the facts along; None is that of nothing."""
         if value is None:
-            value = sum((p.sum() * 0.0 for module in self.modules for p in module.parameters() if p.requires_grad))
+            value = sum(p.sum() * 0.0 for module in self.modules for p in module.parameters() if p.requires_grad)
         told = torch.stack([torch.as_tensor(fact, dtype=torch.float32, device=self.device) for fact in facts])
         return value + (self._carrier * told).sum()
 
     def told(self, found: Tensor) -> list[float]:
-        """The sums of all facts, after the last backward pass, and of ``found``: the gradients are the same anywhere."""
+        """The sums of all facts, after the last backward pass; and of ``found``, where gradients differ: not here."""
         gradient, self._whole.carrier.grad = self._whole.carrier.grad, None
         return [*gradient.tolist(), 0.0]
 
@@ -98,16 +114,6 @@ class Replicated:
     def whole(self, tensor: Tensor) -> Tensor:
         """What was computed of parts, put together."""
         return tensor
-
-    def check(self) -> None:
-        """After the backward pass: every weight that the others wait for has got its gradient here, too."""
-        trained = [(n, p) for module in self.modules for n, p in module.named_parameters() if p.requires_grad]
-        unused = [name for name, p in trained if p.grad is None]
-        if self._finds_unused:
-            return
-        if unused:
-            what = "a weight that was used until now got no gradient: the model takes another way than before."
-            raise ModelError(what, where=", ".join(unused[:3]), fix="")
 
 
 def _sum(_, bucket):  # torch compares annotations with its classes, and these would be texts
@@ -139,6 +145,9 @@ class Sharded:
             part.set_force_sum_reduction_for_comms(True)
         self._facts: Any = 0.0
 
+    def warm_up(self, update: Callable[[], object]) -> None:
+        """There is nothing to find out: what is added up does not depend on the passes before."""
+
     def begin(self, *, syncs: bool) -> None:
         self._whole.set_requires_gradient_sync(syncs)
 
@@ -156,14 +165,11 @@ class Sharded:
         dist.all_reduce(facts)
         return facts.tolist()
 
-    def check(self) -> None:
-        """Nothing: a weight without a gradient has none in any process."""
-
     def alone(self, function: Callable) -> Callable:
         return partial(self.call, function)
 
     def local(self, gradient: Tensor) -> Tensor:
-        return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        return local(gradient)
 
     def whole(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -221,3 +227,22 @@ def _blocks(model: nn.Module, classes: Sequence[type[nn.Module]] | None) -> Iter
 def _is_repeated(child: nn.Module, siblings: nn.Module) -> bool:
     counts = Counter(type(one) for one in siblings)
     return counts[type(child)] > 1 and any(True for _ in child.children()) and any(True for _ in child.parameters())
+
+
+def refuse_drift(modules: Sequence[nn.Module]) -> None:
+    """Compares the weights that every process has, bit for bit. Raises ModelError with the first that differ."""
+    named = [(n, p.detach()) for module in modules for n, p in module.named_parameters() if not isinstance(p, DTensor)]
+    told = gather([torch.hash_tensor(_bits(weight)).item() for _, weight in named])
+    for place, (name, _) in enumerate(named):
+        hashes = [one[place] for one in told]
+        if len(set(hashes)) > 1:
+            apart = [rank for rank, one in enumerate(hashes) if one != hashes[0]]
+            what = f"the processes have drifted apart: the weight {name!r} is not the same in all of them."
+            fix = (
+                "change weights in every process alike; a step of your own has to add up its gradients over all of them"
+            )
+            raise ModelError(what, where=f"process {', '.join(map(str, apart))} against process 0", fix=fix)
+
+
+def _bits(weight: Tensor) -> Tensor:
+    return torch.view_as_real(weight) if weight.is_complex() else weight

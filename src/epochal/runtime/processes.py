@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 import torch
@@ -44,42 +45,81 @@ def join(device: torch.device, timeout: timedelta) -> World:
     return world()
 
 
-def gather(value: Any) -> list[Any]:
-    """What each process gives, by rank. A small value: it is pickled between processes that trust each other."""
+class Group:
+    """Processes that act together. One that has a way of its own to talk can be used beside the training."""
+
+    def __init__(self, handle: Any = None):
+        self._handle, self.rank, self.size = handle, world().rank, world().size
+        self.is_first = self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives, by rank. A small value: it is pickled, between processes that trust each other."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._handle)
+        return values
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What ``make`` gives, called by the first process alone; its error is every process's."""
+        if self.size == 1:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = make()
+            except Exception as error:
+                outcome[1] = portable(error)
+        dist.broadcast_object_list(outcome, group=self._handle)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def together(self, make: Callable[[], T]) -> list[T]:
+        """What ``make`` gives in each process, by rank; the first error of any of them is every process's."""
+        if self.size == 1:
+            return [make()]
+        value, error = None, None
+        try:
+            value = make()
+        except Exception as caught:
+            error = portable(caught)
+        outcomes = self.gather((value, error))
+        for _, wrong in outcomes:
+            if wrong is not None:
+                raise wrong
+        return [value for value, _ in outcomes]
+
+
+def portable(error: Exception) -> Exception:
+    """The error as it can be sent to another process."""
+    try:
+        ForkingPickler.loads(ForkingPickler.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def aside(patience: timedelta) -> Group:
+    """All processes, talking beside the training: for a thread that writes while the next steps are done."""
     if world().size == 1:
-        return [value]
-    values: list[Any] = [None] * world().size
-    dist.all_gather_object(values, value)
-    return values
+        return Group()
+    return Group(dist.new_group(backend="gloo", timeout=patience))
+
+
+def gather(value: Any) -> list[Any]:
+    """As :meth:`Group.gather`, of all processes."""
+    return Group().gather(value)
 
 
 def first(make: Callable[[], T]) -> T:
-    """What ``make`` gives, called by the first process alone; its error is every process's."""
-    if world().size == 1:
-        return make()
-    outcome: list[Any] = [None, None]
-    if world().is_first:
-        try:
-            outcome[0] = make()
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    """As :meth:`Group.first`, of all processes."""
+    return Group().first(make)
 
 
-def together(make: Callable[[], T]) -> T:
-    """What ``make`` gives in this process; the first error of any process is every process's."""
-    value, error = None, None
-    try:
-        value = make()
-    except Exception as caught:
-        error = caught
-    errors = gather(error)
-    if (found := next((one for one in errors if one is not None), None)) is not None:
-        raise found if error is None else error
-    return value  # type: ignore[return-value]
+def together(make: Callable[[], T]) -> list[T]:
+    """As :meth:`Group.together`, of all processes."""
+    return Group().together(make)
 
 
 def add_up(tensor: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ class Strategy:
     kind: ``"ddp"`` (each has the whole model), ``"fsdp"`` (each has a part of every weight, its gradient and what the
     optimizer keeps for it), or ``"auto"``, which is ``"ddp"``. wrap: for fsdp, the classes of the modules that are put
     together one at a time; by default the repeated blocks of the model. activation_checkpointing: for fsdp, compute
-    the insides of these blocks again in the backward pass instead of keeping them. timeout: how long a process is waited
-    for.
+    the insides of these blocks again in the backward pass instead of keeping them. timeout: how long a process is
+    waited for.
 
     >>> Strategy("fsdp", wrap=[nn.TransformerEncoderLayer], timeout="2 min").patience.seconds
     120

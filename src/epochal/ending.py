@@ -1,0 +1,109 @@
+"""Where a run ends, and why: its limits, a signal, an observer's word. Several processes end together."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from signal import Signals as Signal
+
+from epochal.agreement import Agreement, Word
+from epochal.errors import NonFiniteError, ProcessError
+from epochal.events import StopReason
+from epochal.runtime.processes import first, world
+from epochal.runtime.pulse import lost
+from epochal.runtime.signals import Signals
+from epochal.state import Progress, TrainState
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a run ends, whichever comes first; None is no limit."""
+
+    epochs: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+
+    def reached(self, progress: Progress, seconds: float) -> StopReason | None:
+        if self.epochs is not None and progress.epoch >= self.epochs:
+            return StopReason.EPOCHS
+        if self.steps is not None and progress.step >= self.steps:
+            return StopReason.MAX_STEPS
+        if self.seconds is not None and seconds >= self.seconds:
+            return StopReason.MAX_TIME
+        return None
+
+
+@dataclass
+class Ending:
+    """agreement: None where one process trains alone, and what it knows is what counts."""
+
+    limits: Limits
+    state: TrainState
+    signals: Signals = field(default_factory=lambda: Signals(terminate=False))
+    agreement: Agreement | None = None
+    _began: float = field(default_factory=time.perf_counter, init=False)
+
+    def begin(self) -> None:
+        """The clock goes on where the state left it, and what the state says is known to all."""
+        self._began = time.perf_counter() - self.state.progress.seconds
+        if self.agreement is not None:
+            self.agreement.begin(self.state.stop is not None, self.state.progress.seconds)
+
+    def word(self, is_idle: bool) -> Word:
+        """What this process tells the others with each update."""
+        if self.agreement is not None:
+            self.agreement.pulse.step = self.state.progress.step
+        seconds = self.seconds() if world().is_first else 0.0
+        return Word(self.signals.received, self.state.stop is not None, seconds, is_idle)
+
+    def agree(self) -> None:
+        """Between two updates: an observer of the first process may have asked for an end."""
+        if self.agreement is not None:
+            self.state.stop = first(lambda: self.state.stop)
+            self.agreement.stop = self.state.stop is not None
+
+    def lost(self, error: BaseException | None) -> ProcessError | None:
+        """What to say instead of an error, if it is of another process that was waited for."""
+        if self.agreement is None:
+            return None
+        return lost(error, self.agreement.pulse, self.state.progress.step)
+
+    @property
+    def signal(self) -> Signal | None:
+        return self.signals.received if self.agreement is None else self.agreement.signal
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.state.stop is not None if self.agreement is None else self.agreement.stop
+
+    def seconds(self) -> float:
+        """How long the run has taken until now."""
+        return time.perf_counter() - self._began
+
+    def now(self) -> float:
+        """The seconds by which something is due: of several processes, those that all have heard."""
+        return self.seconds() if self.agreement is None else self.agreement.seconds
+
+    def is_here(self) -> bool:
+        is_asked = self.is_stopped or self.signal is not None
+        return is_asked or self.limits.reached(self.state.progress, self.now()) is not None
+
+    def reason(self) -> tuple[StopReason, str]:
+        if (stop := self.state.stop) is not None:
+            return stop.reason, stop.message
+        if self.is_stopped:
+            return StopReason.ASKED, StopReason.ASKED.message  # the first process knows the words
+        if (signal := self.signal) is not None:
+            return StopReason.INTERRUPTED, f"interrupted by {signal.name}"
+        reason = self.limits.reached(self.state.progress, self.now()) or StopReason.CLOSED
+        return reason, reason.message
+
+
+def reason_of(error: BaseException | None) -> tuple[StopReason, str]:
+    """What an error says of the end it made; None is that of a loop that was left."""
+    message = str(error).splitlines()[0] if error and str(error) else ""
+    if error is None:
+        return StopReason.CLOSED, message
+    if isinstance(error, KeyboardInterrupt):
+        return StopReason.INTERRUPTED, message
+    return (StopReason.NONFINITE if isinstance(error, NonFiniteError) else StopReason.FAILED), message

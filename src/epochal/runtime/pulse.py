@@ -1,0 +1,96 @@
+"""A pulse of every process, so that those who wait for one in vain can say which it is, and what it was doing."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from epochal.errors import ProcessError
+from epochal.runtime.processes import world
+
+SECONDS = 0.5  # from one beat to the next
+# What torch says, in many words, when another process does not answer. Its classes for it are not used everywhere.
+_SILENCE = re.compile(
+    r"gloo/|Connection (closed|reset|refused)|[Tt]imed? ?out|NCCL|ProcessGroup|Broken pipe|recvValue|TCPStore|store->"
+)
+_TORCH = Path(torch.__file__).parent.as_posix()
+
+
+class Pulse(threading.Thread):
+    """Tells, twice a second, where this process is; to the store in which all of them have met.
+
+    step: the updates done so far. What the main thread is in is looked up in its stack, so that it costs it nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="pulse")
+        self.step, self.rank, self.size = 0, world().rank, world().size
+        self._beats, self._is_over = 0, threading.Event()
+        self._store = _get_default_store().clone()  # a connection of its own: waiting on one blocks it
+        self._main = threading.main_thread().ident
+
+    def run(self) -> None:
+        while not self._is_over.wait(SECONDS):
+            self._beats += 1
+            try:
+                self._store.set(f"epochal/pulse/{self.rank}", f"{self._beats}|step {self.step}, {self._place()}")
+            except Exception:
+                return  # whoever held the store is gone
+
+    def stop(self) -> None:
+        self._is_over.set()
+
+    def _place(self) -> str:
+        frame = sys._current_frames().get(self._main or 0)
+        return place_of(frame) if frame is not None else "at its end"
+
+    def diagnosis(self) -> list[str]:
+        """What is to be said of each other process: the silent ones, or else where all of them are. Takes seconds."""
+        try:
+            before = self._heard()
+            time.sleep(4 * SECONDS)
+            after = self._heard()
+        except Exception:
+            return ["process 0, or what started the processes, is gone"]
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        silent = [rank for rank in others if before.get(rank, ("", ""))[0] == after.get(rank, ("", ""))[0]]
+        told = {rank: after.get(rank, ("", "never heard of"))[1] for rank in others}
+        if silent:
+            return [f"process {rank} is dead or stopped (last heard of at {told[rank]})" for rank in silent]
+        return [f"process {rank} is at {told[rank]}" for rank in others]
+
+    def _heard(self) -> dict[int, tuple[str, str]]:
+        """Of each process that has been heard of, its last beat and its place."""
+        keys = {rank: f"epochal/pulse/{rank}" for rank in range(self.size)}
+        known = {rank: key for rank, key in keys.items() if self._store.check([key])}
+        beats = (self._store.get(key).decode().partition("|") for key in known.values())
+        return {rank: (beat, place) for rank, (beat, _, place) in zip(known, beats)}
+
+
+def place_of(frame: FrameType | None) -> str:
+    """The innermost place in a stack that is not torch's: the user's own line, or the part of epochal it is in."""
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if not path.as_posix().startswith((_TORCH, "<", sys.base_prefix)) and path.name != "processes.py":
+            return f"{path.name}:{frame.f_lineno}, in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "its start"
+
+
+def lost(error: BaseException | None, pulse: Pulse, step: int) -> ProcessError | None:
+    """An error of a process that waited in vain for another one, as one that names it; None for any other error."""
+    if not isinstance(error, RuntimeError) or not (isinstance(error, dist.DistError) or _SILENCE.search(str(error))):
+        return None
+    told = re.sub(r"^\[\S+\] |\. .*", "", next((line for line in str(error).splitlines() if line.strip()), ""))
+    where = "; ".join([f"process {pulse.rank} waited after step {step}", *pulse.diagnosis()])
+    fix = "look at what that process says itself; a saved run goes on from its newest checkpoint"
+    what = f"a process was waited for in vain: {told[:200]}."
+    return ProcessError(what, where=where, fix=fix)
