@@ -1,5 +1,6 @@
 """Several processes: the same samples in each update, the same numbers, whatever their number."""
 
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import epochal
 
@@ -106,3 +108,90 @@ def test_a_run_is_resumed_to_the_bit(strategy):
     assert same(resumed, weights) and their_rows == rows
     for name in ("model.safetensors", "metrics.jsonl", "results.csv"):
         assert Path("runs/cut", name).read_bytes() == Path("runs/whole", name).read_bytes()
+
+
+class Squares(Dataset):
+    """Numbered samples (number, a draw), which tell who has seen them."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, number):
+        return torch.tensor([float(number)]), torch.tensor([number**2 / 100.0])
+
+
+class Numbers(IterableDataset):
+    """The same as a stream; split: whether it divides itself among the processes."""
+
+    def __init__(self, count, split=False):
+        self.count, self.split = count, split
+
+    def __iter__(self):
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        mine = range(rank, self.count, size) if self.split else range(self.count)
+        return iter([Squares(self.count)[number] for number in mine])
+
+
+def read(kind, given):
+    """What a kind of data is, as it is given to fit."""
+    squares = Squares(53)
+    every = [squares[number] for number in range(53)]
+    return {
+        "arrays": lambda: tuple(map(torch.stack, zip(*every))),
+        "samples": lambda: squares,
+        "stream": lambda: Numbers(53),
+        "loader": lambda: DataLoader(squares, batch_size=8, shuffle=True, **given),
+        "loader of its own": lambda: DataLoader(
+            squares, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(5), **given
+        ),
+        "whole batches": lambda: DataLoader(torch.stack([x for x, _ in every]).split(8), batch_size=None),
+        "stream loader": lambda: DataLoader(Numbers(53), batch_size=8, **given),
+        "split stream": lambda: DataLoader(Numbers(53, split=True), batch_size=4, **given),
+    }[kind]()
+
+
+def seen(rank, kind, options, given):
+    """The numbers of the samples in each update, as this process sees them."""
+    torch.manual_seed(11)
+    updates = []
+
+    def step(state, window):
+        sizes = [[x[:counted, 0].tolist() for x, counted in zip(map(first_of, window.batches), window.sizes)]]
+        updates.extend(sizes)
+        return epochal.StepResult(torch.tensor(1.0), float(sum(window.sizes)))
+
+    options = {"batch_size": 8} | options if "loader" not in kind and "batches" not in kind else options
+    options = {name: value for name, value in options.items() if kind != "split stream" or name != "batch_size"}
+    epochal.fit(nn.Linear(1, 1), read(kind, given), step=step, epochs=2, observers=(), **options)
+    return updates
+
+
+def first_of(batch):
+    return batch[0] if isinstance(batch, list | tuple) else batch
+
+
+KINDS = ["arrays", "samples", "stream", "loader", "loader of its own", "whole batches", "stream loader"]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("kind", [*KINDS, "loader in workers"])
+def test_each_update_has_the_same_samples(kind, size):
+    kind, given = kind.removesuffix(" in workers"), {"num_workers": 2} if kind.endswith(" in workers") else {}
+    options = {"seed": 3, "accumulate": 2}
+    whole = alone(seen, kind, options, given)
+    shares = group.run(seen, size, kind, options, given)
+    for number, update in enumerate(whole):
+        for place, batch in enumerate(update):
+            assert list(itertools.chain(*(share[number][place] for share in shares))) == batch
+    assert all(len(share) == len(whole) for share in shares)
+
+
+def test_a_stream_that_divides_itself_ends_with_its_last_process():
+    shares = group.run(seen, 3, "split stream", {}, {})
+    for rank, share in enumerate(shares):
+        assert len(share) == 10
+        numbers = list(itertools.chain(*itertools.chain(*share)))
+        assert numbers == 2 * [float(number) for number in range(rank, 53, 3)]

@@ -12,10 +12,9 @@ from torch.optim import Optimizer
 
 from epochal.cadence import Every
 from epochal.checkpoint.store import Saving
-from epochal.data.given import GivenLoader
 from epochal.data.loader import Loader
 from epochal.events import Started
-from epochal.feeding import Data, steps_of
+from epochal.feeding import AnyLoader, Data, steps_of
 from epochal.optim.schedules import Schedule
 from epochal.runtime import device as devices
 
@@ -55,11 +54,11 @@ def _parameters(model: nn.Module) -> str:
     return f"{count:,} parameters" + (f" ({frozen:,} frozen)" if frozen else "")
 
 
-def _batch_size(loader: Loader | GivenLoader, batch_size: int) -> int | None:
-    return loader.loader.batch_size if isinstance(loader, GivenLoader) else batch_size
+def _batch_size(loader: AnyLoader, batch_size: int) -> int | None:
+    return batch_size if isinstance(loader, Loader) else loader.loader.batch_size
 
 
-def _samples(loader: Loader | GivenLoader, batch_size: int) -> str:
+def _samples(loader: AnyLoader, batch_size: int) -> str:
     size = _batch_size(loader, batch_size)
     if loader.samples is not None:
         return f"{loader.samples:,} samples in batches of {size}"

@@ -18,14 +18,17 @@ from epochal.data.batch import TARGET_KEYS
 from epochal.data.given import GivenLoader
 from epochal.data.loader import Loader
 from epochal.data.share import Part
+from epochal.data.shared import SharedLoader
 from epochal.data.sources import Arrays, Source, as_tensor, encoded, learned, open_source
 from epochal.errors import LossError, PlanError
 from epochal.runtime import processes, seeding
+from epochal.runtime.seeding import Alike
 
 if TYPE_CHECKING:
     from epochal.plan import Plan
 
 DEFAULT_BATCH = 32
+AnyLoader = Loader | GivenLoader | SharedLoader
 SHARE_OF_MEMORY = 0.2  # arrays that take less of the accelerator's free memory are moved there once
 
 
@@ -33,11 +36,11 @@ SHARE_OF_MEMORY = 0.2  # arrays that take less of the accelerator's free memory 
 class Data:
     """train, val: the loaders. seed: of the order. target: names of the targets in a dict batch. inputs: how
     many inputs a batch has, None where that is not known. train_targets, val_targets: all targets, where
-    they are in memory.
+    they are in memory. alike: of several processes, what they draw the order from.
     """
 
-    train: Loader | GivenLoader
-    val: Loader | GivenLoader | None
+    train: AnyLoader
+    val: AnyLoader | None
     seed: int
     batch_size: int
     target: list[str] = field(default_factory=list)
@@ -45,6 +48,7 @@ class Data:
     encoding: Any = None
     train_targets: Tensor | None = None
     val_targets: Tensor | None = None
+    alike: Alike | None = None
 
 
 def read(plan: Plan, kind: str | None, device: torch.device, dtype: torch.dtype) -> Data:
@@ -74,10 +78,13 @@ def read(plan: Plan, kind: str | None, device: torch.device, dtype: torch.dtype)
     shuffle = True if plan.shuffle is None else plan.shuffle
     world = processes.world()
     part = Part(world.rank, world.size)
+    alike = Alike(processes.first(seeding.generator_states)) if world.size > 1 else None
     options = {"batch_size": size, "seed": seed, "workers": plan.workers or 0, "part": part}
+    given = partial(_given, part=part, alike=alike, target=target)
     return Data(
-        train=_loader(train, device, shuffle=shuffle, where="train", **options),
-        val=None if val is None else _loader(val, device, shuffle=False, where="val", **options),
+        train=_loader(train, device, given, shuffle=shuffle, where="train", **options),
+        val=None if val is None else _loader(val, device, given, shuffle=False, where="val", **options),
+        alike=alike,
         seed=seed,
         batch_size=size,
         target=target,
@@ -88,7 +95,7 @@ def read(plan: Plan, kind: str | None, device: torch.device, dtype: torch.dtype)
     )
 
 
-def steps_of(train: Loader | GivenLoader, accumulate: int, epochs: int | None, max_steps: int | None) -> int | None:
+def steps_of(train: AnyLoader, accumulate: int, epochs: int | None, max_steps: int | None) -> int | None:
     """How many updates the run will make, None where that is not known."""
     try:
         planned = -(-len(train) // accumulate) * epochs if epochs is not None else None
@@ -178,12 +185,18 @@ def _refuse_negative(targets: Tensor | None, loss: Any) -> None:
         raise LossError(what, where=f"train, target {int(targets.flatten()[at])} at position {at}", fix=fix)
 
 
-def _loader(source: Source | DataLoader, device: torch.device, **options: Any) -> Loader | GivenLoader:
+def _loader(
+    source: Source | DataLoader, device: torch.device, given: Callable[[DataLoader], AnyLoader], **options: Any
+) -> AnyLoader:
     if isinstance(source, DataLoader):
-        return GivenLoader(source)
+        return given(source)
     if isinstance(source, Arrays) and _fits(source, device):
         return Loader(source.to(device), **options)
     return Loader(source, pin_memory=device.type == "cuda", **options)
+
+
+def _given(loader: DataLoader, *, part: Part, alike: Alike | None, target: Sequence[str]) -> AnyLoader:
+    return GivenLoader(loader) if alike is None else SharedLoader(loader, part, alike, target)
 
 
 def _fits(arrays: Arrays, device: torch.device) -> bool:

@@ -21,7 +21,7 @@ from epochal.checkpoint.saver import Saver
 from epochal.checkpoint.store import Checkpoints, Saving, look_for_room
 from epochal.checkpoint.weights import refuse_unholdable, weights_of
 from epochal.data.batch import split
-from epochal.data.given import GivenLoader
+from epochal.data.loader import Loader
 from epochal.data.window import Window
 from epochal.describe import started, told_optimizer
 from epochal.ending import Ending, Limits
@@ -94,7 +94,7 @@ def prepare(plan: Plan) -> Run:
     )  # fmt: skip
     run = Run(
         state=state, step=step, train=data.train, accumulate=plan.accumulate, best=best,
-        ending=Ending(limits, state, agreement=agreement),
+        ending=Ending(limits, state, agreement=agreement), alike=data.alike,
         validation=Validation(data.val, Stream(metrics), Every.parse(plan.evaluate_every, where="evaluate_every")),
         averages=TrainAverages(Stream(metrics)),
         setting=Setting(
@@ -125,7 +125,7 @@ def _materialise(model: nn.Module, data: Data, device: torch.device) -> None:
     lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if not lazy:
         return
-    if isinstance(data.train, GivenLoader):  # looking into it would draw from the generators
+    if not isinstance(data.train, Loader):  # looking into it would draw from the generators
         what = "the model has parameters without a shape."
         fix = "call the model once on a batch before fit, so that its lazy layers learn their sizes"
         raise ModelError(what, where=f"{', '.join(lazy[:3])} of {type(model).__name__}", fix=fix)

@@ -90,7 +90,7 @@ def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
     yield from (f"{Path(damaged.where or '').name} is left out: {damaged.what}" for damaged in found.damaged)
     recorded = defaultdict(dict, _told(found))
     _refuse_another_run(run.state, found, recorded["parts"], run.about["parts"])
-    has_own = _own_part(found, checkpoints.group)
+    has_own = _own_part(run, found, checkpoints.group)
     _put_back(run.state, found)
     if not has_own:  # there were fewer, or more
         state = run.state
@@ -131,13 +131,18 @@ def _newest(checkpoints: Checkpoints) -> Found | None:
     return Found(told[0], checkpoints.load(told[0]), told[1])
 
 
-def _own_part(found: Found, group: Group) -> bool:
-    """Gives each process but the first what is its own in the state; False where there is nothing for it."""
-    others = found.state.pop("processes", [])
-    if group.rank == 0 or len(others) != group.size - 1:
-        return len(others) == group.size - 1
-    found.state.update(others[group.rank - 1])
-    return True
+def _own_part(run: Run, found: Found, group: Group) -> bool:
+    """Of what several processes had of their own, puts this one's into the state; False if they were more, or fewer."""
+    try:
+        own = msgspec.convert(found.state.pop("processes", []), list[dict[str, Any]])
+        if run.alike is not None:  # one process draws everything from what several draw alike
+            seeding.try_generator_states(found.state["generators"])
+            run.alike.states = found.state["generators"]
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        raise _misfit(found, "what it says of its processes cannot be read") from error
+    if len(own) == group.size:
+        found.state.update(own[group.rank])
+    return len(own) == group.size or (group.size == 1 and not own)
 
 
 def _told(found: Found) -> dict[str, dict[str, Any]]:

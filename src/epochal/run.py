@@ -15,13 +15,13 @@ from epochal import loop, nonfinite
 from epochal.cadence import Every
 from epochal.checkpoint.saver import Saver
 from epochal.checkpoint.weights import weights_of
-from epochal.data.given import GivenLoader
 from epochal.data.loader import Loader
 from epochal.data.window import Window, windows
 from epochal.data.workers import heard_while_awaited
 from epochal.ending import Ending, reason_of
 from epochal.errors import DiskFullError, EpochalError, PlanError, ProcessError, WorkerError
 from epochal.events import Ended, Evaluated, Event, Noted, Saved, Started, StepDone, Stop, StopReason
+from epochal.feeding import AnyLoader
 from epochal.metrics.metric import Stream
 from epochal.observe.averages import TrainAverages
 from epochal.observe.best import BestSoFar
@@ -31,6 +31,7 @@ from epochal.result import Result, Setting
 from epochal.runtime import seeding
 from epochal.runtime.lock import Lock
 from epochal.runtime.processes import copy_from_first, first, gather, world
+from epochal.runtime.seeding import Alike
 from epochal.runtime.shards import whole_on_first
 from epochal.runtime.signals import Signals
 from epochal.state import Progress, TrainState
@@ -40,7 +41,7 @@ from epochal.state import Progress, TrainState
 class Validation:
     """What is evaluated, with which metrics, and how often; ``loader`` is None where there is no ``val``."""
 
-    loader: Loader | GivenLoader | None
+    loader: AnyLoader | None
     stream: Stream
     every: Every
 
@@ -49,16 +50,18 @@ class Validation:
 class Run:
     """A prepared run: ``for event in run`` trains. As a context manager it ends properly however it is left.
 
-    state: complete at every event. started: what observers are told first. about: what a later run is compared with
-    when it resumes this one. notes: what there is to say of the start. saver, lock: None where there is no run folder.
+    state: complete at every event. alike: what several processes draw alike. started: what observers are told first.
+    about: what a later run is compared with when it resumes this one. notes: what there is to say of the start.
+    saver, lock: None where there is no run folder.
     """
 
     state: TrainState
     step: Step
-    train: Loader | GivenLoader
+    train: AnyLoader
     accumulate: int
     validation: Validation
     ending: Ending
+    alike: Alike | None
     averages: TrainAverages
     best: BestSoFar
     setting: Setting
@@ -266,7 +269,7 @@ class Run:
         self.state.rows.append(row)
         return Evaluated(row, is_best, self.best.best)
 
-    def _validate(self, loader: Loader | GivenLoader) -> dict[str, Any]:
+    def _validate(self, loader: AnyLoader) -> dict[str, Any]:
         setting = self.setting
         batches = self._until_signal(loader.batches(epoch=0))
         values = loop.evaluate(
@@ -320,9 +323,9 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds: the state, what the run is about, and what other processes have of their own."""
         whole = {**self.state.state_dict(), "about": self.about}
-        if self.ending.agreement is not None:
+        if self.alike is not None:
             own = {name: part for name, part in whole.items() if name.startswith(("generators", "extras.data."))}
-            whole["processes"] = gather(own)[1:]
+            whole |= {"generators": self.alike.states, "processes": gather(own)}
         return whole
 
     def keep_as_saved(self) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from epochal.data.given import GivenLoader
 from epochal.data.loader import Loader
+from epochal.data.shared import SharedLoader
 from epochal.data.sources import Arrays, Samples, Source, Stream
 
 WHOLE = 256 * 2**20  # bytes that are hashed in full: a quarter of a second at most
@@ -18,7 +19,7 @@ PART = 64 * 2**20  # bytes of evenly spaced rows, of what is larger
 _CHUNK = 2**22  # bytes brought to the host at once
 
 
-def fingerprint(data: Source | DataLoader | Loader | GivenLoader) -> dict[str, str | int]:
+def fingerprint(data: Source | DataLoader | Loader | GivenLoader | SharedLoader) -> dict[str, str | int]:
     """Plain values that differ where the data do. No sample is fetched, and no generator is touched.
 
     Arrays are hashed (sha256 over the bytes of all parts, or of evenly spaced rows if there are more than
@@ -28,7 +29,7 @@ def fingerprint(data: Source | DataLoader | Loader | GivenLoader) -> dict[str, s
     >>> fingerprint(Loader((torch.zeros(6, 2), torch.arange(6))))["part 0"]
     '(6, 2) float32'
     """
-    if isinstance(data, Loader | GivenLoader):
+    if isinstance(data, Loader | GivenLoader | SharedLoader):
         data = data.source if isinstance(data, Loader) else data.loader
     if isinstance(data, DataLoader):
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,41 @@ def diverge(rank: int, seed: int) -> None:
         seed_everything(derive(seed, RANKS, rank))
 
 
+class Alike:
+    """Random numbers that several processes have alike, beside each one's own.
+
+    states: of the host's generators, to begin with.
+    """
+
+    def __init__(self, states: dict[str, Any]):
+        self.states = states
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Inside, the global generators of the host are these."""
+        self._own = _host_states()
+        _set_host_states(self.states)
+        try:
+            yield
+        finally:
+            self.states = _host_states()
+            _set_host_states(self._own)
+
+    def outside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, called with the process's own random numbers, where it is called inside."""
+
+        def apart(*given: Any) -> Any:
+            self.states = _host_states()
+            _set_host_states(self._own)
+            try:
+                return function(*given)
+            finally:
+                self._own = _host_states()
+                _set_host_states(self.states)
+
+        return apart
+
+
 def draw() -> int:
     """A seed drawn from torch's global generator, as torch's own samplers draw theirs."""
     return int(torch.empty((), dtype=torch.int64).random_().item())
@@ -48,15 +83,22 @@ def draw() -> int:
 
 def generator_states() -> dict[str, Any]:
     """The states of all global generators."""
-    states: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),
-        "torch": torch.get_rng_state(),
-    }
+    states = _host_states()
     for kind, home in accelerators().items():
         if getattr(home, "is_initialized", home.is_available)():  # asking others would start a device
             states[kind] = [home.get_rng_state(number) for number in range(home.device_count())]
     return states
+
+
+def _host_states() -> dict[str, Any]:
+    numpy = np.random.get_state(legacy=False)
+    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
+
+
+def _set_host_states(states: dict[str, Any]) -> None:
+    _set_python_state(random, states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
 
 
 def accelerators() -> dict[str, Any]:
@@ -67,9 +109,7 @@ def accelerators() -> dict[str, Any]:
 
 def set_generator_states(states: dict[str, Any]) -> None:
     """Puts back what :func:`generator_states` gave."""
-    _set_python_state(random, states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
+    _set_host_states(states)
     for kind, home in accelerators().items():
         for number, state in enumerate(states.get(kind, ())[: home.device_count()]):  # there may be fewer now
             home.set_rng_state(state, number)
