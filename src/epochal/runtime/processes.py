@@ -5,6 +5,7 @@ All of it is torch.distributed's. In a world of one every function here does wha
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from epochal.errors import EpochalError
 from epochal.runtime.world import World, announced, meeting_place
 
 T = TypeVar("T")
@@ -38,10 +40,17 @@ def join(device: torch.device, timeout: timedelta) -> World:
         os.environ.update(place)  # for env://, which reads them there
         try:
             dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=timeout)
+            atexit.register(leave)
         finally:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
     return world()
+
+
+def leave() -> None:
+    """Ends the group for this process: its threads would abort a process that ends before them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def gather(value: Any) -> list[Any]:
@@ -65,7 +74,7 @@ def first(make: Callable[[], T]) -> T:
             outcome[1] = error
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise outcome[1]
+        raise _shared(outcome[1])
     return outcome[0]
 
 
@@ -77,9 +86,17 @@ def together(make: Callable[[], T]) -> T:
     except Exception as caught:
         error = caught
     errors = gather(error)
-    if (found := next((one for one in errors if one is not None), None)) is not None:
-        raise found if error is None else error
+    if found := [rank for rank, one in enumerate(errors) if one is not None]:
+        raised = error if error is not None and found[0] == world().rank else errors[found[0]]
+        raise _shared(raised, found[0] if len(found) < len(errors) else None)
     return value  # type: ignore[return-value]
+
+
+def _shared(error: Exception, rank: int | None = None) -> Exception:
+    """The error, marked as one that every process raises, so that it is told once."""
+    if isinstance(error, EpochalError):
+        error.is_shared, error.rank = True, rank
+    return error
 
 
 def add_up(tensor: Tensor) -> Tensor:
