@@ -59,6 +59,7 @@ The complete training loop for PyTorch.
 │ verify-resume      Prove that a recipe can be killed and resumed to the bit. │
 │ export             Write the weights of a run as one file.                   │
 │ import-checkpoint  Begin a run folder with the weights of a .pt file.        │
+│ slurm              Print a script for sbatch that trains a recipe.           │
 │ runs               List run folders, or show one.                            │
 │ config             Show what a command would run with.                       │
 │ --help (-h)        Display this message and exit.                            │
@@ -214,6 +215,8 @@ epochal fit
   --device      auto                  default
   --precision   fp32                  default
   --seed        0                     default
+  --processes   None                  default
+  --restarts    None                  default
   --config      my.toml               command line
   --resume      False                 default
 """

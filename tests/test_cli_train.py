@@ -98,6 +98,8 @@ def test_help_shows_the_parameters_of_the_recipe_and_the_flags_of_epochal(comman
         "--epochs",
         "--precision",
         "--set",
+        "--processes",
+        "--restarts",
         "--config",
         "--resume",
     ]

@@ -11,10 +11,10 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 
 from epochal.cli import application
 from epochal.errors import EpochalError
+from epochal.runtime.launched import follow, tell
 
 UNEXPECTED = """\
 epochal met an error that it did not expect. Unless its last line tells you what to mend, this is a bug in epochal:
@@ -25,30 +25,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command, results to stdout and all else to stderr, and gives its exit code."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     told = "--traceback" in tokens or os.environ.get("EPOCHAL_TRACEBACK") == "1"
+    follow()
     try:
         _run([token for token in tokens if token != "--traceback"])
         sys.stdout.flush()
-    except BrokenPipeError:  # of `epochal runs ls | head -1`, say: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt as error:
-        print("; ".join(["interrupted", *getattr(error, "__notes__", ())]), file=sys.stderr)
-        return 130
-    except EpochalError as error:
-        if told:
-            traceback.print_exception(error.__cause__ or error)
-        with suppress(OSError):  # a terminal that was closed
-            print(error.describe(), file=sys.stderr)
-        return error.exit_code
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # stdout's: a file's is a FileError
-            print(f"FileError: stdout cannot be written: {error.strerror}.", file=sys.stderr)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        traceback.print_exc()
-        print(UNEXPECTED, file=sys.stderr)
-        return 1
+    except (KeyboardInterrupt, Exception) as error:
+        text, code = _explained(error, told)
+        tell(error, text, code)
+        return code
     return 0
+
+
+def _explained(error: BaseException, told: bool) -> tuple[str, int]:
+    """What to say of an error, and the exit code. told: with the way there."""
+    if isinstance(error, KeyboardInterrupt):
+        return "; ".join(["interrupted", *getattr(error, "__notes__", ())]), 130
+    if isinstance(error, EpochalError):
+        way = traceback.format_exception(error.__cause__ or error) if told else []
+        return "".join([*way, error.describe()]), error.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):  # stdout's: a file's is a FileError
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:  # of `epochal runs ls | head -1`, say: nobody reads on
+            return "", 141
+        return f"FileError: stdout cannot be written: {error.strerror}.", 1
+    return "".join([*traceback.format_exception(error), UNEXPECTED]), 1
 
 
 def _run(tokens: list[str]) -> None:

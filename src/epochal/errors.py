@@ -38,6 +38,8 @@ class EpochalError(Exception):
     """
 
     exit_code = 1
+    is_shared = False  # whether every process of a group raises it, so that one can tell it for all
+    rank: int | None = None  # of a shared one: the process it comes from, unless each of them met it
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
         super().__init__(what)
@@ -60,7 +62,7 @@ class EpochalError(Exception):
 
     def describe(self) -> str:
         """The error as the command line prints it, its class first."""
-        return f"{type(self).__name__}: {self}"
+        return f"{f'rank {self.rank}: ' if self.rank is not None else ''}{type(self).__name__}: {self}"
 
 
 def _rebuild(kind: type[EpochalError], what: str, where: str | None, fix: str | None) -> EpochalError:
@@ -143,16 +145,21 @@ class RunFolderError(EpochalError):
     """The run folder cannot be used."""
 
 
-class ProcessError(EpochalError):
-    """One of several processes died, hangs, or went another way than the others."""
-
-
 class RecipeError(EpochalError):
     """A recipe raised, or does not define ``plan``."""
 
 
 class MissingPackageError(EpochalError):
     """An optional package is needed and not installed."""
+
+
+class ProcessError(EpochalError):
+    """One of several processes died, hangs, or went another way than the others."""
+
+    is_relayed = False  # whether the text is what the process itself would have printed
+
+    def describe(self) -> str:
+        return str(self) if self.is_relayed else super().describe()
 
 
 class Interrupted(EpochalError):

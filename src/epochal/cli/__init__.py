@@ -27,6 +27,7 @@ COMMANDS = {
     "verify-resume": ("verify:verify_resume", "Prove that a recipe can be killed and resumed to the bit."),
     "export": ("weights:export", "Write the weights of a run as one file."),
     "import-checkpoint": ("weights:import_checkpoint", "Begin a run folder with the weights of a .pt file."),
+    "slurm": ("slurm:slurm", "Print a script for sbatch that trains a recipe."),
     "runs ls": ("runs:ls", "List the run folders in a folder."),
     "runs show": ("runs:show", "Show what a run did and what it left."),
     "config show": ("config:show", "Show the value of every flag, and where it is from."),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from epochal.cli.options import Config, Device, Epochs, Resume, Run, Seed
+from epochal.cli.options import Config, Device, Epochs, Processes, Restarts, Resume, Run, Seed
+from epochal.runtime.launched import launches
 
 
 def demo(
@@ -13,6 +14,8 @@ def demo(
     run: Run = None,
     device: Device = "auto",
     seed: Seed = 0,
+    processes: Processes = None,
+    restarts: Restarts = None,
     config: Config = None,
     resume: Resume = False,
 ) -> None:
@@ -20,6 +23,8 @@ def demo(
 
     1,797 images of 8 × 8 pixels come with epochal; a fifth of them is held back for validation.
     """
+    if launches(processes, restarts):
+        return
     import numpy as np
     import torch
     from torch import nn
@@ -42,4 +47,5 @@ def demo(
         loss="cross_entropy", optimizer="adamw", lr=0.003, schedule="cosine", epochs=epochs,
         metrics=["accuracy", "confusion"], device=device, seed=seed, run=run, resume=resume,
     )  # fmt: skip
-    train(plan, ["demo"], {"epochs": epochs, "device": device, "seed": seed}, {}, "epochal runs show {run}")
+    flags = {"epochs": epochs, "device": device, "seed": seed, "processes": processes, "restarts": restarts}
+    train(plan, ["demo"], flags, {}, "epochal runs show {run}")

@@ -23,6 +23,14 @@ Epochs = Annotated[int, Parameter(help="How many times the data are gone through
 Precision = Annotated[Literal["fp32", "bf16", "fp16"], Parameter(help="What the model computes in.")]
 Config = Annotated[Path | None, Parameter(help="A TOML file of these flags.")]
 Resume = Annotated[bool, Parameter(help="Go on with the run in the folder, if there is one.")]
+Processes = Annotated[
+    int | None,
+    Parameter(help="How many train together on this machine; by default one.", validator=validators.Number(gte=1)),
+]
+Restarts = Annotated[
+    int | None,
+    Parameter(help="How often all go on when one fails; by default never.", validator=validators.Number(gte=0)),
+]
 Json = Annotated[bool, Parameter(help="Print JSON.")]
 
 

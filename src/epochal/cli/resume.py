@@ -15,7 +15,7 @@ from msgspec import Struct
 from epochal.checkpoint import files
 from epochal.cli import application
 from epochal.cli.folders import existing
-from epochal.cli.options import read_flags
+from epochal.cli.options import Processes, Restarts, read_flags
 from epochal.cli.train import Set
 from epochal.cli.training import FLAGS
 from epochal.errors import PlanError, RunFolderError
@@ -29,6 +29,8 @@ def resume(
     *,
     epochs: Annotated[int | None, Parameter(help="Train until so many are done in all; else as it was begun.")] = None,
     changes: Set = [],  # noqa: B006  (it is only read)
+    processes: Processes = None,
+    restarts: Restarts = None,
 ) -> None:
     """Go on with an interrupted run, or train one further.
 
@@ -44,7 +46,8 @@ def resume(
         return
     flags = run / FLAGS[words[0]]
     tokens = [*words, *(["--config", str(flags)] if flags.exists() else []), "--run", str(run), "--resume"]
-    tokens += [] if epochs is None else ["--epochs", str(epochs)]
+    for name, value in {"epochs": epochs, "processes": processes, "restarts": restarts}.items():
+        tokens += [] if value is None else [f"--{name}", str(value)]
     if changes and words[0] != "train":
         fix = f"leave it out; {flags} holds the flags that the run was begun with"
         raise PlanError("--set changes the plan of a recipe, and this run has none.", where=str(run), fix=fix)

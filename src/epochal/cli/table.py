@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from epochal.cli.options import Config, Device, Epochs, Json, Precision, Resume, Run, Seed
+from epochal.cli.options import Config, Device, Epochs, Json, Precision, Processes, Restarts, Resume, Run, Seed
 from epochal.errors import PlanError
+from epochal.runtime.launched import launches, together
+from epochal.runtime.world import announced
 
 if TYPE_CHECKING:
     import polars as pl
@@ -44,6 +46,8 @@ def fit(
     device: Device = "auto",
     precision: Precision = "fp32",
     seed: Seed = 0,
+    processes: Processes = None,
+    restarts: Restarts = None,
     config: Config = None,
     resume: Resume = False,
 ) -> None:
@@ -53,6 +57,8 @@ def fit(
     anything are left out, and named. A target of text, booleans or few whole numbers is taken for classes.
     """
     flags = {name: value for name, value in locals().items() if name != "data"}
+    if launches(processes, restarts):
+        return
     import torch
 
     import epochal
@@ -60,7 +66,7 @@ def fit(
     from epochal.data.sources import encoded
 
     sizes = _sizes(hidden)
-    encoding, train, held = _read(data, val, seed, target, task, drop)
+    encoding, train, held = together(lambda: _read(data, val, seed, target, task, drop))
     torch.manual_seed(seed)
     metrics = network.metrics_of(encoding)
     counts = train[target].value_counts(name="rows of it")["rows of it"].to_numpy()
@@ -72,7 +78,8 @@ def fit(
         batch_size=batch_size or min(1024, max(32, 2 ** (len(train) // 400).bit_length())),
         device=device, precision=precision, seed=seed, run=run, resume=resume,
     )  # fmt: skip
-    print(*encoding.notes, "", sep="\n", file=sys.stderr)
+    if announced().is_first:
+        print(*encoding.notes, "", sep="\n", file=sys.stderr)
     files = {"table.json": network.saved(encoding, sizes)}
     command = ["fit", str(data.absolute())]
     training.train(plan, command, flags, files, "epochal predict {run} NEW.csv -o OUT.csv")

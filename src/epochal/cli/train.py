@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from epochal.cli.options import Config, Device, Epochs, Precision, Resume, Run, Seed, read_flags
+from epochal.cli.options import Config, Device, Epochs, Precision, Processes, Restarts, Resume, Run, Seed, read_flags
 from epochal.errors import EpochalError, PlanError, RecipeError
+from epochal.runtime.launched import decided, is_restarted, launches, together
 
 if TYPE_CHECKING:
     from epochal.plan import Plan
 
 PLANNED = ("device", "seed", "epochs", "precision")  # flags that change the plan
+STARTED = ("processes", "restarts")  # those that change how it is begun
 Set = Annotated[list[str], Parameter(name="--set", show_default=False, help="option=value of the plan; several times.")]
 
 
@@ -36,6 +38,8 @@ def train(
     epochs: Epochs | None = None,
     precision: Precision | None = None,
     changes: Set = [],  # noqa: B006  (it is only read)
+    processes: Processes = None,
+    restarts: Restarts = None,
     config: Config = None,
     resume: Resume = False,
     drawn: Annotated[int | None, Parameter(show=False)] = None,  # the seed of a run that was given none, to resume it
@@ -106,14 +110,16 @@ def load(path: Path) -> Callable[..., Any]:
 
 
 def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    if launches(given.get("processes"), given.get("restarts")):
+        return
     from epochal.cli import training
 
     if given.get("drawn") is None and given.get("seed") is None and "seed" not in chosen:
-        before = _seed_before(given) or {"drawn": int.from_bytes(os.urandom(4))}
+        before = decided("seed", lambda: _seed_before(given) or {"drawn": int.from_bytes(os.urandom(4))})
         if isinstance(before.get("seed"), int) and "seed" in inspect.signature(make).parameters:  # the recipe's own
             chosen = {**chosen, "seed": before.pop("seed")}
         given = {**given, **before}
-    plan = planned(path, make, chosen, given)
+    plan = together(lambda: planned(path, make, chosen, given))
     files = {"recipe.py": path.read_bytes()}
     with blaming(path):
         words = ["train", str(path.absolute())]
@@ -123,7 +129,7 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
 def _seed_before(given: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that chose the seed of a run that is resumed: with another one, its data would be divided anew."""
     path = Path(given["run"] or "", "recipe.toml")
-    if not (given["resume"] and given["run"] and path.is_file()):
+    if not ((given["resume"] or is_restarted()) and given["run"] and path.is_file()):
         return {}
     known = read_flags(path)
     if changes := [change for change in known.get("set", []) if re.match(r"\s*seed\s*=", change)]:
@@ -134,7 +140,7 @@ def _seed_before(given: Mapping[str, Any]) -> dict[str, Any]:
 def flags(chosen: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The flags with which the same is asked of the recipe again; the run folder is not part of it."""
     changes = [change for change in given["changes"] if not re.match(r"\s*(run|resume)\s*=", change)]
-    return {**{name: given.get(name) for name in (*PLANNED, "drawn")}, **chosen, "set": changes}
+    return {**{name: given.get(name) for name in (*PLANNED, *STARTED, "drawn")}, **chosen, "set": changes}
 
 
 def planned(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], given: Mapping[str, Any]) -> Plan:

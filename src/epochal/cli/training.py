@@ -17,6 +17,8 @@ from epochal.checkpoint.files import replace_bytes
 from epochal.cli.folders import RUNS, held, new_folder, numbers, print_facts
 from epochal.errors import EpochalError, Interrupted
 from epochal.events import StopReason
+from epochal.runtime.launched import check_restarts, decided, is_restarted
+from epochal.runtime.world import announced
 
 if TYPE_CHECKING:
     from signal import Signals
@@ -38,18 +40,27 @@ def train(
 
     Raises Interrupted if a signal ended it.
     """
-    folder = Path(plan.run) if plan.run is not None else new_folder(Path(command[-1]).name.partition(".")[0])
+    is_first = announced().is_first
+    folder = Path(decided("run", lambda: str(plan.run) if plan.run is not None else _new_folder(command)))
+    kept = {FLAGS[command[0]]: written(flags), **files} if is_first else {}
     try:
-        result = _trained(plan.replace(run=folder), command, {FLAGS[command[0]]: written(flags), **files})
+        result = _trained(plan.replace(run=folder, resume=plan.resume or is_restarted()), command, kept)
     finally:
-        if plan.run is None:
+        if plan.run is None and is_first:
             with suppress(OSError):  # it holds something, unless the run failed before its start
                 if os.listdir(folder) == [".lock"]:
                     os.unlink(folder / ".lock")
                 folder.rmdir()
                 RUNS.rmdir()
+    if not is_first:
+        return
     facts = {"results": _measured(result), "files": f"{folder}: {', '.join(held(folder))}"}
     print_facts({**facts, "next": then.format(run=shlex.quote(str(folder)))})
+
+
+def _new_folder(command: Sequence[str]) -> str:
+    check_restarts()
+    return str(new_folder(Path(command[-1]).name.partition(".")[0]))
 
 
 def written(flags: Mapping[str, Any]) -> str:
@@ -92,13 +103,14 @@ def _trained(plan: Plan, command: Sequence[str], files: Mapping[str, str | bytes
     if (signal := run.signals.received) is not None and run.result.reason is StopReason.INTERRUPTED:
         _draw(run, folder)
         raise _interrupted(run, folder, signal)
-    run.result.history.plot(folder / "results.png")
+    if announced().is_first:
+        run.result.history.plot(folder / "results.png")
     return run.result
 
 
 def _draw(run: Run, folder: Path) -> None:
     """What ended the run matters more than a picture that cannot be written."""
-    if run.state.rows:
+    if run.state.rows and announced().is_first:
         with suppress(EpochalError):
             run.result.history.plot(folder / "results.png")
 
@@ -110,7 +122,7 @@ def _interrupted(run: Run, folder: Path, signal: Signals) -> Interrupted:
     told = "a checkpoint is saved" if is_saved else "it could not be saved"
     what = f"{signal.name} ended the run after step {step}; {told}."
     error = Interrupted(what, where=str(folder), fix=f"epochal resume {shlex.quote(str(folder))}")
-    error.exit_code = 128 + signal
+    error.exit_code, error.is_shared = 128 + signal, True  # whoever sent it sent it to all
     return error
 
 

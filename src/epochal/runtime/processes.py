@@ -5,6 +5,7 @@ All of it is torch.distributed's. In a world of one every function here does wha
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from epochal.errors import EpochalError
 from epochal.runtime.world import World, announced, meeting_place
 
 T = TypeVar("T")
+_is_ours = False  # the group, which was made here
 
 
 def world() -> World:
@@ -31,18 +34,32 @@ def world() -> World:
 def join(device: torch.device, timeout: timedelta) -> World:
     """Makes this process one of the group that its environment tells of, if it is not yet.
 
-    timeout: how long the others are waited for before the group counts as broken.
+    timeout: how long the others are waited for before the group counts as broken; of a group that a user's own program
+    has made, that program has said it.
     """
-    if announced().size > 1 and not dist.is_initialized():
+    global _is_ours
+    if dist.is_initialized():
+        if _is_ours:
+            dist.distributed_c10d._set_pg_timeout(timeout)
+        return world()
+    if announced().size > 1:
         place = meeting_place()
         before = {name: os.environ.get(name) for name in place}
         os.environ.update(place)  # for env://, which reads them there
         try:
             dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=timeout)
+            atexit.register(leave)
+            _is_ours = True
         finally:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
     return world()
+
+
+def leave() -> None:
+    """Ends the group for this process: its threads would abort a process that ends before them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Group:
@@ -72,7 +89,7 @@ class Group:
                 outcome[1] = portable(error)
         dist.broadcast_object_list(outcome, group=self._handle)
         if outcome[1] is not None:
-            raise outcome[1]
+            raise _shared(outcome[1])
         return outcome[0]
 
     def together(self, make: Callable[[], T]) -> list[T]:
@@ -85,10 +102,17 @@ class Group:
         except Exception as caught:
             error = portable(caught)
         outcomes = self.gather((value, error))
-        for _, wrong in outcomes:
-            if wrong is not None:
-                raise wrong
+        if failed := [rank for rank, (_, wrong) in enumerate(outcomes) if wrong is not None]:
+            raised = error if failed[0] == self.rank else outcomes[failed[0]][1]
+            raise _shared(raised, failed[0] if len(failed) < self.size else None)
         return [value for value, _ in outcomes]
+
+
+def _shared(error: Any, rank: int | None = None) -> Exception:
+    """The error, marked as one that every process raises, so that it is told once."""
+    if isinstance(error, EpochalError):
+        error.is_shared, error.rank = True, rank
+    return error
 
 
 def portable(error: Exception) -> Exception:

@@ -9,6 +9,8 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+from epochal.runtime.world import announced
+
 # Only a handler that nobody has chosen is replaced: a program with one of its own knows what it wants.
 INTERRUPT = {signal.SIGINT: signal.default_int_handler}
 TERMINATE = {
@@ -52,7 +54,7 @@ class Signals:
             raise KeyboardInterrupt
         else:
             self.received = signal.Signals(number)
-            if number == signal.SIGINT and os.isatty(2):
+            if number == signal.SIGINT and os.isatty(2) and announced().is_first:
                 with suppress(OSError):
                     os.write(2, b"\r\nending after what is in hand; Ctrl-C again stops at once\r\n")
 

@@ -1,0 +1,129 @@
+"""A process that was started together with others: what it decides with them, and how it tells of its end.
+
+Imports no torch, for every command begins here; a process that is alone does nothing of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+from epochal.errors import PlanError
+from epochal.runtime.world import announced
+
+T = TypeVar("T")
+
+LAUNCHER = "EPOCHAL_LAUNCHER"  # in the environment of the processes that runtime/launch.py starts: its process id
+ERRORS = "TORCHELASTIC_ERROR_FILE"
+PATIENCE = timedelta(minutes=30)  # with the others, before the group counts as broken; torch's own for gloo
+DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+def follow() -> None:
+    """Has the kernel end this process with its launcher, even if that is killed: nobody trains on unseen."""
+    if LAUNCHER in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+
+
+def launches(processes: int | None, restarts: int | None) -> bool:
+    """Whether the command is to be run by several processes, and this one has started them and seen them end.
+
+    >>> launches(None, None), launches(1, 3)
+    (False, False)
+    """
+    if (processes or 1) == 1 or announced().size > 1:  # the processes themselves get here with the same flags
+        return False
+    from epochal.runtime.launch import launch
+
+    launch(sys.argv[1:], processes or 1, restarts or 0)
+    return True
+
+
+def notes() -> Path | None:
+    """Where the launcher keeps what was decided, for its processes, and for those that it starts anew."""
+    if os.environ.get(LAUNCHER) != str(os.getppid()):  # none, or its environment was only inherited
+        return None
+    return Path(os.environ[ERRORS]).parents[3]
+
+
+def is_restarted() -> bool:
+    """Whether these processes were started before, and have to go on where those were.
+
+    >>> is_restarted()
+    False
+    """
+    return announced().size > 1 and announced().restarts > 0
+
+
+def meet() -> None:
+    """Joins the group, if there are others. Its devices are those of the machine, as no plan is known yet."""
+    if announced().size > 1:
+        from epochal.runtime.device import choose
+        from epochal.runtime.processes import join
+
+        join(choose("auto"), PATIENCE)
+
+
+def decided(name: str, make: Callable[[], T]) -> T:
+    """What the first process makes, a value of JSON's: the same for all, and for those that are started anew.
+
+    >>> decided("seed", lambda: 7)
+    7
+    """
+    if announced().size == 1:
+        return make()
+    from epochal.runtime.processes import first
+
+    note = folder / name if (folder := notes()) else None
+
+    def once() -> T:
+        if note is not None and note.exists():
+            return json.loads(note.read_text())
+        value = make()
+        if note is not None:
+            note.write_text(json.dumps(value))
+        return value
+
+    meet()
+    return first(once)
+
+
+def together(make: Callable[[], T]) -> T:
+    """What ``make`` gives in this process; if it fails in any, it fails in all, and is told once."""
+    if announced().size == 1:
+        return make()
+    from epochal.runtime.processes import together
+
+    meet()
+    return together(make)[announced().rank]
+
+
+def check_restarts() -> None:
+    """Raises PlanError where processes are started anew by somebody who cannot tell them their run folder."""
+    is_possible = is_restarted() or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    if announced().size > 1 and notes() is None and is_possible:
+        what = "a run whose processes are started anew needs a folder that they find again."
+        raise PlanError(what, where="no --run, and restarts by torchrun or SLURM", fix="give --run FOLDER")
+
+
+def tell(error: BaseException, text: str, code: int) -> None:
+    """Says on stderr how this process ends. One of a launcher's leaves it to that: ``launch.py`` reads the file."""
+    world, is_shared = announced(), getattr(error, "is_shared", False)
+    if notes() is not None:
+        brief = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        facts = {"message": text, "timestamp": time.time(), "brief": brief, "code": code, "shared": is_shared}
+        file = Path(os.environ[ERRORS])
+        file.with_suffix(".new").write_text(json.dumps(facts))
+        os.replace(file.with_suffix(".new"), file)  # whoever is killed in the midst of it leaves no half a file
+    elif text and (world.is_first or not is_shared):
+        with suppress(OSError):  # a terminal that was closed
+            print(text if world.size == 1 or is_shared else f"rank {world.rank}: {text}", file=sys.stderr)
