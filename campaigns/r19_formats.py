@@ -21,7 +21,7 @@ from torch import nn
 from campaigns import harness
 from campaigns.harness import Outcome, Part
 from epochal.checkpoint import codec
-from epochal.checkpoint.manifest import FORMAT, MANIFEST
+from epochal.checkpoint.manifest import FORMAT, MANIFEST, WITH_PIECES
 from epochal.checkpoint.store import Checkpoints
 from epochal.errors import CheckpointError
 
@@ -67,7 +67,7 @@ def _work(part: Part, rng: random.Random, share: int, shares: int) -> None:
             part.fail(f"format {number}: it is read as something else")
         elif number == FORMAT and harness.digest(found.state) != harness.digest(everything()):
             part.fail(f"format {number}: it is not what it was made of")
-    for newer in (FORMAT + 1, FORMAT + 10, 10**6):
+    for newer in (WITH_PIECES + 1, WITH_PIECES + 10, 10**6):
         part.tried += 1
         for problem in _newer(newer):
             part.fail(f"format {newer}: {problem}")
@@ -83,7 +83,7 @@ def _newer(number: int) -> list[str]:
             Checkpoints(folder).load(path)
         except CheckpointError as error:
             told = str(error)
-            missing = [word for word in (f"format {number}", f"format {FORMAT}", "newer") if word not in told]
+            missing = [word for word in (f"format {number}", f"{FORMAT} and {WITH_PIECES}", "newer") if word not in told]
             return [f"{missing} is not said: {told}"] if missing else []
         return ["it is read"]
 

@@ -71,22 +71,26 @@ class TakeTurns:
         self.optimizers = {
             name: torch.optim.Adam(part.parameters(), lr=lr, betas=(0.5, 0.999)) for name, part in parts.items()
         }
+        self.parameters = {name: list(part.parameters()) for name, part in parts.items()}
 
     def __call__(self, state: epochal.TrainState, window: epochal.Window) -> epochal.StepResult:
         model, judge = state.model, state.model.discriminator
         real = torch.cat(window.batches).to(next(model.parameters()).device)
         written = model(real)
         d_loss = verdict(judge(real), 0.9) + verdict(judge(written.detach()), 0.0)
-        self.move("discriminator", d_loss)
+        self.move("discriminator", d_loss, window)
         g_loss = verdict(judge(written), 1.0)
-        self.move("generator", g_loss)
+        self.move("generator", g_loss, window)
         loss = energy_distance(real, written.detach())
-        return epochal.StepResult(loss, window.samples, values={"d_loss": d_loss.detach(), "g_loss": g_loss.detach()})
+        return epochal.StepResult(
+            loss, sum(window.sizes), values={"d_loss": d_loss.detach(), "g_loss": g_loss.detach()}
+        )
 
-    def move(self, name: str, loss: Tensor) -> None:
+    def move(self, name: str, loss: Tensor, window: epochal.Window) -> None:
         optimizer = self.optimizers[name]
         optimizer.zero_grad()
         loss.backward()
+        epochal.average_gradients(self.parameters[name], window)  # for several processes; else it does nothing
         optimizer.step()
 
     def state_dict(self) -> dict:

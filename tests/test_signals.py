@@ -226,10 +226,10 @@ from epochal.runtime.lock import is_held
 
 commit, X = Checkpoints._commit, torch.randn(64, 4)
 
-def slowly(self, step, contents):
+def slowly(self, step, *contents):
     if step:
         time.sleep(2)
-    path = commit(self, step, contents)
+    path = commit(self, step, *contents)
     print("written", path.name, is_held(Path("r")), flush=True)
     return path
 

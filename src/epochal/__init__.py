@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from epochal.accumulation import average_gradients as average_gradients
     from epochal.checkpoint.store import Checkpoints as Checkpoints
     from epochal.checkpoint.store import Saving as Saving
     from epochal.data.loader import Loader as Loader
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "accumulation": "average_gradients",
     "checkpoint.store": "Checkpoints Saving",
     "data.loader": "Loader",
     "data.window": "Window",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from epochal.agreement import FACTS, Agreement
 from epochal.data.window import Window
 from epochal.errors import LossError
 from epochal.protocols import Loss
+from epochal.runtime import processes
 
 if TYPE_CHECKING:
     from epochal.state import TrainState
@@ -29,7 +30,8 @@ class Sum:
         self, window: Window, scaler: Any, *, divides_by_itself: bool, keeps_outputs: bool,
         agreement: Agreement | None = None,
     ):  # fmt: skip
-        self.window, self._scaler, self._agreement = window, scaler, agreement
+        self.window, self._scaler = window, scaler
+        self._agreement: Any = agreement
         self._alone = len(window.batches) == 1 and agreement is None
         self._divides_by_itself, self._keeps_outputs = divides_by_itself, keeps_outputs
         self.loss: Any = 0.0
@@ -66,7 +68,7 @@ class Sum:
         self._see(loss)
         return value if self._scaler is None else self._scaler.scale(value)
 
-    def _share(self, loss: Loss, agreement: Agreement) -> Tensor:
+    def _share(self, loss: Loss, agreement: Any) -> Tensor:
         """This process's part of the value. With its gradient travel the sums, and with the last one the word."""
         counts = self.window.sizes[self._number] > 0  # else it stands in for a share that is empty
         weight = loss.weight if counts else 0.0
@@ -95,7 +97,7 @@ class Sum:
         """As :meth:`close`, over all processes; gives the sums of their words. found: above 0 where a gradient is not
         finite, and afterwards also where one of another process is not.
         """
-        loss, self.weight, *told, not_finite = self._agreement.engine.told(found)  # type: ignore[union-attr]
+        loss, self.weight, *told, not_finite = self._agreement.engine.told(found)
         found.fill_(not_finite)
         self.loss = torch.full((), loss / self.weight if self.weight else math.nan, device=device)
         _rescale(state, self.window.samples, self.weight)
@@ -116,6 +118,31 @@ def _rescale(state: TrainState, samples: int, weights: float | Tensor) -> None:
     factor = samples / (weights.double() if isinstance(weights, Tensor) else weights)
     for gradient in gradients(state):
         gradient.mul_(factor)
+
+
+def average_gradients(parameters: Iterable[Tensor], window: Window) -> None:
+    """In a step of your own, after a backward pass: makes the gradients those of all processes, weighted by samples.
+
+    In a world of one nothing changes. To be called before each ``optimizer.step()``, with the parameters that it moves,
+    and in all processes alike.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> weight.sum().backward()
+    >>> average_gradients([weight], Window([], [4]))
+    >>> weight.grad
+    tensor([1., 1.])
+    """
+    if processes.world().size == 1:
+        return
+    share = sum(window.sizes) / window.samples
+    held = [p for p in parameters if p.requires_grad]
+    for p in held:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad * share
+    for dtype in {p.dtype for p in held}:  # together, for each exchange costs
+        gradients = [p.grad for p in held if p.dtype == dtype and p.grad is not None]
+        flat = processes.add_up(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(summed.view_as(gradient))
 
 
 def gradients(state: TrainState) -> list[Tensor]:

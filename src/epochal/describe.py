@@ -17,6 +17,8 @@ from epochal.events import Started
 from epochal.feeding import AnyLoader, Data, steps_of
 from epochal.optim.schedules import Schedule
 from epochal.runtime import device as devices
+from epochal.runtime.processes import world
+from epochal.runtime.strategy import Strategy
 
 if TYPE_CHECKING:
     from epochal.plan import Plan
@@ -37,6 +39,9 @@ def started(plan: Plan, state: TrainState, data: Data, device: torch.device, mon
         "device": f"{devices.describe(device)}, {plan.precision}{', compiled' if plan.compile else ''}",
         "until": _until(plan, monitor),
     }
+    if (size := world().size) > 1:
+        has = "a part of the model (fsdp)" if Strategy.of(plan.strategy).kind == "fsdp" else "the whole model (ddp)"
+        facts["processes"] = f"{size}, each with {has} and its share of every batch"
     if plan.seed is not None:
         facts["seed"] = str(plan.seed)
     if plan.run is not None:
@@ -104,6 +109,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Optimizer):
         settings = {name: default for name, default in value.defaults.items() if isinstance(default, int | float | str)}
         return f"{type(value).__name__}({', '.join(f'{name}={setting!r}' for name, setting in settings.items())})"
-    if isinstance(value, Schedule | Saving | Every | Path | torch.device):
+    if isinstance(value, Schedule | Saving | Every | Path | Strategy | torch.device):
         return str(value)
     return getattr(value, "name", None) or getattr(value, "__name__", type(value).__name__)

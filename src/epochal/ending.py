@@ -9,7 +9,7 @@ from signal import Signals as Signal
 from epochal.agreement import Agreement, Word
 from epochal.errors import NonFiniteError, ProcessError
 from epochal.events import StopReason
-from epochal.runtime.processes import first, world
+from epochal.runtime.processes import first, gather, world
 from epochal.runtime.pulse import lost
 from epochal.runtime.signals import Signals
 from epochal.state import Progress, TrainState
@@ -61,6 +61,12 @@ class Ending:
         if self.agreement is not None:
             self.state.stop = first(lambda: self.state.stop)
             self.agreement.stop = self.state.stop is not None
+
+    def agree_on_signal(self) -> None:
+        """After an evaluation, in which nobody hears of another one's signal."""
+        if self.agreement is not None:
+            received = [one for one in gather(self.signals.received) if one is not None]
+            self.agreement.signal = received[0] if received else self.agreement.signal
 
     def lost(self, error: BaseException | None) -> ProcessError | None:
         """What to say instead of an error, if it is of another process that was waited for."""

@@ -16,6 +16,7 @@ from epochal.cadence import Every
 from epochal.checkpoint.saver import Saver
 from epochal.checkpoint.weights import weights_of
 from epochal.data.loader import Loader
+from epochal.data.shared import SharedLoader
 from epochal.data.window import Window, windows
 from epochal.data.workers import heard_while_awaited
 from epochal.ending import Ending, reason_of
@@ -250,6 +251,7 @@ class Run:
             before, is_whole = (seeding.generator_states(), validation.loader.state_dict()), False
             try:
                 measured = self._validate(validation.loader)
+                self.ending.agree_on_signal()
                 is_whole = self.ending.signal is None
             finally:
                 if not is_whole:
@@ -271,7 +273,9 @@ class Run:
 
     def _validate(self, loader: AnyLoader) -> dict[str, Any]:
         setting = self.setting
-        batches = self._until_signal(loader.batches(epoch=0))
+        batches: Iterable[Any] = loader.batches(epoch=0)
+        if not (setting.in_step or isinstance(loader, SharedLoader)):  # else all processes have to take every batch
+            batches = self._until_signal(batches)
         values = loop.evaluate(
             setting.objective, setting.forward, batches, self.validation.stream,
             modules=setting.modules, device=setting.device, autocast=setting.autocast, in_step=setting.in_step,
@@ -281,7 +285,7 @@ class Run:
     def _until_signal(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
             yield batch
-            if self.ending.signal is not None:
+            if self.signals.received is not None:
                 return
 
     def _settle(self) -> None:

@@ -184,7 +184,7 @@ class Update:
 
     def _close_together(self, state: TrainState, summed: Sum, agreement: Agreement) -> None:
         """The sums over all processes; and what is not finite in one of them is so in all."""
-        if agreement.engine.sharded:  # each has only looked at its part
+        if agreement.is_sharded:  # each has only looked at its part
             self._look_for_nonfinite(state, self._one)
         agreement.hear(summed.close_together(state, self.device, self._found))
 

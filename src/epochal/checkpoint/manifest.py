@@ -64,7 +64,9 @@ class Written(NamedTuple):
 
 def describe(step: int, written: Sequence[Written]) -> bytes:
     """The manifest of what the processes have written, as the bytes of its own file."""
-    files, named, pieces = ({k: v for one in written for k, v in one[field].items()} for field in range(3))
+    files = {name: file for one in written for name, file in one.files.items()}
+    named = {name: tensor for one in written for name, tensor in one.tensors.items()}
+    pieces = {name: rows for one in written for name, rows in one.pieces.items()}
     return msgspec.json.encode(Manifest(WITH_PIECES if pieces else FORMAT, step, files, named, pieces))
 
 

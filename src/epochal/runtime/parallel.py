@@ -75,11 +75,11 @@ class Replicated:
 
     def _wrap(self, *, finds_unused: bool) -> None:
         known = inspect.signature(DistributedDataParallel.__init__).parameters
-        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        self._ddp = DistributedDataParallel(
-            self._whole, init_sync=False, gradient_as_bucket_view=True, find_unused_parameters=finds_unused,
-            **{buffers: False},
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False,
+            "init_sync": False, "gradient_as_bucket_view": True, "find_unused_parameters": finds_unused,
+        }  # fmt: skip
+        self._ddp = DistributedDataParallel(self._whole, **options)
         self._ddp.register_comm_hook(None, _sum)
 
     def begin(self, *, syncs: bool) -> None:
@@ -94,13 +94,15 @@ class Replicated:
     def carry(self, value: Tensor | None, facts: Sequence[Any]) -> Tensor:
         """The value to differentiate instead, which takes the facts along; None is that of nothing."""
         if value is None:
-            value = sum(p.sum() * 0.0 for module in self.modules for p in module.parameters() if p.requires_grad)
+            every = (p for module in self.modules for p in module.parameters() if p.requires_grad)
+            value = torch.stack([p.sum() * 0.0 for p in every]).sum()
         told = torch.stack([torch.as_tensor(fact, dtype=torch.float32, device=self.device) for fact in facts])
         return value + (self._carrier * told).sum()
 
     def told(self, found: Tensor) -> list[float]:
         """The sums of all facts, after the last backward pass; and of ``found``, where gradients differ: not here."""
-        gradient, self._whole.carrier.grad = self._whole.carrier.grad, None
+        carrier: Any = self._whole.carrier
+        gradient, carrier.grad = carrier.grad, None
         return [*gradient.tolist(), 0.0]
 
     def alone(self, function: Callable) -> Callable:
@@ -129,18 +131,19 @@ class Sharded:
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device, strategy: Strategy, precision: str):
         self.modules, self.device = list(modules), device
-        self._whole = _Whole(modules, 0, device)
+        self._whole: Any = _Whole(modules, 0, device)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         policy = MixedPrecisionPolicy()
         if precision == "bf16":  # weights travel in it; what is computed in it, autocast says
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        blocks = list(_blocks(modules[0], strategy.wrap))
+        blocks: list[Any] = list(_blocks(modules[0], strategy.wrap))
         for block in blocks:
             if strategy.activation_checkpointing:
                 checkpoint(block)
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(self._whole, mesh=mesh, mp_policy=policy)
-        for part in (*blocks, self._whole):  # a sum, as each value is divided by what all processes count
+        parts: list[Any] = [*blocks, self._whole]
+        for part in parts:  # a sum, as each value is divided by what all processes count
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
         self._facts: Any = 0.0
@@ -224,7 +227,7 @@ def _blocks(model: nn.Module, classes: Sequence[type[nn.Module]] | None) -> Iter
             yield block
 
 
-def _is_repeated(child: nn.Module, siblings: nn.Module) -> bool:
+def _is_repeated(child: nn.Module, siblings: nn.ModuleList | nn.Sequential) -> bool:
     counts = Counter(type(one) for one in siblings)
     return counts[type(child)] > 1 and any(True for _ in child.children()) and any(True for _ in child.parameters())
 

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,8 @@ class Pulse(threading.Thread):
         super().__init__(daemon=True, name="pulse")
         self.step, self.rank, self.size = 0, world().rank, world().size
         self._beats, self._is_over = 0, threading.Event()
-        self._store = _get_default_store().clone()  # a connection of its own: waiting on one blocks it
+        store: Any = _get_default_store()
+        self._store = store.clone()  # a connection of its own: waiting on one blocks it
         self._main = threading.main_thread().ident
 
     def run(self) -> None:

@@ -46,6 +46,12 @@ class Strategy:
     def of(cls, given: Strategy | str) -> Strategy:
         return given if isinstance(given, Strategy) else cls(given)
 
+    def __str__(self) -> str:
+        named = ", ".join(one.__name__ for one in self.wrap or ())
+        options = [f"wrap {named}"] if named else []
+        options += ["activation checkpointing"] if self.activation_checkpointing else []
+        return f"{self.kind} ({', '.join(options)})" if options else self.kind
+
     @property
     def patience(self) -> timedelta:
         return timedelta(seconds=Every.parse(self.timeout).count)
