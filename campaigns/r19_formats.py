@@ -83,7 +83,9 @@ def _newer(number: int) -> list[str]:
             Checkpoints(folder).load(path)
         except CheckpointError as error:
             told = str(error)
-            missing = [word for word in (f"format {number}", f"{FORMAT} and {WITH_PIECES}", "newer") if word not in told]
+            missing = [
+                word for word in (f"format {number}", f"{FORMAT} and {WITH_PIECES}", "newer") if word not in told
+            ]
             return [f"{missing} is not said: {told}"] if missing else []
         return ["it is read"]
 

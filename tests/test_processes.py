@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import epochal
 
+pytestmark = pytest.mark.distributed
 DIGITS = load_digits()
 
 

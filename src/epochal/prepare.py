@@ -22,6 +22,7 @@ from epochal.checkpoint.store import Checkpoints, Saving, look_for_room
 from epochal.checkpoint.weights import refuse_unholdable, weights_of
 from epochal.data.batch import split
 from epochal.data.loader import Loader
+from epochal.data.share import Share
 from epochal.data.window import Window
 from epochal.describe import started, told_optimizer
 from epochal.ending import Ending, Limits
@@ -129,7 +130,9 @@ def _materialise(model: nn.Module, data: Data, device: torch.device) -> None:
         what = "the model has parameters without a shape."
         fix = "call the model once on a batch before fit, so that its lazy layers learn their sizes"
         raise ModelError(what, where=f"{', '.join(lazy[:3])} of {type(model).__name__}", fix=fix)
-    args, kwargs, _ = split(devices.move(next(iter(data.train.batches(epoch=0))), device), data.target)
+    batch = next(iter(data.train.batches(epoch=0)))
+    batch = batch.batch if isinstance(batch, Share) else batch
+    args, kwargs, _ = split(devices.move(batch, device), data.target)
     with evaluation_mode([model]):
         model(*args, **kwargs)
 
