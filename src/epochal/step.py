@@ -236,8 +236,8 @@ class Update:
             state.scaler.unscale_(state.optimizer)
             return _flag_nonfinite([loss], self._found, self._one)
         looked_at = gradients(state)
-        if self._engine is not None:
-            looked_at = [self._engine.local(gradient) for gradient in looked_at]
+        if self.agreement is not None and self.agreement.is_sharded:
+            looked_at = [self._engine.local(gradient) for gradient in looked_at]  # type: ignore[union-attr]
         looked_at.append(loss)
         try:
             return _flag_nonfinite(looked_at, self._found, self._one)

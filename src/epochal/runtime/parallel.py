@@ -96,8 +96,7 @@ class Replicated:
         if value is None:
             every = (p for module in self.modules for p in module.parameters() if p.requires_grad)
             value = torch.stack([p.sum() * 0.0 for p in every]).sum()
-        told = torch.stack([torch.as_tensor(fact, dtype=torch.float32, device=self.device) for fact in facts])
-        return value + (self._carrier * told).sum()
+        return value + torch.dot(self._carrier, _vector(facts, torch.float32, self.device))
 
     def told(self, found: Tensor) -> list[float]:
         """The sums of all facts, after the last backward pass; and of ``found``, where gradients differ: not here."""
@@ -158,8 +157,7 @@ class Sharded:
         return self._whole(function, *given)[0]
 
     def carry(self, value: Tensor | None, facts: Sequence[Any]) -> Tensor:
-        told = torch.stack([torch.as_tensor(fact, dtype=torch.float64, device=self.device) for fact in facts])
-        self._facts = self._facts + told.detach()
+        self._facts = self._facts + _vector(facts, torch.float64, self.device)
         assert value is not None
         return value
 
@@ -179,6 +177,15 @@ class Sharded:
 
 
 Engine = Replicated | Sharded
+
+
+def _vector(facts: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers, among them tensors of one number, as one tensor; what is a tensor is not waited for."""
+    vector = torch.tensor([0.0 if isinstance(fact, Tensor) else fact for fact in facts], dtype=dtype, device=device)
+    for place, fact in enumerate(facts):
+        if isinstance(fact, Tensor):
+            vector[place] = fact
+    return vector
 
 
 def begin_alike(modules: Sequence[nn.Module]) -> None:

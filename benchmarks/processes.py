@@ -1,0 +1,107 @@
+"""What an update of ``fit`` costs in several processes, against a loop over DistributedDataParallel written by hand.
+
+    python benchmarks/processes.py [--processes 2] [--rounds 15] [--batch 64]
+
+Both train the same network on handwritten digits in the same processes, in turns, each first as often as second; the
+loop by hand takes its share of each batch by one index operation, its optimizer is fused, and it reads nothing back.
+One thread each. What counts is the time of an update from the second one on, in the first process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import epochal
+
+CLOCK = time.process_time if os.environ.get("CPU") else time.perf_counter
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+def by_hand(images, labels, batch, epochs):
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    model = DistributedDataParallel(network())
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    loss_of, times = nn.CrossEntropyLoss(), []
+    for epoch in range(epochs):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
+        total = torch.zeros(())
+        for rows in order.split(batch):
+            mine = rows.tensor_split(size)[rank]
+            optimizer.zero_grad()
+            loss = loss_of(model(images.index_select(0, mine)), labels.index_select(0, mine))
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(mine)
+            times.append(CLOCK())
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+def by_fit(images, labels, batch, epochs):
+    times = []
+    plan = epochal.Plan(
+        network(), (images, labels), loss="cross_entropy", optimizer="adam", batch_size=batch, epochs=epochs, seed=0,
+        observers=(),
+    )  # fmt: skip
+    with plan.prepare() as run:
+        for event in run:
+            if isinstance(event, epochal.StepDone):
+                times.append(CLOCK())
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+def measure(rounds, batch):
+    torch.set_num_threads(1)
+    digits = load_digits()
+    images, labels = torch.from_numpy(digits.images[:, None]).float() / 16, torch.from_numpy(digits.target).long()
+    times = {by_hand: [], by_fit: []}
+    by_fit(images, labels, batch, 1)  # joins the group, and warms up
+    for number in range(rounds):
+        for arm in (by_hand, by_fit) if number % 2 else (by_fit, by_hand):
+            times[arm].append(arm(images, labels, batch, 3))
+    if torch.distributed.get_rank() == 0:
+        ratios = sorted(fit / hand for fit, hand in zip(times[by_fit], times[by_hand]))
+        for arm, some in times.items():
+            print(f"{arm.__name__:8} {statistics.median(some) * 1e3:7.2f} ms an update (median)")
+        print(f"ratio    {statistics.median(ratios):7.3f} (single rounds {ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch", type=int, default=64)
+    options = parser.parse_args()
+    if "RANK" in os.environ:
+        measure(options.rounds, options.batch)
+        return
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    world = {"WORLD_SIZE": str(options.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen([sys.executable, *sys.argv], env=os.environ | world | {"RANK": str(rank)})
+        for rank in range(options.processes)
+    ]
+    sys.exit(max(one.wait() for one in started))
+
+
+if __name__ == "__main__":
+    main()
