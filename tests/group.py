@@ -16,9 +16,8 @@ CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.nn.par
 def run(function, size, *given, seconds=60):
     """What ``function(rank, *given)`` gives in each of ``size`` processes, by rank; what one raises is raised here."""
     outcomes = outcomes_of(function, size, *given, seconds=seconds)
-    for _, error in outcomes:
-        if error:
-            raise AssertionError(error)
+    if errors := [error for _, error in outcomes if error]:
+        raise AssertionError(min(errors, key=lambda error: "ProcessError" in error))  # the cause, not who waited
     return [value for value, _ in outcomes]
 
 

@@ -91,11 +91,16 @@ def unexplained(loss: Tensor, error: BaseException | None = None) -> Finding:
     )
 
 
-def agreed(finding: Finding) -> tuple[int | None, Finding]:
-    """Of the findings of several processes the first that says why, and whose it is; None where there is but one."""
-    findings = processes.gather(finding)
-    rank = next((rank for rank, one in enumerate(findings) if one.is_cause), 0)
-    return (rank if len(findings) > 1 else None), findings[rank]
+def agreed(finding: Finding, norm: float | None) -> tuple[int | None, Finding, float | None]:
+    """Of the findings of several processes the one that says most, whose it is, and its gradient norm.
+
+    Where weights are sharded, a gradient is not finite in all of them, and only one knows why.
+    """
+    told = processes.gather((finding, norm))
+    if len(told) == 1:
+        return None, finding, norm
+    rank = min(range(len(told)), key=lambda one: (told[one][0].micro_batch is None, not told[one][0].is_cause))
+    return rank, *told[rank]
 
 
 class Watch:

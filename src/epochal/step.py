@@ -280,7 +280,7 @@ class Update:
         finally:
             _clear_gradients(state.optimizer)
             before.put_back()
-        rank, finding = nonfinite.agreed(finding)
+        rank, finding, norm = nonfinite.agreed(finding, norm)
         return finding.error(place, loss.item(), norm, micro_batches=len(window.batches), rank=rank)
 
     def _doubtful(self, state: TrainState, before: Buffers, summed: Sum, late: bool) -> Doubtful:

@@ -25,6 +25,7 @@ NAMES: dict[str, Callable[..., Optimizer]] = {
     "muon": torch.optim.Muon,
 }
 FUSED = frozenset({"sgd", "adam", "adamw", "adagrad"})
+FUSED_SHARDED = frozenset({"adam", "adamw"})
 
 
 def check(optimizer: Any) -> None:
@@ -74,9 +75,10 @@ def _count(module: nn.Module) -> str:
 def _named(name: str, modules: Sequence[nn.Module], parameters: list[nn.Parameter], options: dict) -> Optimizer:
     if name == "muon":
         return _muon(parameters, options)
-    # The fused kernels take neither sparse gradients nor complex weights.
+    # The fused kernels take neither sparse gradients nor complex weights; torch knows few of them for sharded ones.
     sparse = any(getattr(part, "sparse", False) is True for module in modules for part in module.modules())
-    if name in FUSED and not sparse and not any(p.is_complex() for p in parameters):
+    fused = FUSED if not any(map(is_sharded, parameters)) else FUSED_SHARDED
+    if name in fused and not sparse and not any(p.is_complex() for p in parameters):
         try:
             return NAMES[name](parameters, **options, fused=True)
         except (RuntimeError, TypeError):

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from epochal.errors import ModelError, PlanError
 from epochal.runtime.processes import copy_from_first, gather
@@ -146,6 +147,7 @@ class Sharded:
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
         self._facts: Any = 0.0
+        self._outputs: list[Any] = []
 
     def warm_up(self, update: Callable[[], object]) -> None:
         """There is nothing to find out: what is added up does not depend on the passes before."""
@@ -154,12 +156,28 @@ class Sharded:
         self._whole.set_requires_gradient_sync(syncs)
 
     def call(self, function: Callable, *given: Any) -> Any:
-        return self._whole(function, *given)[0]
+        outcome, self._outputs = self._whole(partial(self._with_outputs, function), *given)[0]
+        return outcome
+
+    def _with_outputs(self, function: Callable, *given: Any) -> tuple[Any, list[Any]]:
+        """What the function gives, and what the model gave on the way there."""
+        outputs: list[Any] = []
+        handle = self.modules[0].register_forward_hook(lambda module, given, output: outputs.append(output))
+        try:
+            return function(*given), outputs
+        finally:
+            handle.remove()
 
     def carry(self, value: Tensor | None, facts: Sequence[Any]) -> Tensor:
         self._facts = self._facts + _vector(facts, torch.float64, self.device)
-        assert value is not None
-        return value
+        if value is not None:
+            return value
+        outputs = [one for one in tree_leaves(self._outputs) if isinstance(one, Tensor) and one.requires_grad]
+        if not outputs:  # the others wait for gradients, which only a backward pass through the model gives
+            what = "an objective counts nothing in this process's share, and does not call the model as a whole."
+            fix = 'call model(...), or give strategy="ddp"'
+            raise ModelError(what, where=f"process {dist.get_rank()}", fix=fix)
+        return torch.stack([one.sum() * 0.0 for one in outputs]).sum()
 
     def told(self, found: Tensor) -> list[float]:
         facts, self._facts = torch.cat([self._facts, found[None].double()]), 0.0
