@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test lint bench campaign clean
+.PHONY: demo test test-distributed lint bench campaign clean
 
 demo: $(VENV)/epochal
 	$(BIN)/epochal demo
 
 test: $(VENV)/test
-	$(TEST)
+	$(TEST) -m "not distributed"
+
+test-distributed: $(VENV)/test
+	$(TEST) -m distributed
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

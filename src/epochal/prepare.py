@@ -105,9 +105,9 @@ def prepare(plan: Plan) -> Run:
         ),
         started=started(plan, state, data, device, best.monitor, losses.describe(loss or plan.objective or plan.step)),
     )  # fmt: skip
-    _watch(plan, run)
-    if world.size > 1:
+    if world.size > 1:  # before a resume, which has states for each
         seeding.diverge(world.rank, processes.first(torch.initial_seed))
+    _watch(plan, run)
     return run
 
 

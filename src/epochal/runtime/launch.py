@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -50,6 +51,7 @@ def launch(arguments: Sequence[str], processes: int, restarts: int) -> None:
     logging.disable()
     with TemporaryDirectory(prefix="epochal-") as folder, _signals_raise():
         ends = Ends(folder, restarts)
+        threading.Thread(target=ends.wake, daemon=True).start()
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=restarts, run_id="epochal",
             rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", logs_specs=ends,
@@ -83,6 +85,13 @@ class Ends(DefaultLogsSpecs):
         where = super().reify(envs)
         self.files = where.error_files
         return where
+
+    def wake(self) -> None:
+        """Lets a stopped process go on as soon as another has failed: else it is waited for in vain once more."""
+        while True:
+            time.sleep(0.5)
+            if self.told():
+                _send(signal.SIGCONT)
 
     def told(self) -> dict[int, dict[str, Any]]:
         """What the processes that were started last have told, by rank."""

@@ -6,6 +6,8 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +20,7 @@ from epochal.errors import ProcessError
 from epochal.runtime.processes import world
 
 SECONDS = 0.5  # from one beat to the next
+PATIENCE = 2.0  # with whoever holds the store
 # What torch says, in many words, when another process does not answer. Its classes for it are not used everywhere.
 _SILENCE = re.compile(
     r"gloo/|Connection (closed|reset|refused)|[Tt]imed? ?out|NCCL|ProcessGroup|Broken pipe|recvValue|TCPStore|store->"
@@ -56,25 +59,37 @@ class Pulse(threading.Thread):
 
     def diagnosis(self) -> list[str]:
         """What is to be said of each other process: the silent ones, or else where all of them are. Takes seconds."""
-        try:
-            before = self._heard()
-            time.sleep(4 * SECONDS)
-            after = self._heard()
-        except Exception:
-            return ["process 0, or what started the processes, is gone"]
+        before = self._heard()
+        time.sleep(4 * SECONDS)
+        after = self._heard()
+        if before is None or after is None:  # the first process holds the store, unless torchrun's agent does
+            return ["process 0 is dead or stopped, or what started the processes is"]
         others = [rank for rank in range(self.size) if rank != self.rank]
         silent = [rank for rank in others if before.get(rank, ("", ""))[0] == after.get(rank, ("", ""))[0]]
-        told = {rank: after.get(rank, ("", "never heard of"))[1] for rank in others}
+        told = {rank: after.get(rank, ("", "its start"))[1] for rank in others}
         if silent:
             return [f"process {rank} is dead or stopped (last heard of at {told[rank]})" for rank in silent]
         return [f"process {rank} is at {told[rank]}" for rank in others]
 
-    def _heard(self) -> dict[int, tuple[str, str]]:
-        """Of each process that has been heard of, its last beat and its place."""
-        keys = {rank: f"epochal/pulse/{rank}" for rank in range(self.size)}
-        known = {rank: key for rank, key in keys.items() if self._store.check([key])}
-        beats = (self._store.get(key).decode().partition("|") for key in known.values())
-        return {rank: (beat, place) for rank, (beat, _, place) in zip(known, beats)}
+    def _heard(self) -> dict[int, tuple[str, str]] | None:
+        """Of each process that has been heard of, its last beat and its place. None if the store does not answer."""
+        heard: dict[int, tuple[str, str]] = {}
+
+        def ask() -> None:
+            for rank in range(self.size):
+                if self._store.check([key := f"epochal/pulse/{rank}"]):
+                    beat, _, place = self._store.get(key).decode().partition("|")
+                    heard[rank] = beat, place
+
+        asking = threading.Thread(target=_quietly, args=[ask], daemon=True)  # a stopped process answers nothing at all
+        asking.start()
+        asking.join(PATIENCE)
+        return dict(heard) if not asking.is_alive() and self.rank in heard else None
+
+
+def _quietly(function: Callable[[], None]) -> None:
+    with suppress(Exception):
+        function()
 
 
 def place_of(frame: FrameType | None) -> str:
@@ -91,8 +106,9 @@ def lost(error: BaseException | None, pulse: Pulse, step: int) -> ProcessError |
     """An error of a process that waited in vain for another one, as one that names it; None for any other error."""
     if not isinstance(error, RuntimeError) or not (isinstance(error, dist.DistError) or _SILENCE.search(str(error))):
         return None
-    told = re.sub(r"^\[\S+\] |\. .*", "", next((line for line in str(error).splitlines() if line.strip()), ""))
-    where = "; ".join([f"process {pulse.rank} waited after step {step}", *pulse.diagnosis()])
+    told = next((line for line in str(error).splitlines() if line.strip()), "")
+    told = re.sub(r".*\.cc:\d+\] |\. .*", "", told).strip()
+    what = f"{'; '.join(pulse.diagnosis())}."
+    where = f"process {pulse.rank}, which waited for it after step {step}; {told[:200]}"
     fix = "look at what that process says itself; a saved run goes on from its newest checkpoint"
-    what = f"a process was waited for in vain: {told[:200]}."
     return ProcessError(what, where=where, fix=fix)
