@@ -1,8 +1,10 @@
 """What several processes decide, count and refuse together."""
 
 import os
+import shutil
 import signal
 import warnings
+from pathlib import Path
 
 import group
 import numpy as np
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import epochal
+from epochal.checkpoint.weights import load_weights
 
 pytestmark = pytest.mark.distributed
 
@@ -334,3 +337,112 @@ def test_four_processes_hold_a_quarter_each():
     whole = alone(held, "auto")
     for share in group.run(held, 4, "fsdp"):
         assert share == pytest.approx(whole / 4, rel=0.1)
+
+
+def rarely(rank):
+    """From the second epoch on the model of one process leaves a layer out."""
+    torch.manual_seed(0)
+    model = Paths(turns=False)
+    model.unused.requires_grad_(False)
+    model.sometimes.requires_grad_(False)
+    used, calls = model.used.forward, []
+
+    def forward(x):
+        calls.append(1)
+        return torch.zeros(len(x), 4) + model.spare if rank == 1 and len(calls) > 8 else used(x)
+
+    model.spare = nn.Parameter(torch.zeros(4))
+    model.used.forward = lambda x: forward(x) + 0 * model.spare
+    X = torch.randn(64, 3)
+    try:
+        epochal.fit(model, (X, X[:, :1]), loss="mse", epochs=3, batch_size=16, seed=0, observers=(), run="run")
+    except epochal.EpochalError as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def test_a_weight_that_is_not_used_any_more_is_named_before_any_weight_moves():
+    (kind, told), (their_kind, their_told) = group.run(rarely, 2)
+    assert their_kind == "ModelError" and "process 1; used.weight, used.bias" in their_told
+    assert kind == "ProcessError" and "process 1" in told
+
+
+def used_afterwards(rank, strategy):
+    """What a result can do when the run is over; by one process alone, where each has the whole model."""
+    torch.manual_seed(0)
+    X = torch.randn(50, 3)
+    given = {"metrics": ["mae"], "strategy": strategy, "observers": (), "seed": 0, "epochs": 2}
+    result = epochal.fit(nn.Linear(3, 1), (X, X[:, :1]), val=0.2, loss="mse", **given)
+    if rank == 1 and strategy == "ddp":
+        return None
+    return result.evaluate((X, X[:, :1])), result.predict(X).numpy()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_result_can_be_used_after_the_run(strategy):
+    measured, predicted = alone(used_afterwards, "auto")
+    for answer in filter(None, group.run(used_afterwards, 2, strategy)):
+        assert answer[0] == pytest.approx(measured, rel=1e-4)
+        np.testing.assert_allclose(answer[1], predicted, rtol=1e-4, atol=1e-6)
+
+
+class Blocks(nn.Module):
+    """Blocks in a list, as those of a transformer, and a weight that two layers share."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.embedding = nn.Embedding(11, 16)
+        layers = (nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True) for _ in range(3))
+        self.layers, self.head = nn.ModuleList(layers), nn.Linear(16, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x).transpose(1, 2)
+
+
+def transformed(rank, strategy, given):
+    tokens = torch.randint(0, 11, (60, 9), generator=torch.Generator().manual_seed(1))
+    model = Blocks()
+    strategy = epochal.Strategy(strategy, **given)
+    result = epochal.fit(
+        model, (tokens[:, :-1], tokens[:, 1:]), loss="cross_entropy", optimizer="sgd", lr=0.1, clip=1.0,
+        epochs=3, batch_size=16, seed=0, strategy=strategy, observers=(), run="run",
+    )  # fmt: skip
+    kinds = sorted({type(part).__name__ for part in model.modules() if type(part).__name__.startswith("FSDP")})
+    return result.history.train_loss, kinds
+
+
+@pytest.mark.parametrize(
+    ("given", "kinds"),
+    [
+        ({}, ["FSDPTransformerEncoderLayer"]),
+        ({"wrap": [nn.MultiheadAttention]}, ["FSDPMultiheadAttention"]),
+        ({"activation_checkpointing": True}, ["FSDPTransformerEncoderLayer"]),
+    ],
+)
+def test_fsdp_wraps_repeated_blocks_or_the_classes_that_are_named(given, kinds):
+    (losses, none), weights = alone(transformed, "auto", {}), Path("run/model.safetensors")
+    whole = load_weights(weights)
+    shutil.rmtree("run")
+    for theirs, their_kinds in group.run(transformed, 2, "fsdp", given):
+        assert theirs == pytest.approx(losses, rel=1e-5) and their_kinds == kinds
+    for name, weight in load_weights(weights).items():
+        np.testing.assert_allclose(weight, whole[name], rtol=1e-3, atol=1e-5)
+    assert none == []
+
+
+def wrapped_wrongly(rank):
+    try:
+        transformed(rank, "fsdp", {"wrap": [nn.Embedding]})
+    except epochal.PlanError as error:
+        return str(error)
+    return None
+
+
+def test_a_weight_that_is_shared_cannot_be_wrapped():
+    told = "a module to wrap shares the weight 'head.weight' with others."
+    assert all(told in answer for answer in group.run(wrapped_wrongly, 2))

@@ -69,12 +69,13 @@ def evaluate(
     device: torch.device,
     autocast: AbstractContextManager,
     where: str = "val",
+    shared: bool = False,
     in_step: bool = False,
 ) -> dict[str, Any]:
     """The loss, as the weighted mean over all samples, and the metrics, by name.
 
-    Several processes each take their shares of the batches, and add up what they have counted. in_step: whether they
-    all have to call the model for every batch, even where nothing of it is theirs.
+    shared: whether several processes each have a share of the batches, and add up what they have counted. in_step:
+    whether they all have to call the model for every batch, even where nothing of it is theirs.
     """
     mean, number = Mean(), -1
     stream.reset()
@@ -97,7 +98,9 @@ def evaluate(
                 mean.update(loss.value, loss.weight)
     if number < 0:
         raise DataError("there is no batch to evaluate.", where=where, fix="give at least one sample")
-    return {"loss": mean.together().compute(), **stream.together().compute()}
+    if shared:
+        mean, stream = mean.together(), stream.together()
+    return {"loss": mean.compute(), **stream.compute()}
 
 
 def predict(

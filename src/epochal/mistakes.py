@@ -189,6 +189,22 @@ def _step(plan: Plan) -> None:
             raise PlanError(what, where=f"step=, {name}={getattr(plan, name)!r}", fix=fix)
 
 
+def _strategy(plan: Plan) -> None:
+    if Strategy.of(plan.strategy).kind != "fsdp":
+        return
+    wrong = {
+        "a step of your own": (plan.step is not None, 'give strategy="ddp", and average_gradients in the step'),
+        "an optimizer that was made before": (
+            isinstance(plan.optimizer, Optimizer), "give a name, or a function f(params) -> Optimizer",
+        ),
+        "the loss scaler of fp16": (plan.precision == "fp16", 'give precision="bf16"'),
+    }  # fmt: skip
+    for what, (is_given, fix) in wrong.items():
+        if is_given:
+            told = f"fsdp puts parts of weights in the place of weights, of which {what} does not know."
+            raise PlanError(told, where=f"strategy={plan.strategy}", fix=fix)
+
+
 CHECKS: tuple[Callable[[Plan], object], ...] = (
     _model, _loss, _optimizer,
     *(partial(_follows, name=name) for name in RULES), *(partial(_is_among, name=name) for name in NAMES),
@@ -196,5 +212,5 @@ CHECKS: tuple[Callable[[Plan], object], ...] = (
     lambda plan: named.resolve(plan.metrics, loss=None),
     lambda plan: Every.parse(plan.evaluate_every, where="evaluate_every"),
     lambda plan: devices.choose(plan.device),
-    lambda plan: Strategy.of(plan.strategy),
+    _strategy,
 )  # fmt: skip

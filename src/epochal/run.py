@@ -274,11 +274,12 @@ class Run:
     def _validate(self, loader: AnyLoader) -> dict[str, Any]:
         setting = self.setting
         batches: Iterable[Any] = loader.batches(epoch=0)
-        if not (setting.in_step or isinstance(loader, SharedLoader)):  # else all processes have to take every batch
+        if not (setting.in_step or isinstance(loader, SharedLoader)):  # else all processes take every batch
             batches = self._until_signal(batches)
         values = loop.evaluate(
             setting.objective, setting.forward, batches, self.validation.stream,
-            modules=setting.modules, device=setting.device, autocast=setting.autocast, in_step=setting.in_step,
+            modules=setting.modules, device=setting.device, autocast=setting.autocast,
+            shared=self.ending.agreement is not None, in_step=setting.in_step,
         )  # fmt: skip
         return {f"val_{name}": value for name, value in values.items()}
 
@@ -313,8 +314,7 @@ class Run:
         if self.saver is None or self._mark() == self._saved_mark:
             return
         self._settle()
-        names = gather(nonfinite.weight(self.state.modules)) if self._were_finite else []
-        if (name := next(filter(None, names), None)) is not None:
+        if self._were_finite and (name := next(filter(None, gather(nonfinite.weight(self.state.modules))), None)):
             raise nonfinite.of_weight(name, self.state.progress.step)
         if self.ending.agreement is not None:
             self.ending.agreement.refuse_drift(self.state.modules)

@@ -184,6 +184,7 @@ class Update:
 
     def _close_together(self, state: TrainState, summed: Sum, agreement: Agreement) -> None:
         """The sums over all processes; and what is not finite in one of them is so in all."""
+        agreement.engine.check()  # type: ignore[union-attr]
         if agreement.is_sharded:  # each has only looked at its part
             self._look_for_nonfinite(state, self._one)
         agreement.hear(summed.close_together(state, self.device, self._found))
@@ -203,10 +204,11 @@ class Update:
             torch.cuda.empty_cache()
         largest = max(cut.sizes)
         batch, half = cut.batches[cut.sizes.index(largest)], -(-largest // 2)
-        if largest < 2 or pieces(batch, half, self._target) is None:
+        if largest < 2 or self.agreement is not None or pieces(batch, half, self._target) is None:
             told = next((line for line in str(failed).splitlines() if line.strip()), type(failed).__name__)
             raise ModelError(
-                "memory ran out, and the batch cannot be made smaller.",
+                "memory ran out, and the batch cannot be made smaller"
+                + (" by one of several processes alone." if self.agreement is not None else "."),
                 where=f"step {state.progress.step}, batch {state.progress.windows} of train; "
                 f"the batch is {describe_batch(batch)}; {told}",
                 fix='take a smaller model or smaller samples, precision="bf16", or a device with more memory'
@@ -216,7 +218,7 @@ class Update:
         self.micro_batch = half
 
     def _cut(self, window: Window) -> Window:
-        if (limit := self.micro_batch) is None or max(window.sizes) <= limit:
+        if (limit := self.micro_batch) is None or max(window.sizes) <= limit or self.agreement is not None:
             return window
         cut: list[Any] = []
         for batch in window.batches:

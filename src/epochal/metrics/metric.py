@@ -293,6 +293,9 @@ class Stream:
 def _copied(foreign: Foreign) -> Foreign:
     module = copy.deepcopy(foreign.metric)
     module.reset()  # the user may have tried it out
+    for part in module.modules():
+        if hasattr(part, "sync_on_compute"):
+            part.sync_on_compute = False  # several processes put together what they have in ``Stream.together``
     return Foreign(module, foreign.name)
 
 
@@ -310,9 +313,6 @@ def _take_in(metric: Any, other: Any) -> None:
         for name in metric:
             _take_in(metric[name], other[name])
         return
-    metric.sync_on_compute = (
-        False  # what it would do by itself where there are processes, waiting for those without any
-    )
     try:
         if metric._update_count == 0:
             _load_foreign(metric, _foreign_state(other))

@@ -58,6 +58,7 @@ class Replicated:
         self.modules, self.device = list(modules), device
         self._whole = _Whole(modules, facts, device)
         self._ddp: DistributedDataParallel | None = None
+        self._used: list[tuple[str, nn.Parameter]] = []  # weights that every update has to give a gradient
 
     def warm_up(self, update: Callable[[], object]) -> None:
         """Finds out what the model uses, before the first update; ``update``: its passes, of which nothing may remain.
@@ -72,6 +73,7 @@ class Replicated:
         unused = {name for names in gather([name for name, p in trained if p.grad is None]) for name in names}
         self._wrap(finds_unused=bool(unused))
         if not unused:
+            self._used = trained
             update()
 
     def _wrap(self, *, finds_unused: bool) -> None:
@@ -98,6 +100,13 @@ class Replicated:
             every = (p for module in self.modules for p in module.parameters() if p.requires_grad)
             value = torch.stack([p.sum() * 0.0 for p in every]).sum()
         return value + torch.dot(self._carrier, _vector(facts, torch.float32, self.device))
+
+    def check(self) -> None:
+        """After the last backward pass. Raises ModelError, before a weight has moved, if the others wait for more."""
+        if unused := [name for name, p in self._used if p.grad is None]:
+            what = "the model has not used a weight that it used before; the others wait for its gradient."
+            fix = 'use every weight in each update (add 0 * weight.sum() to the loss), or give strategy="fsdp"'
+            raise ModelError(what, where=f"process {dist.get_rank()}; {', '.join(unused[:3])}", fix=fix)
 
     def told(self, found: Tensor) -> list[float]:
         """The sums of all facts, after the last backward pass; and of ``found``, where gradients differ: not here."""
@@ -184,6 +193,9 @@ class Sharded:
         dist.all_reduce(facts)
         return facts.tolist()
 
+    def check(self) -> None:
+        """There is nothing to check: what has no gradient here waits for none."""
+
     def alone(self, function: Callable) -> Callable:
         return partial(self.call, function)
 
@@ -247,9 +259,27 @@ def _blocks(model: nn.Module, classes: Sequence[type[nn.Module]] | None) -> Iter
         found = [child for one in lists for child in one if _is_repeated(child, one)]
     taken: set[int] = set()
     for block in found:  # modules() gives the outer ones first
-        if id(block) not in taken:
-            taken.update(map(id, block.modules()))
+        if id(block) in taken:
+            continue
+        taken.update(map(id, block.modules()))
+        if (name := _shared_outside(block, model)) is None:
             yield block
+        elif classes is not None:
+            what = (
+                f"the weight {name!r} is used inside and outside of a {type(block).__name__}, which cannot be wrapped."
+            )
+            raise PlanError(
+                what, where="strategy: wrap", fix="wrap a class of modules that share no weights with others"
+            )
+
+
+def _shared_outside(block: nn.Module, model: nn.Module) -> str | None:
+    """The name of a weight that a block shares with the rest of the model."""
+    inside = {id(p) for p in block.parameters()}
+    within = {id(part) for part in block.modules()}
+    others = (part for part in model.named_modules() if id(part[1]) not in within)
+    names = (f"{path}.{name}" for path, part in others for name, p in part._parameters.items() if id(p) in inside)
+    return next(names, None)
 
 
 def _is_repeated(child: nn.Module, siblings: nn.ModuleList | nn.Sequential) -> bool:
@@ -266,9 +296,7 @@ def refuse_drift(modules: Sequence[nn.Module]) -> None:
         if len(set(hashes)) > 1:
             apart = [rank for rank, one in enumerate(hashes) if one != hashes[0]]
             what = f"the processes have drifted apart: the weight {name!r} is not the same in all of them."
-            fix = (
-                "change weights in every process alike; a step of your own has to add up its gradients over all of them"
-            )
+            fix = "change weights in all processes alike; in a step of your own, call average_gradients before it moves"
             raise ModelError(what, where=f"process {', '.join(map(str, apart))} against process 0", fix=fix)
 
 

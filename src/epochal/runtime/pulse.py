@@ -74,17 +74,19 @@ class Pulse(threading.Thread):
     def _heard(self) -> dict[int, tuple[str, str]] | None:
         """Of each process that has been heard of, its last beat and its place. None if the store does not answer."""
         heard: dict[int, tuple[str, str]] = {}
+        is_answered = threading.Event()
 
         def ask() -> None:
             for rank in range(self.size):
                 if self._store.check([key := f"epochal/pulse/{rank}"]):
                     beat, _, place = self._store.get(key).decode().partition("|")
                     heard[rank] = beat, place
+            is_answered.set()
 
         asking = threading.Thread(target=_quietly, args=[ask], daemon=True)  # a stopped process answers nothing at all
         asking.start()
         asking.join(PATIENCE)
-        return dict(heard) if not asking.is_alive() and self.rank in heard else None
+        return heard if is_answered.is_set() else None
 
 
 def _quietly(function: Callable[[], None]) -> None:
