@@ -1,7 +1,7 @@
 """R19: checkpoints of every earlier format are read bit for bit; a newer one is refused with clear words.
 
 ``fixtures/format-N/`` holds a checkpoint with every kind of value, as it was written at the time, and the digest
-that it has to have. ``python -m campaigns.r19_formats`` makes the one of the present format, if it is missing.
+that it has to have. ``python -m campaigns.r19_formats`` makes those of the present formats, if they are missing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import random
 import shutil
 import struct
+import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,15 @@ import torch
 from torch import nn
 
 from campaigns import harness
-from campaigns.harness import Outcome, Part
+from campaigns.harness import Outcome
+from campaigns.harness import Part as Found
 from epochal.checkpoint import codec
 from epochal.checkpoint.manifest import FORMAT, MANIFEST, WITH_PIECES
-from epochal.checkpoint.store import Checkpoints
+from epochal.checkpoint.store import Checkpoints, Piece
+from epochal.checkpoint.tensors import DTYPES
+from epochal.data.share import Part
 from epochal.errors import CheckpointError
+from epochal.runtime.processes import join
 
 WHAT = "checkpoints of earlier formats, and of newer ones"
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -47,15 +53,15 @@ def bites() -> Outcome:
     def other(mark: str, content: Any, *given: Any) -> Any:
         return list(decode(mark, content, *given)) if mark == "$tuple" else decode(mark, content, *given)
 
-    def work(part: Part, *given: Any) -> None:
+    def work(part: Found, *given: Any) -> None:
         with harness.changed(codec, _decode_mark=other):
             _work(part, *given)
 
     return harness.outcome("R19", WHAT, work)
 
 
-def _work(part: Part, rng: random.Random, share: int, shares: int) -> None:
-    for number in range(1, FORMAT + 1):
+def _work(part: Found, rng: random.Random, share: int, shares: int) -> None:
+    for number, state in STATES.items():
         folder = FIXTURES / f"format-{number}"
         part.tried += 1
         try:
@@ -65,7 +71,7 @@ def _work(part: Part, rng: random.Random, share: int, shares: int) -> None:
             continue
         if found is None or harness.digest(found.state) != (folder / "digest").read_text().strip():
             part.fail(f"format {number}: it is read as something else")
-        elif number == FORMAT and harness.digest(found.state) != harness.digest(everything()):
+        elif harness.digest(found.state) != harness.digest(state()):
             part.fail(f"format {number}: it is not what it was made of")
     for newer in (WITH_PIECES + 1, WITH_PIECES + 10, 10**6):
         part.tried += 1
@@ -140,15 +146,47 @@ def everything() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make() -> Path:
-    """The fixture of the present format; one that is there is never made again."""
-    folder = FIXTURES / f"format-{FORMAT}"
-    if not (folder / "digest").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        Checkpoints(folder).save(STEP, everything())
-        (folder / "digest").write_text(harness.digest(everything()) + "\n")
-    return folder
+def pieces() -> dict[str, Any]:
+    """What several processes write, some of it in parts: each type, with more and with fewer rows than processes."""
+    rows = {name: torch.arange(15).reshape(5, 3).to(getattr(torch, name)) for name in ("float32", "bfloat16", "int64")}
+    return {"rows": rows, "one": torch.tensor([2.5]), "whole": torch.arange(4.0), "state": everything()["plain"]}
 
+
+def write_pieces(folder: Path) -> None:
+    """Three processes' checkpoint; this is one of them."""
+    group = join(torch.device("cpu"), timedelta(minutes=1))
+    tree, named = codec.encode(pieces())
+    mine, parts = {}, {}
+    for name, tensor in named.items():
+        rows = Part(group.rank, group.size).of(len(tensor))
+        if name == "state.whole":
+            mine |= {name: tensor} if group.rank == 1 else {}
+        elif rows.start < rows.stop:
+            whole = DTYPES[tensor.dtype], list(tensor.shape)
+            parts[name] = Piece(tensor[rows].clone(), rows.start, whole)
+    Checkpoints(folder).commit(STEP, tree, mine, parts)
+
+
+def make() -> list[str]:
+    """The fixtures; one that is there is never made again."""
+    for number, state in STATES.items():
+        folder = FIXTURES / f"format-{number}"
+        if (folder / "digest").exists():
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        if number == FORMAT:
+            Checkpoints(folder).save(STEP, state())
+        else:
+            launch = ["torch.distributed.run", "--nproc-per-node=3", "-m", "campaigns.r19_formats", str(folder)]
+            subprocess.run([sys.executable, "-m", *launch], check=True)
+        (folder / "digest").write_text(harness.digest(state()) + "\n")
+    return [f"format-{number}" for number in STATES]
+
+
+STATES = {FORMAT: everything, WITH_PIECES: pieces}
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{make().name}\n")
+    if len(sys.argv) > 1:
+        write_pieces(Path(sys.argv[1]))
+    else:
+        sys.stdout.write(f"{' '.join(make())}\n")

@@ -21,6 +21,7 @@ from epochal.errors import EpochalError, PlanError
 from epochal.runtime import launch
 from epochal.runtime.launched import LAUNCHER, check_restarts, tell
 
+pytestmark = pytest.mark.distributed
 RECIPE = """
 import os, signal, time
 from pathlib import Path
@@ -104,7 +105,8 @@ def seeds(out):
 def test_after_a_death_all_go_on_in_the_same_folder_and_later_as_many_again(command, monkeypatch):
     code, out, err = finished(train("--what", "die late", "--steps", "12", "--restarts", "1"))
     assert code == 0, err
-    assert "a process was killed\nall start again from the newest checkpoint (1 of 1)\n" in err
+    assert "ProcessError: process 1 is dead or stopped (last heard of at " in err
+    assert ").\nall start again from the newest checkpoint (1 of 1)\n" in err
     assert out.count(f"threads {max(1, len(os.sched_getaffinity(0)) // 2)}\n") == 4
     assert len(seeds(out)) == 1
     assert out.count("results ") == out.count("next ") == 1 and os.listdir("runs") == ["recipe-1"]

@@ -192,7 +192,9 @@ def fit(*arguments: Any, **options: Any) -> Result:
         ``"1 epoch"``, ``"500 steps"``. observers: callables that take an event and may answer ``Stop``; by
         default the console, ``()`` for silence.
     Where
-        device (``"auto"``), precision (``fp32 bf16 fp16``), compile, strategy. seed: seeds python, numpy and
+        device (``"auto"``), precision (``fp32 bf16 fp16``), compile. strategy: how several processes (of torchrun,
+        srun or ``epochal train --processes``) train one model: ``"auto"``, ``"ddp"``, ``"fsdp"``, or
+        ``epochal.Strategy(...)``. seed: seeds python, numpy and
         torch at the start. run: a folder for everything; resume: continue it; save: ``epochal.Saving(...)``.
 
     Raises an EpochalError with all mistakes of the plan, before anything is trained.

@@ -265,12 +265,9 @@ def _blocks(model: nn.Module, classes: Sequence[type[nn.Module]] | None) -> Iter
         if (name := _shared_outside(block, model)) is None:
             yield block
         elif classes is not None:
-            what = (
-                f"the weight {name!r} is used inside and outside of a {type(block).__name__}, which cannot be wrapped."
-            )
-            raise PlanError(
-                what, where="strategy: wrap", fix="wrap a class of modules that share no weights with others"
-            )
+            what = f"a module to wrap shares the weight {name!r} with others."
+            fix = "wrap a class of modules that have weights of their own"
+            raise PlanError(what, where=f"strategy: wrap {type(block).__name__}", fix=fix)
 
 
 def _shared_outside(block: nn.Module, model: nn.Module) -> str | None:

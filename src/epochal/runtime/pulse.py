@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import threading
@@ -62,8 +63,9 @@ class Pulse(threading.Thread):
         before = self._heard()
         time.sleep(4 * SECONDS)
         after = self._heard()
-        if before is None or after is None:  # the first process holds the store, unless torchrun's agent does
-            return ["process 0 is dead or stopped, or what started the processes is"]
+        if before is None or after is None:  # whoever holds the store does not answer
+            by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            return [f"{'what started the processes' if by_agent else 'process 0'} is dead or stopped"]
         others = [rank for rank in range(self.size) if rank != self.rank]
         silent = [rank for rank in others if before.get(rank, ("", ""))[0] == after.get(rank, ("", ""))[0]]
         told = {rank: after.get(rank, ("", "its start"))[1] for rank in others}
