@@ -21,11 +21,12 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from epochal import prepare
+from epochal.accumulation import gradients
 from epochal.buffers import Buffers
 from epochal.data.window import windows
 from epochal.objective import Supervised
 from epochal.state import TrainState
-from epochal.step import Update, _flag_nonfinite, _gradients
+from epochal.step import Update, _flag_nonfinite
 
 
 class _Zero:
@@ -68,10 +69,10 @@ def print_parts():
     model = SimpleModel()
     state = TrainState(model, torch.optim.Adam(model.parameters()))
     (loss := model(torch.randn(32, 10)).square().mean()).backward()
-    looked_at, flag, one = [*_gradients(state), loss.detach()], torch.zeros(1), torch.ones(1)
+    looked_at, flag, one = [*gradients(state), loss.detach()], torch.zeros(1), torch.ones(1)
     names = {
         "keep buffers and generators": ("b.keep()", {"b": Buffers([model], torch.device("cpu"))}),
-        "gather the gradients": ("g(s)", {"g": _gradients, "s": state}),
+        "gather the gradients": ("g(s)", {"g": gradients, "s": state}),
         f"look at {len(looked_at)} tensors": (
             "f(l, x, y)",
             {"f": _flag_nonfinite, "l": looked_at, "x": flag, "y": one},

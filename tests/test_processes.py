@@ -98,14 +98,14 @@ def test_any_number_of_processes_gives_the_same_loss_curve(size, strategy):
     assert all(one == found[0] for one in found[1:])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_run_is_resumed_to_the_bit(strategy):
-    (weights, rows, _), _ = group.run(trained, 2, "runs/whole", strategy, {})
-    outcomes = group.outcomes_of(trained, 2, "runs/cut", strategy, {"observers": [Dies(13)]})
+@pytest.mark.parametrize(("size", "strategy"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
+def test_a_run_is_resumed_to_the_bit(size, strategy):
+    (weights, rows, _), *_ = group.run(trained, size, "runs/whole", strategy, {})
+    outcomes = group.outcomes_of(trained, size, "runs/cut", strategy, {"observers": [Dies(13)]})
     assert outcomes[0] == (None, "the process is gone")
     assert "ProcessError: process 0 is dead or stopped (last heard of at step " in outcomes[1][1]
     assert "where: process 1, which waited for it after step 13; " in outcomes[1][1]
-    (resumed, their_rows, _), _ = group.run(trained, 2, "runs/cut", strategy, {"resume": True})
+    (resumed, their_rows, _), *_ = group.run(trained, size, "runs/cut", strategy, {"resume": True})
     assert same(resumed, weights) and their_rows == rows
     for name in ("model.safetensors", "metrics.jsonl", "results.csv"):
         assert Path("runs/cut", name).read_bytes() == Path("runs/whole", name).read_bytes()

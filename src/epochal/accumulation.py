@@ -77,10 +77,9 @@ class Sum:
             return agreement.engine.carry(None, [0.0, 0.0, *told])
         if counts:
             self._see(loss)
-        weighted = _weighted(loss.value, weight)
-        value = weighted / self.window.samples
+        value = loss.value * (weight / self.window.samples)
         value = value if self._scaler is None else self._scaler.scale(value)
-        return agreement.engine.carry(value, [weighted.detach(), weight, *told])
+        return agreement.engine.carry(value, [_weighted(loss.value.detach(), weight), weight, *told])
 
     def _see(self, loss: Loss) -> None:
         if self._keeps_outputs:
