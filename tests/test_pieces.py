@@ -1,65 +1,83 @@
 """Checkpoints whose tensors stand in pieces: read as they were written, and refused where they are not whole."""
 
-import json
-import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
-from epochal.checkpoint.manifest import Manifest
+from epochal.checkpoint import tensors
+from epochal.checkpoint.manifest import ROWS, Manifest, facts
 from epochal.checkpoint.sharded import put_together
 from epochal.checkpoint.store import Checkpoints
 from epochal.errors import CheckpointError
 
 FIXTURE = Path(__file__).parents[1] / "campaigns" / "fixtures" / "format-2" / "step-00000007"
-FIRST, SECOND, THIRD = (f"tensors-0000{number}.safetensors" for number in range(3))
+NAME = "state.rows.int64"
 
 
-@pytest.fixture
-def forged(tmp_path):
-    """Changes the manifest of a checkpoint of three processes, and reads it."""
+class Forged:
+    """The checkpoint of three processes, taken apart: the manifest, and of each file its tensors and its rows."""
 
-    def read(change):
-        folder = tmp_path / "step-00000007"
-        shutil.copytree(FIXTURE, folder)
-        facts = json.loads((folder / "manifest.json").read_text())
-        change(facts)
-        ordered = {name: facts[name] for name in Manifest.__struct_fields__ if name in facts}
-        (folder / "manifest.json").write_text(json.dumps(ordered, separators=(",", ":")))
-        return Checkpoints(tmp_path).load(folder)
+    def __init__(self):
+        self.manifest = msgspec.json.decode((FIXTURE / "manifest.json").read_bytes())
+        self.state = (FIXTURE / "state.json").read_bytes()
+        self.files, self.rows = [], []
+        for number in range(3):
+            data = (FIXTURE / f"tensors-0000{number}.safetensors").read_bytes()
+            self.files.append(tensors.parse(data, "fixture"))
+            self.rows.append(msgspec.json.decode(tensors.metadata(data)[ROWS]))
 
-    return read
+    def read(self, folder):
+        """Puts it together again, with hashes that are right, and reads it."""
+        path = folder / "step-00000007"
+        path.mkdir()
+        contents = {"state.json": [self.state]}
+        for number, (held, rows) in enumerate(zip(self.files, self.rows)):
+            metadata = {ROWS: rows if isinstance(rows, str) else msgspec.json.encode(rows).decode()}
+            contents[f"tensors-0000{number}.safetensors"] = tensors.chunks(held, metadata)
+        for name, chunks in contents.items():
+            (path / name).write_bytes(b"".join(chunks))
+        described = {name: msgspec.to_builtins(facts(chunks)) for name, chunks in contents.items()}
+        manifest = msgspec.convert({**self.manifest, "files": described}, Manifest)
+        (path / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+        return Checkpoints(folder).load(path)
 
 
-def test_it_is_read_as_it_was_written(forged):
-    state = forged(lambda facts: None)
+def test_it_is_read_as_it_was_written(tmp_path):
+    state = Forged().read(tmp_path)
     assert torch.equal(state["rows"]["int64"], torch.arange(15).reshape(5, 3)) and state["one"].tolist() == [2.5]
 
 
+def shape(*wrong):
+    return lambda forged: forged.manifest["tensors"].update({NAME: list(wrong)})
+
+
 CHANGES = {
-    "another row": lambda facts: facts["pieces"][SECOND].update({"state.rows.int64": 3}),
-    "a row twice": lambda facts: facts["pieces"][SECOND].update({"state.rows.int64": 0}),
-    "a gap at the end": lambda facts: facts["tensors"].update({"state.rows.int64": ["I64", [6, 3]]}),
-    "another width": lambda facts: facts["tensors"].update({"state.rows.int64": ["I64", [5, 4]]}),
-    "another type": lambda facts: facts["tensors"].update({"state.rows.int64": ["F64", [5, 3]]}),
-    "a scalar": lambda facts: facts["tensors"].update({"state.rows.int64": ["I64", []]}),
-    "huge": lambda facts: facts["tensors"].update({"state.rows.int64": ["I64", [2**40, 3]]}),
-    "a piece that is not there": lambda facts: facts["pieces"][SECOND].update({"state.other": 0}),
-    "a piece that is called whole": lambda facts: facts["pieces"][THIRD].pop("state.rows.int64"),
-    "a tensor that nobody knows": lambda facts: facts["tensors"].pop("state.rows.int64"),
-    "a file that is not there": lambda facts: facts["pieces"].update({"tensors-00009.safetensors": {"a": 0}}),
-    "a file less": lambda facts: (facts["files"].pop(THIRD), facts["pieces"].pop(THIRD)),
-    "no pieces": lambda facts: facts.pop("pieces"),
-    "the older format": lambda facts: facts.update(format=1),
-    "a negative row": lambda facts: facts["pieces"][SECOND].update({"state.rows.int64": -1}),
+    "another row": lambda forged: forged.rows[1].update({NAME: 3}),
+    "a row twice": lambda forged: forged.rows[1].update({NAME: 0}),
+    "a negative row": lambda forged: forged.rows[1].update({NAME: -1}),
+    "rows that are none": lambda forged: forged.rows.__setitem__(1, "[1]"),
+    "a gap at the end": shape("I64", [6, 3]),
+    "another width": shape("I64", [5, 4]),
+    "another type": shape("F64", [5, 3]),
+    "a scalar": shape("I64", []),
+    "huge": shape("I64", [2**40, 3]),
+    "a piece that is not there": lambda forged: forged.rows[1].update({"state.other": 0}),
+    "a piece that is called whole": lambda forged: forged.rows[2].pop(NAME),
+    "a tensor that nobody knows": lambda forged: forged.manifest["tensors"].pop(NAME),
+    "a piece less": lambda forged: (forged.files[2].pop(NAME), forged.rows[2].pop(NAME)),
+    "no pieces": lambda forged: [rows.clear() for rows in forged.rows],
+    "the older format": lambda forged: forged.manifest.update(format=1),
 }
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_is_not_whole_is_refused(forged, what):
+def test_what_is_not_whole_is_refused(tmp_path, what):
+    forged = Forged()
+    CHANGES[what](forged)
     with pytest.raises(CheckpointError, match="the checkpoint is damaged"):
-        forged(CHANGES[what])
+        forged.read(tmp_path)
 
 
 @pytest.mark.parametrize("pieces", [{}, {1: torch.ones(2)}, {0: torch.ones(3)}, {0: torch.ones(1), 2: torch.ones(1)}])

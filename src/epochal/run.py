@@ -31,7 +31,7 @@ from epochal.report.history import History
 from epochal.result import Result, Setting
 from epochal.runtime import seeding
 from epochal.runtime.lock import Lock
-from epochal.runtime.processes import copy_from_first, first, gather, world
+from epochal.runtime.processes import copy_from_first, first, gather, to_first, world
 from epochal.runtime.seeding import Alike
 from epochal.runtime.shards import whole_on_first
 from epochal.runtime.signals import Signals
@@ -329,7 +329,7 @@ class Run:
         whole = {**self.state.state_dict(), "about": self.about}
         if self.alike is not None:
             own = {name: part for name, part in whole.items() if name.startswith(("generators", "extras.data."))}
-            whole |= {"generators": self.alike.states, "processes": gather(own)}
+            whole |= {"generators": self.alike.states, "processes": to_first(own)}
         return whole
 
     def keep_as_saved(self) -> None:

@@ -23,6 +23,7 @@ from epochal.checkpoint.sharded import put_together
 from epochal.errors import CheckpointError
 
 FORMAT, WITH_PIECES = 1, 2  # the second: tensors that several processes have written, each a part
+ROWS = "epochal.rows"  # metadata of a file: of the tensors that stand there in part, the row at which the part begins
 MANIFEST, STATE = "manifest.json", "state.json"
 LARGEST = 16 * 2**20  # bytes of a manifest; one of a hundred thousand tensors has about ten million
 SIZES = {name: torch.empty(0, dtype=dtype).element_size() for dtype, name in tensors.DTYPES.items()}
@@ -38,16 +39,13 @@ class File(Struct, frozen=True, forbid_unknown_fields=True):
     sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
-class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """files: by name. tensors: dtype and shape, by name. pieces: of the tensors that stand in a file in part, the row
-    at which the part begins; by file and name.
-    """
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
+    """files: by name. tensors: dtype and shape of the whole, by name."""
 
     format: int
     step: Count
     files: dict[str, File]
     tensors: dict[str, tuple[str, list[Count]]]
-    pieces: dict[str, dict[str, Count]] = {}
 
 
 class _Versioned(Struct):
@@ -55,19 +53,19 @@ class _Versioned(Struct):
 
 
 class Written(NamedTuple):
-    """What one process has written: its files, and what stands in them, as in a manifest."""
+    """What one process has written: its files, what they hold that nobody else tells of, and whether in pieces."""
 
     files: dict[str, File]
     tensors: dict[str, tuple[str, list[int]]]
-    pieces: dict[str, dict[str, int]]
+    in_pieces: bool
 
 
 def describe(step: int, written: Sequence[Written]) -> bytes:
     """The manifest of what the processes have written, as the bytes of its own file."""
     files = {name: file for one in written for name, file in one.files.items()}
     named = {name: tensor for one in written for name, tensor in one.tensors.items()}
-    pieces = {name: rows for one in written for name, rows in one.pieces.items()}
-    return msgspec.json.encode(Manifest(WITH_PIECES if pieces else FORMAT, step, files, named, pieces))
+    version = WITH_PIECES if any(one.in_pieces for one in written) else FORMAT
+    return msgspec.json.encode(Manifest(version, step, files, named))
 
 
 def described(named: Mapping[str, Tensor]) -> dict[str, tuple[str, list[int]]]:
@@ -104,8 +102,6 @@ def read_manifest(folder: Path) -> Manifest:
         raise damaged(folder, f"its {MANIFEST} is not as epochal writes it")
     if STATE not in manifest.files or not all(map(NAME.fullmatch, manifest.files)):
         raise damaged(folder, f"its {MANIFEST} names other files than a checkpoint has")
-    if manifest.pieces.keys() - manifest.files.keys() or bool(manifest.pieces) != (version == WITH_PIECES):
-        raise damaged(folder, f"its {MANIFEST} tells of pieces of tensors that it has no files for")
     for name, (dtype, shape) in manifest.tensors.items():
         if dtype not in SIZES or SIZES[dtype] * math.prod(shape) >= 2**63:
             raise damaged(folder, f"its {MANIFEST} gives {name!r} a type or a shape that no tensor has")
@@ -121,14 +117,16 @@ def read_files(folder: Path, manifest: Manifest) -> tuple[bytes, dict[str, Tenso
     pieces: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for name, expected in sorted(manifest.files.items()):
         if name != STATE:
-            part = tensors.parse(_read(folder, name, expected), str(folder / name))
-            for tensor, row in manifest.pieces.get(name, {}).items():
+            part, rows = _parsed(folder, name, expected)
+            for tensor, row in rows.items():
                 if tensor not in part or row in pieces[tensor]:
                     raise damaged(folder, f"a piece of {tensor!r} is missing, or is there twice")
                 pieces[tensor][row] = part.pop(tensor)
             if found.keys() & part.keys():
                 raise damaged(folder, "a tensor stands in two of its files")
             found |= part
+    if bool(pieces) != (manifest.format == WITH_PIECES):
+        raise damaged(folder, "tensors stand there in pieces against what its manifest says")
     if found.keys() & pieces.keys() or not pieces.keys() <= manifest.tensors.keys():
         raise damaged(folder, "a tensor stands there as a whole and in pieces")
     for name, rows in pieces.items():
@@ -156,6 +154,16 @@ def _read(folder: Path, name: str, expected: File) -> bytes:
     if hashlib.sha256(data).hexdigest() != expected.sha256:
         raise damaged(folder, f"{name} is not what was written")
     return data
+
+
+def _parsed(folder: Path, name: str, expected: File) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The tensors of a file, and the rows at which those begin that stand there in part."""
+    data = _read(folder, name, expected)
+    part = tensors.parse(data, str(folder / name))
+    try:
+        return part, msgspec.json.decode(tensors.metadata(data).get(ROWS, "{}"), type=dict[str, Count])
+    except ValueError as error:
+        raise damaged(folder, f"the rows in {name} cannot be read: {error}") from error
 
 
 def damaged(folder: Path, why: str) -> CheckpointError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -20,13 +21,13 @@ def shared_out(named: Mapping[str, Tensor], rank: int, size: int) -> dict[str, T
     >>> [list(shared_out(named, rank, 2)) for rank in range(2)]
     [['state.model.a', 'state.rows'], ['state.model.b']]
     """
-    mine, loads = [], [0] * size
+    mine, loads = [], [(0, writer) for writer in range(size)]  # a heap: whoever has least, and is first, writes next
     for name in sorted(named, key=lambda name: (-named[name].numel() * named[name].itemsize, name)):
         if is_sharded(named[name]):
             writes = part_of(named[name])[0].numel() > 0
         elif name.startswith(ALIKE):
-            writer = loads.index(min(loads))
-            loads[writer] += max(1, named[name].nbytes)
+            load, writer = loads[0]
+            heapq.heapreplace(loads, (load + max(1, named[name].nbytes), writer))
             writes = writer == rank
         else:
             writes = rank == 0

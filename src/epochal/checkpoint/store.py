@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from torch import Tensor
 
 from epochal.cadence import Every
@@ -18,6 +19,7 @@ from epochal.checkpoint import codec, files, tensors
 from epochal.checkpoint.files import Data
 from epochal.checkpoint.manifest import (
     MANIFEST,
+    ROWS,
     STATE,
     Written,
     damaged,
@@ -121,12 +123,12 @@ class Checkpoints:
         then.
         """
         contents: dict[str, list[Data]] = {STATE: [codec.dumps(tree)]} if self.group.is_first else {}
-        written = Written({}, described(named) | {name: piece.whole for name, piece in pieces.items()}, {})
+        wholes = {name: piece.whole for name, piece in pieces.items() if piece.row == 0}  # each told by one process
+        written = Written({}, described(named) | wholes, bool(pieces))
         for number, part in enumerate(_parts({**named, **{name: piece.tensor for name, piece in pieces.items()}})):
             file = f"tensors-{number * self.group.size + self.group.rank:05d}.safetensors"
-            contents[file] = tensors.chunks(part)
-            if cut := {name: pieces[name].row for name in part if name in pieces}:
-                written.pieces[file] = cut
+            rows = {name: pieces[name].row for name in part if name in pieces}
+            contents[file] = tensors.chunks(part, {ROWS: msgspec.json.encode(rows).decode()} if rows else None)
         written.files.update({name: facts(chunks) for name, chunks in contents.items()})
         for pause in (*PAUSES, None):
             try:
@@ -140,7 +142,7 @@ class Checkpoints:
     def _commit(self, step: int, contents: Mapping[str, list[Data]], written: Written) -> Path:
         """Written aside and synced, the manifest last; renamed into place; read back; and only then others go."""
         group = self.group
-        everything = group.gather(written)
+        everything = group.to_first(written)
         final, aside = group.first(lambda: self._begin(step, describe(step, everything), everything))
         try:
             group.together(lambda: [files.write(aside / name, *chunks) for name, chunks in contents.items()])

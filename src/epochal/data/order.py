@@ -25,4 +25,4 @@ def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> Tensor:
 
 def batch_indices(order: Tensor, batch_size: int, start: int = 0) -> Iterator[Tensor]:
     """The order cut into batches, from batch ``start``; the last one may be smaller."""
-    return iter(order[start * batch_size :].split(batch_size)) if start * batch_size < len(order) else iter(())
+    return (order[at : at + batch_size] for at in range(start * batch_size, len(order), batch_size))

@@ -160,7 +160,7 @@ class Mean:
         if world().size == 1:
             return self
         whole = Mean()
-        for total, weight in gather((self._total.cpu(), float(self._weight))):  # in one order, for one sum
+        for total, weight in gather((self._total.item(), float(self._weight))):  # in one order, for one sum
             whole._total, whole._weight = whole._total + total, whole._weight + weight
         return whole
 

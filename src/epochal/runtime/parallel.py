@@ -10,7 +10,6 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from epochal.errors import ModelError, PlanError
-from epochal.runtime.processes import copy_from_first, gather
+from epochal.runtime.processes import copy_from_first, gather, unlike
 from epochal.runtime.shards import local
 from epochal.runtime.strategy import Strategy
 
@@ -223,15 +222,12 @@ def begin_alike(modules: Sequence[nn.Module]) -> None:
     named = [
         (name, value) for module in modules for name, value in (*module.named_parameters(), *module.named_buffers())
     ]
-    told = gather([(name, tuple(value.shape), str(value.dtype)) for name, value in named])
-    for rank, other in enumerate(told):
-        for one, theirs in zip_longest(told[0], other):
-            if one != theirs:
-                what = "the processes have different models."
-                where = f"process 0 has {one}, process {rank} has {theirs}"
-                raise ModelError(
-                    what, where=where, fix="build the same model in every process; only weights may differ"
-                )
+    for rank, apart in enumerate(unlike([(name, tuple(value.shape), str(value.dtype)) for name, value in named])):
+        if apart is not None:
+            _, one, theirs = apart
+            what = "the processes have different models."
+            where = f"process 0 has {one}, process {rank} has {theirs}"
+            raise ModelError(what, where=where, fix="build the same model in every process; only weights may differ")
     copy_from_first([value.detach() for _, value in named])
 
 
@@ -287,14 +283,13 @@ def _is_repeated(child: nn.Module, siblings: nn.ModuleList | nn.Sequential) -> b
 def refuse_drift(modules: Sequence[nn.Module]) -> None:
     """Compares the weights that every process has, bit for bit. Raises ModelError with the first that differ."""
     named = [(n, p.detach()) for module in modules for n, p in module.named_parameters() if not isinstance(p, DTensor)]
-    told = gather([torch.hash_tensor(_bits(weight)).item() for _, weight in named])
-    for place, (name, _) in enumerate(named):
-        hashes = [one[place] for one in told]
-        if len(set(hashes)) > 1:
-            apart = [rank for rank, one in enumerate(hashes) if one != hashes[0]]
-            what = f"the processes have drifted apart: the weight {name!r} is not the same in all of them."
-            fix = "change weights in all processes alike; in a step of your own, call average_gradients before it moves"
-            raise ModelError(what, where=f"process {', '.join(map(str, apart))} against process 0", fix=fix)
+    hashes = [torch.hash_tensor(_bits(weight)) for _, weight in named]
+    places = [apart and apart[0] for apart in unlike(torch.stack(hashes).tolist() if hashes else [])]
+    if (place := min((place for place in places if place is not None), default=None)) is not None:
+        ranks = ", ".join(str(rank) for rank, one in enumerate(places) if one == place)
+        what = f"the processes have drifted apart: the weight {named[place][0]!r} is not the same in all of them."
+        fix = "change weights in all processes alike; in a step of your own, call average_gradients before it moves"
+        raise ModelError(what, where=f"process {ranks} against process 0", fix=fix)
 
 
 def _bits(weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import atexit
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import zip_longest
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
@@ -77,6 +78,14 @@ class Group:
         dist.all_gather_object(values, value, group=self._handle)
         return values
 
+    def to_first(self, value: Any) -> list[Any]:
+        """As :meth:`gather`, for the first process alone: the others get a list of their own value."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size if self.is_first else [value]
+        dist.gather_object(value, values if self.is_first else None, group=self._handle)
+        return values
+
     def first(self, make: Callable[[], T]) -> T:
         """What ``make`` gives, called by the first process alone; its error is every process's."""
         if self.size == 1:
@@ -134,6 +143,19 @@ def aside(patience: timedelta) -> Group:
 def gather(value: Any) -> list[Any]:
     """As :meth:`Group.gather`, of all processes."""
     return Group().gather(value)
+
+
+def to_first(value: Any) -> list[Any]:
+    """As :meth:`Group.to_first`, of all processes."""
+    return Group().to_first(value)
+
+
+def unlike(values: list[Any]) -> list[tuple[int, Any, Any] | None]:
+    """Of each process, by rank, the first place at which its list is not the first one's: the place, and what stands
+    there in both; None if it is the same. Nobody gets everybody's list.
+    """
+    pairs = enumerate(zip_longest(first(lambda: values), values))
+    return gather(next(((place, *pair) for place, pair in pairs if pair[0] != pair[1]), None))
 
 
 def first(make: Callable[[], T]) -> T:
