@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 import warnings
 from pathlib import Path
 
@@ -446,3 +447,49 @@ def wrapped_wrongly(rank):
 def test_a_weight_that_is_shared_cannot_be_wrapped():
     told = "a module to wrap shares the weight 'head.weight' with others."
     assert all(told in answer for answer in group.run(wrapped_wrongly, 2))
+
+
+def counts_now_and_then(rank, strategy):
+    """A weight that is never used, and shares in which an objective counts nothing."""
+    torch.manual_seed(0)
+    X, y = torch.randn(64, 3), torch.randn(64, 1)
+    y[8:16] = torch.nan
+
+    def objective(model, batch):
+        counts = batch[1].isfinite()
+        errors = (model(batch[0]) - batch[1])[counts].square()
+        return epochal.Loss(errors.sum() / counts.sum(), weight=counts.sum())
+
+    model = Paths(False)
+    epochal.fit(
+        model, (X, y), objective=objective, optimizer="sgd", lr=0.01, epochs=2, batch_size=16, shuffle=False, seed=0,
+        strategy=strategy, observers=(),
+    )  # fmt: skip
+    return {name: full(p).detach().numpy() for name, p in model.named_parameters()}
+
+
+def test_a_share_in_which_nothing_counts_beside_a_weight_that_is_not_used():
+    whole = alone(counts_now_and_then, "auto")
+    for strategy in ("ddp", "fsdp"):
+        for found in group.run(counts_now_and_then, 2, strategy):
+            for name, weight in whole.items():
+                np.testing.assert_allclose(found[name], weight, rtol=1e-5, atol=1e-7)
+
+
+def one_after_another(rank):
+    """Runs in one group: one that ends, one that fails, and one more."""
+    X = torch.linspace(-1, 1, 96).reshape(32, 3)
+    losses = []
+    for data in ((X, X[:, :1]), (X, X[:, :2]), (X, X[:, :1])):
+        torch.manual_seed(0)
+        try:
+            result = epochal.fit(nn.Linear(3, 1), data, loss="mse", epochs=1, seed=0, observers=())
+            losses.append(result.history.train_loss[0])
+        except epochal.EpochalError as error:
+            losses.append(type(error).__name__)
+    return losses, threading.active_count()
+
+
+def test_several_runs_in_one_group():
+    for losses, threads in group.run(one_after_another, 2):
+        assert losses[0] == losses[2] and losses[1] == "LossShapeError" and threads <= 2

@@ -49,6 +49,21 @@ class Ending:
         if self.agreement is not None:
             self.agreement.begin(self.state.stop is not None, self.state.progress.seconds)
 
+    def end(self) -> None:
+        """Nobody waits for this process any more."""
+        if self.agreement is not None:
+            self.agreement.pulse.stop()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether all processes have written what they had to: each tells it after the same update."""
+        return self.agreement is None or self.agreement.idle == world().size
+
+    def begin_to_write(self) -> None:
+        """What was heard of it before does not count any more."""
+        if self.agreement is not None:
+            self.agreement.idle = 0
+
     def word(self, is_idle: bool) -> Word:
         """What this process tells the others with each update."""
         if self.agreement is not None:

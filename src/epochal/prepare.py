@@ -259,7 +259,7 @@ def _by_kind(observers: Sequence[Any]) -> dict[str, Any]:
 
 def _record(plan: Plan, run: Run, folder: Path) -> None:
     saving = Saving.of(plan.save)
-    group = processes.aside(Strategy.of(plan.strategy).patience)
+    group = processes.aside()
     checkpoints = Checkpoints(folder / "checkpoints", saving.keep, group)
     run.about = about(plan, run)
     run.saver, run.ending.signals = Saver(checkpoints, saving), Signals(terminate=True)
@@ -267,7 +267,8 @@ def _record(plan: Plan, run: Run, folder: Path) -> None:
         goes_on = saving.on_full == "continue"
         recorder = Recorder(folder, run.weights, environment=run.about["environment"], goes_on=goes_on)
         run.observers = [recorder, *run.observers]  # first: another observer's error does not silence it
-    _, tensors = codec.encode(run.state_dict())  # what cannot be saved is known before anything is trained
+    state = run.state_dict()
+    _, tensors = group.together(lambda: codec.encode(state))  # what cannot be saved is known before anything is trained
     refuse_unholdable(weights_of(plan.model), "train without run=, or make it a buffer with persistent=False")
     # The tensors as they are now, once more for best weights, and twice the trained ones, for what an optimizer keeps.
     trained = sum(p.nbytes for module in run.state.modules for p in module.parameters() if p.requires_grad)

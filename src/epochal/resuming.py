@@ -125,10 +125,13 @@ def _newest(checkpoints: Checkpoints) -> Found | None:
         mine[0] = found = checkpoints.newest_whole()
         return None if found is None else (found.path, found.damaged)
 
-    told = checkpoints.group.first(look)
-    if told is None or checkpoints.group.is_first:
+    group = checkpoints.group
+    if (told := group.first(look)) is None:
+        return None
+    state = group.together(lambda: None if group.is_first else checkpoints.load(told[0]))
+    if group.is_first:
         return mine[0]
-    return Found(told[0], checkpoints.load(told[0]), told[1])
+    return Found(told[0], state, told[1])
 
 
 def _own_part(run: Run, found: Found, group: Group) -> bool:

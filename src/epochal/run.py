@@ -320,6 +320,7 @@ class Run:
             self.ending.agreement.refuse_drift(self.state.modules)
         self.state.progress.seconds = self.ending.seconds()
         self.saver.start(self.state.progress.step, self.state_dict())
+        self.ending.begin_to_write()
         self.keep_as_saved()
         self._last_saving = self.ending.now()
         yield from self._saved(wait=wait)
@@ -342,7 +343,7 @@ class Run:
 
     def _saved(self, *, wait: bool = False) -> Iterator[Event]:
         """Tells what was written since the last call, and raises what went wrong with it."""
-        if self.saver is None or not self.saver.is_busy or not (wait or self._all_idle()):
+        if self.saver is None or not self.saver.is_busy or not (wait or self.ending.is_written):
             return
         try:
             written = self.saver.finished(wait=wait)
@@ -354,11 +355,6 @@ class Run:
         else:
             if written is not None:
                 yield self._tell(Saved(written[1], written[0]))
-
-    def _all_idle(self) -> bool:
-        """Whether what was begun is written: by all processes, so that each tells it after the same update."""
-        agreement = self.ending.agreement
-        return agreement is None or agreement.idle == world().size
 
     def weights(self) -> dict[str, Tensor]:
         """The model's, as the run leaves them."""
@@ -390,6 +386,7 @@ class Run:
         return self.ended
 
     def _let_go(self) -> None:
+        self.ending.end()
         try:
             for loader in (self.train, self.validation.loader):
                 if loader is not None:

@@ -104,9 +104,7 @@ def together(make: Callable[[], T]) -> T:
     from epochal.runtime.processes import together
 
     meet()
-    made: list[T] = []  # it stays in its process: what a recipe plans cannot be sent to another
-    together(lambda: made.append(make()))
-    return made[0]
+    return together(make)
 
 
 def check_restarts() -> None:

@@ -57,6 +57,7 @@ class Replicated:
         self.modules, self.device = list(modules), device
         self._whole = _Whole(modules, facts, device)
         self._ddp: DistributedDataParallel | None = None
+        self._finds_unused, self._outputs = False, []
         self._used: list[tuple[str, nn.Parameter]] = []  # weights that every update has to give a gradient
 
     def warm_up(self, update: Callable[[], object]) -> None:
@@ -83,6 +84,7 @@ class Replicated:
         }  # fmt: skip
         self._ddp = DistributedDataParallel(self._whole, **options)
         self._ddp.register_comm_hook(None, _sum)
+        self._finds_unused = finds_unused
 
     def begin(self, *, syncs: bool) -> None:
         """Before each micro-batch; syncs: with the last one of an update, the gradients are added up."""
@@ -90,14 +92,18 @@ class Replicated:
             self._ddp.require_backward_grad_sync = syncs
 
     def call(self, function: Callable, *given: Any) -> Any:
+        if self._finds_unused:
+            function = partial(_with_outputs, self.modules[0], function)
         outcome, self._carrier = (self._ddp or self._whole)(function, *given)
+        if self._finds_unused:
+            outcome, self._outputs = outcome
         return outcome
 
     def carry(self, value: Tensor | None, facts: Sequence[Any]) -> Tensor:
         """The value to differentiate instead, which takes the facts along; None is that of nothing."""
-        if value is None:
+        if value is None:  # of what the others wait for, each has to get a gradient, once
             every = (p for module in self.modules for p in module.parameters() if p.requires_grad)
-            value = torch.stack([p.sum() * 0.0 for p in every]).sum()
+            value = _nothing(self._outputs) if self._finds_unused else torch.stack([p.sum() * 0.0 for p in every]).sum()
         return value + torch.dot(self._carrier, _vector(facts, torch.float32, self.device))
 
     def check(self) -> None:
@@ -164,28 +170,14 @@ class Sharded:
         self._whole.set_requires_gradient_sync(syncs)
 
     def call(self, function: Callable, *given: Any) -> Any:
-        outcome, self._outputs = self._whole(partial(self._with_outputs, function), *given)[0]
+        outcome, self._outputs = self._whole(partial(_with_outputs, self.modules[0], function), *given)[0]
         return outcome
-
-    def _with_outputs(self, function: Callable, *given: Any) -> tuple[Any, list[Any]]:
-        """What the function gives, and what the model gave on the way there."""
-        outputs: list[Any] = []
-        handle = self.modules[0].register_forward_hook(lambda module, given, output: outputs.append(output))
-        try:
-            return function(*given), outputs
-        finally:
-            handle.remove()
 
     def carry(self, value: Tensor | None, facts: Sequence[Any]) -> Tensor:
         self._facts = self._facts + _vector(facts, torch.float64, self.device)
         if value is not None:
             return value
-        outputs = [one for one in tree_leaves(self._outputs) if isinstance(one, Tensor) and one.requires_grad]
-        if not outputs:  # the others wait for gradients, which only a backward pass through the model gives
-            what = "an objective counts nothing in this process's share, and does not call the model as a whole."
-            fix = 'call model(...), or give strategy="ddp"'
-            raise ModelError(what, where=f"process {dist.get_rank()}", fix=fix)
-        return torch.stack([one.sum() * 0.0 for one in outputs]).sum()
+        return _nothing(self._outputs)
 
     def told(self, found: Tensor) -> list[float]:
         facts, self._facts = torch.cat([self._facts, found[None].double()]), 0.0
@@ -206,6 +198,26 @@ class Sharded:
 
 
 Engine = Replicated | Sharded
+
+
+def _with_outputs(model: nn.Module, function: Callable, *given: Any) -> tuple[Any, list[Any]]:
+    """What the function gives, and what the model gave on the way there."""
+    outputs: list[Any] = []
+    handle = model.register_forward_hook(lambda module, given, output: outputs.append(output))
+    try:
+        return function(*given), outputs
+    finally:
+        handle.remove()
+
+
+def _nothing(outputs: list[Any]) -> Tensor:
+    """A value of 0, whose backward pass goes through the model: the others wait for gradients."""
+    through = [one for one in tree_leaves(outputs) if isinstance(one, Tensor) and one.requires_grad]
+    if not through:
+        what = "an objective counts nothing in this process's share, and does not call the model as a whole."
+        fix = "call model(...) in it, and not only parts of the model"
+        raise ModelError(what, where=f"process {dist.get_rank()}", fix=fix)
+    return torch.stack([one.sum() * 0.0 for one in through]).sum()
 
 
 def _vector(facts: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:

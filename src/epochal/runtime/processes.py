@@ -101,20 +101,21 @@ class Group:
             raise _shared(outcome[1])
         return outcome[0]
 
-    def together(self, make: Callable[[], T]) -> list[T]:
-        """What ``make`` gives in each process, by rank; the first error of any of them is every process's."""
+    def together(self, make: Callable[[], T]) -> T:
+        """What ``make`` gives in this process; the first error of any of them is every process's."""
         if self.size == 1:
-            return [make()]
-        value, error = None, None
+            return make()
+        value: Any = None
+        error = None
         try:
             value = make()
         except Exception as caught:
             error = portable(caught)
-        outcomes = self.gather((value, error))
-        if failed := [rank for rank, (_, wrong) in enumerate(outcomes) if wrong is not None]:
-            raised = error if failed[0] == self.rank else outcomes[failed[0]][1]
+        errors = self.gather(error)
+        if failed := [rank for rank, wrong in enumerate(errors) if wrong is not None]:
+            raised = error if failed[0] == self.rank else errors[failed[0]]
             raise _shared(raised, failed[0] if len(failed) < self.size else None)
-        return [value for value, _ in outcomes]
+        return value
 
 
 def _shared(error: Any, rank: int | None = None) -> Exception:
@@ -133,11 +134,14 @@ def portable(error: Exception) -> Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def aside(patience: timedelta) -> Group:
-    """All processes, talking beside the training: for a thread that writes while the next steps are done."""
+def aside() -> Group:
+    """All processes, talking beside the training: for a thread that writes while the next steps are done.
+
+    They wait for a slow disk; one that has died is known of at once.
+    """
     if world().size == 1:
         return Group()
-    return Group(dist.new_group(backend="gloo", timeout=patience))
+    return Group(dist.new_group(backend="gloo", timeout=timedelta(hours=2)))
 
 
 def gather(value: Any) -> list[Any]:
@@ -163,7 +167,7 @@ def first(make: Callable[[], T]) -> T:
     return Group().first(make)
 
 
-def together(make: Callable[[], T]) -> list[T]:
+def together(make: Callable[[], T]) -> T:
     """As :meth:`Group.together`, of all processes."""
     return Group().together(make)
 
@@ -176,6 +180,10 @@ def add_up(tensor: Tensor) -> Tensor:
 
 
 def copy_from_first(tensors: list[Tensor]) -> None:
-    """Makes the tensors those of the first process, in place."""
-    for tensor in tensors:
-        dist.broadcast(tensor, 0)
+    """Makes the tensors those of the first process, in place; together, for each exchange costs."""
+    for kind in {(tensor.dtype, tensor.device) for tensor in tensors}:
+        alike = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == kind]
+        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+        dist.broadcast(flat, 0)
+        for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike])):
+            tensor.copy_(part.view_as(tensor))
