@@ -145,9 +145,10 @@ def play(_, rank, size, kind, blocks):
 def snapshot_of(state, rank, size):
     """What a saver copies to the host."""
     from epochal.checkpoint import codec, saver
-    from epochal.checkpoint.sharded import shared_out
+    from epochal.checkpoint.sharded import shared_out, writers
 
-    return {n: saver._copied(tensor) for n, tensor in shared_out(codec.encode(state)[1], rank, size).items()}
+    named = codec.encode(state)[1]
+    return {n: saver._copied(tensor) for n, tensor in shared_out(named, rank, writers(named, size)).items()}
 
 
 def nbytes(copied):

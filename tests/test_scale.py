@@ -11,7 +11,7 @@ from torch import nn
 import epochal
 from epochal.checkpoint import files, manifest, tensors
 from epochal.checkpoint.manifest import MANIFEST, ROWS
-from epochal.checkpoint.sharded import shared_out
+from epochal.checkpoint.sharded import shared_out, writers
 from epochal.checkpoint.store import Checkpoints
 from epochal.data.order import batch_indices
 from epochal.errors import CheckpointError, ModelError
@@ -33,7 +33,7 @@ def greedy(named, rank, size):
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
 def test_weights_are_shared_out_by_their_size(size):
     named = {f"state.model.{i}": torch.zeros(i * 37 % 23, i % 3) for i in range(40)}
-    shares = [list(shared_out(named, rank, size)) for rank in range(size)]
+    shares = [list(shared_out(named, rank, writers(named, size))) for rank in range(size)]
     assert shares == [greedy(named, rank, size) for rank in range(size)]
     assert sorted(name for share in shares for name in share) == sorted(named)
 

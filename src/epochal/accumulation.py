@@ -79,7 +79,8 @@ class Sum:
             self._see(loss)
         value = loss.value * (weight / self.window.samples)
         value = value if self._scaler is None else self._scaler.scale(value)
-        return agreement.engine.carry(value, [_weighted(loss.value.detach(), weight), weight, *told])
+        summed = _weighted(loss.value.detach(), weight) if isinstance(weight, Tensor) or weight else 0.0
+        return agreement.engine.carry(value, [summed, weight, *told])
 
     def _see(self, loss: Loss) -> None:
         if self._keeps_outputs:

@@ -23,18 +23,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Word:
-    """What one process says: the signal that it has got, if any; whether it asks for an end; its time in seconds (of
-    the first process alone); whether nothing of it is being written.
+    """What one process says: the signal that it has got, if any; whether it asks for an end; whether nothing of it is
+    being written. And the first one alone: its time in seconds; whether saving is within its share of that.
     """
 
     signal: Signals | None = None
     stop: bool = False
-    seconds: float = 0.0
     is_idle: bool = True
+    seconds: float = 0.0
+    may_save: bool = False
 
 
 HEARD = tuple(number for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if (number := getattr(Signals, name, None)))
-FACTS = len(HEARD) + 3
+FACTS = len(HEARD) + 4
 
 
 class Agreement:
@@ -42,14 +43,14 @@ class Agreement:
     this process's word.
 
     signal: one that a process has got. stop: whether one asks for an end. seconds: the first process's time. idle: how
-    many processes have nothing left to write.
+    many processes have nothing left to write. may_save: whether the first finds that saving takes little enough time.
     """
 
     def __init__(self, engine: Engine | None):
         self.engine = engine
         self.ask: Callable[[], Word] = Word
         self.signal: Signals | None = None
-        self.stop, self.seconds, self.idle = False, 0.0, 0
+        self.stop, self.seconds, self.idle, self.may_save = False, 0.0, 0, False
         self.pulse = Pulse()
 
     @property
@@ -61,21 +62,18 @@ class Agreement:
         self.stop, self.seconds = stop, seconds
         self.pulse.start()
 
-    def refuse_drift(self, modules: Sequence[nn.Module]) -> None:
-        """Raises ModelError where the weights that all processes should have alike are not."""
+    def align(self, modules: Sequence[nn.Module]) -> None:
+        """Gives all processes the first one's running statistics. Raises ModelError where weights are not alike."""
         from epochal.runtime.parallel import refuse_drift
 
         refuse_drift(modules)
+        processes.copy_from_first([buffer for module in modules for buffer in module.buffers()])
 
     def facts(self) -> list[float]:
         """This process's word as numbers that can be added up."""
         word = self.ask()
-        return [
-            *(float(word.signal == number) for number in HEARD),
-            float(word.stop),
-            word.seconds,
-            float(word.is_idle),
-        ]
+        told = word.stop, word.is_idle, word.seconds, word.may_save
+        return [*(float(word.signal == number) for number in HEARD), *map(float, told)]
 
     def exchange(self, *numbers: float) -> list[float]:
         """The sums of these numbers over all processes, where no gradient takes them along."""
@@ -86,8 +84,8 @@ class Agreement:
 
     def hear(self, sums: Sequence[float]) -> None:
         """Takes the sums of all processes' facts."""
-        *signals, stop, self.seconds, idle = sums
-        self.stop, self.idle = round(stop) > 0, round(idle)
+        *signals, stop, idle, self.seconds, may_save = sums
+        self.stop, self.idle, self.may_save = round(stop) > 0, round(idle), round(may_save) > 0
         for number, count in zip(HEARD, signals):
             if round(count):
                 self.signal = number

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from signal import Signals as Signal
 
 from epochal.agreement import Agreement, Word
+from epochal.checkpoint.saver import Saver
 from epochal.errors import NonFiniteError, ProcessError
 from epochal.events import StopReason
 from epochal.runtime.processes import first, gather, world
@@ -64,17 +65,25 @@ class Ending:
         if self.agreement is not None:
             self.agreement.idle = 0
 
-    def word(self, is_idle: bool) -> Word:
+    def word(self, saver: Saver | None) -> Word:
         """What this process tells the others with each update."""
         if self.agreement is not None:
             self.agreement.pulse.step = self.state.progress.step
-        seconds = self.seconds() if world().is_first else 0.0
-        return Word(self.signals.received, self.state.stop is not None, seconds, is_idle)
+        is_idle, word = saver is None or saver.is_idle, Word(self.signals.received, self.state.stop is not None)
+        if world().is_first:
+            word.seconds = self.seconds()
+            word.may_save = saver is not None and saver.may_start(word.seconds)
+        word.is_idle = is_idle
+        return word
+
+    def may_save(self, saver: Saver) -> bool:
+        """Whether saving is within its share of the time; of several processes, by the first one's clock."""
+        return saver.may_start(self.seconds()) if self.agreement is None else self.agreement.may_save
 
     def agree(self) -> None:
         """Between two updates: an observer of the first process may have asked for an end."""
         if self.agreement is not None:
-            self.state.stop = first(lambda: self.state.stop)
+            self.state.stop, self.agreement.seconds = first(lambda: (self.state.stop, self.seconds()))
             self.agreement.stop = self.state.stop is not None
 
     def agree_on_signal(self) -> None:

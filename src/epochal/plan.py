@@ -111,7 +111,7 @@ class Plan:
         groups = self.optimizer.param_groups if isinstance(self.optimizer, Optimizer) else []
         settings = [dict(group) for group in groups]
         try:
-            prepare(self.replace(run=None, resume=False, save=None, observers=()))
+            prepare(self.replace(run=None, resume=False, save=None, observers=(), strategy="auto"))
         finally:
             set_generator_states(states)
             for group, before in zip(groups, settings):

@@ -21,12 +21,13 @@ from epochal.checkpoint.saver import Saver
 from epochal.checkpoint.store import Checkpoints, Saving, look_for_room
 from epochal.checkpoint.weights import refuse_unholdable, weights_of
 from epochal.data.batch import split
+from epochal.data.fingerprint import fingerprint
 from epochal.data.loader import Loader
 from epochal.data.share import Share
 from epochal.data.window import Window
 from epochal.describe import started, told_optimizer
 from epochal.ending import Ending, Limits
-from epochal.errors import Mistakes, ModelError, PlanError, UnknownNameError
+from epochal.errors import DataError, Mistakes, ModelError, PlanError, UnknownNameError
 from epochal.feeding import Data, read, steps_of
 from epochal.loop import evaluation_mode
 from epochal.metrics import named
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 def prepare(plan: Plan) -> Run:
     """Builds every part. What is wrong with data, optimizer, metrics and monitor is told at once."""
     strategy, world = Strategy.of(plan.strategy), announced()
-    device = devices.choose(plan.device, world.local_rank)
+    device = devices.choose(plan.device, world.local_rank if world.size > 1 else None)
     world = processes.join(device, strategy.patience)
     if plan.seed is not None:
         seeding.seed_everything(plan.seed)
@@ -72,6 +73,7 @@ def prepare(plan: Plan) -> Run:
             raise PlanError("save needs a run folder.", where=f"save={plan.save!r}, run=None", fix='give run="runs/x"')
     with mistakes:
         data = read(plan, losses.kind(loss), device, float_type(plan.model))
+        _refuse_different_data(data)
         _materialise(plan.model, data, device)
     with mistakes:
         agreement = _agreement(plan, strategy, modules, device) if world.size > 1 else None
@@ -106,7 +108,7 @@ def prepare(plan: Plan) -> Run:
         started=started(plan, state, data, device, best.monitor, losses.describe(loss or plan.objective or plan.step)),
     )  # fmt: skip
     if world.size > 1:  # before a resume, which has states for each
-        seeding.diverge(world.rank, processes.first(torch.initial_seed))
+        seeding.diverge(world.rank, processes.first(seeding.digest))
     _watch(plan, run)
     return run
 
@@ -119,6 +121,18 @@ def _agreement(plan: Plan, strategy: Strategy, modules: list[nn.Module], device:
         return Agreement(parallel.engine(modules, device, strategy, plan.precision, 2 + FACTS))
     parallel.begin_alike(modules)
     return Agreement(None)
+
+
+def _refuse_different_data(data: Data) -> None:
+    """DataError if the processes do not have the same data, as where each draws some without a seed."""
+    if processes.world().size == 1:
+        return
+    for side, loader in {"train": data.train, "val": data.val}.items():
+        told = processes.gather(None if loader is None else fingerprint(loader))
+        if apart := [str(rank) for rank, one in enumerate(told) if one != told[0]]:
+            what = f"the processes have different data in {side}."
+            fix = "make them alike in every process (seed whatever draws them); each gets its share of every batch"
+            raise DataError(what, where=f"process {', '.join(apart)} against process 0", fix=fix)
 
 
 def _materialise(model: nn.Module, data: Data, device: torch.device) -> None:
@@ -164,11 +178,13 @@ def _own(step: Step, device: torch.device, agreement: Agreement | None) -> Step:
 
 def _of_all(result: StepResult, agreement: Agreement) -> StepResult:
     """The means over all processes of what a user's step reports of its share."""
+    if not isinstance(result, StepResult) or not isinstance(result.loss, torch.Tensor):
+        return result  # which is told where it is in any run
     weight = float(result.weight)
     told = [value.item() * weight for value in (result.loss, *result.values.values())]
-    total, *sums = agreement.exchange(weight, *told)
+    missed, total, *sums = agreement.exchange(float(not result.applied), weight, *told)
     loss, *values = [torch.tensor(one / total if total else math.nan) for one in sums]
-    return replace(result, loss=loss, weight=total, values=dict(zip(result.values, values)))
+    return replace(result, loss=loss, weight=total, applied=not missed, values=dict(zip(result.values, values)))
 
 
 def _optimizer(plan: Plan, modules: Sequence[nn.Module]) -> Any:

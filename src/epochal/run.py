@@ -31,7 +31,7 @@ from epochal.report.history import History
 from epochal.result import Result, Setting
 from epochal.runtime import seeding
 from epochal.runtime.lock import Lock
-from epochal.runtime.processes import copy_from_first, first, gather, to_first, world
+from epochal.runtime.processes import first, gather, to_first, world
 from epochal.runtime.seeding import Alike
 from epochal.runtime.shards import whole_on_first
 from epochal.runtime.signals import Signals
@@ -126,7 +126,8 @@ class Run:
             with suppress(Exception):
                 self.__exit__(type(lost), lost, None)
             raise lost from error
-        asked = self.signals.received is not None and isinstance(error, WorkerError)  # the signal reached them too
+        # The signal reached them too. (Several processes would have to save together, and the others know nothing.)
+        asked = self.signals.received is not None and isinstance(error, WorkerError) and world().size == 1
         try:
             if self.ended is None:
                 reason, message = self.ending.reason() if asked else reason_of(error)
@@ -177,7 +178,7 @@ class Run:
         self.started = replace(self.started, done=progress.epoch, step=progress.step, rows=tuple(self.state.rows))
         self.ending.begin()
         if (agreement := self.ending.agreement) is not None:
-            agreement.ask = lambda: self.ending.word(self.saver is None or self.saver.is_idle)
+            agreement.ask = lambda: self.ending.word(self.saver)
         self._last_evaluation = self._last_saving = self.ending.now()
         self._modes = [(part, part.training) for module in self.state.modules for part in module.modules()]
         for module in self.state.modules:
@@ -296,7 +297,7 @@ class Run:
         if (settle := getattr(self.step, "settle", None)) is not None:
             settle(self.state)
         if self.ending.agreement is not None:
-            copy_from_first([buffer for module in self.state.modules for buffer in module.buffers()])
+            self.ending.agreement.align(self.state.modules)
 
     def _lr(self) -> float | None:
         return float(self.state.optimizer.param_groups[0]["lr"]) if self.state.optimizer is not None else None
@@ -306,7 +307,7 @@ class Run:
             return False
         progress, since = self.state.progress, self.ending.now() - self._last_saving
         due = saver.every.due(step=progress.step, epoch=progress.epoch, at_epoch_end=at_epoch_end, seconds=since)
-        return due and first(lambda: saver.may_start(self.ending.seconds()))
+        return due and self.ending.may_save(saver)
 
     def _save(self, *, wait: bool = False) -> Iterator[Event]:
         """Begins to save the state, unless nothing has happened since the last time; tells what is written."""
@@ -316,8 +317,6 @@ class Run:
         self._settle()
         if self._were_finite and (name := next(filter(None, gather(nonfinite.weight(self.state.modules))), None)):
             raise nonfinite.of_weight(name, self.state.progress.step)
-        if self.ending.agreement is not None:
-            self.ending.agreement.refuse_drift(self.state.modules)
         self.state.progress.seconds = self.ending.seconds()
         self.saver.start(self.state.progress.step, self.state_dict())
         self.ending.begin_to_write()
@@ -367,6 +366,8 @@ class Run:
         is_torn = self.state.is_torn or isinstance(error, KeyboardInterrupt)  # an update may be half done
         try:
             restored = self.best.restore()
+            if error is None and self.alike is not None:  # what a program draws after the run is alike again
+                seeding.set_generator_states(first(seeding.generator_states))
             is_finite = not self._were_finite or nonfinite.weight(self.state.modules) is None
             is_whole = is_finite and (restored or not is_torn)
             if (agreement := self.ending.agreement) is not None and agreement.is_sharded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -173,7 +174,8 @@ class Update:
         try:
             for batch in summed.batches():
                 with self.autocast:
-                    loss = self._call(self.forward, devices.move(batch, self.device))
+                    # A copy, for a model may work in place.
+                    loss = self._call(self.forward, devices.move(copy.deepcopy(batch), self.device))
                 if (value := summed.add(loss)) is not None:
                     value.backward()
         except Exception as error:
@@ -271,7 +273,10 @@ class Update:
                 for batch in window.batches:
                     with self.autocast:
                         found = call(state.model, devices.move(batch, self.device))
-                    if (value := again.add(found)) is not None:
+                    value = again.add(found)
+                    if value is None and self.agreement is not None and self.agreement.is_sharded:
+                        value = self._engine.nothing()  # type: ignore[union-attr]
+                    if value is not None:
                         value.backward()
             again.close(state, self.device)
             norm = self._norm(dense_gradients(state)).item()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from epochal.cadence import Every
 from epochal.checkpoint import codec
-from epochal.checkpoint.sharded import shared_out
+from epochal.checkpoint.sharded import shared_out, writers
 from epochal.checkpoint.store import Checkpoints, Piece, Saving
 from epochal.checkpoint.tensors import DTYPES
 from epochal.runtime.shards import is_sharded, part_of
@@ -50,7 +50,9 @@ class Saver:
         began = time.perf_counter()
         tree, tensors = codec.encode(state)
         if (group := self.checkpoints.group).size > 1:
-            tensors = shared_out(tensors, group.rank, group.size)
+            # As the first one says: what only it has (of an observer) may be weights, under another name.
+            by = group.first(lambda: writers(tensors, group.size))
+            tensors = shared_out(tensors, group.rank, by)
         snapshot = {name: _copied(tensor) for name, tensor in tensors.items()}
         # A daemon, so that a second Ctrl-C does not wait for it: what it leaves half-written is swept up later.
         self._written, begins = threading.Event(), threading.Lock()

@@ -13,26 +13,31 @@ from epochal.runtime.shards import is_sharded, part_of
 ALIKE = ("state.model.", "state.loss.", "state.optimizer.", "state.extras.best.weights.")  # in every process
 
 
-def shared_out(named: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
-    """The tensors that a process writes: of sharded ones its part; of weights, and of what an optimizer keeps for them,
-    its share by their size. Of all else, of which the processes may have different ones, the first writes its own.
+def writers(named: Mapping[str, Tensor], size: int) -> dict[str, int]:
+    """Who writes which of the tensors that are not sharded: weights, and what an optimizer keeps for them, are shared
+    out by their size. Of all else, of which the processes may have different ones, the first writes its own.
+    """
+    found, loads = {}, [(0, writer) for writer in range(size)]  # a heap: whoever has least, and is first, writes next
+    for name in sorted(named, key=lambda name: (-named[name].numel() * named[name].itemsize, name)):
+        if not is_sharded(named[name]):
+            load, found[name] = loads[0] if name.startswith(ALIKE) else (0, 0)
+            if name.startswith(ALIKE):
+                heapq.heapreplace(loads, (load + max(1, named[name].nbytes), found[name]))
+    return found
+
+
+def shared_out(named: Mapping[str, Tensor], rank: int, by: Mapping[str, int]) -> dict[str, Tensor]:
+    """The tensors that a process writes: of sharded ones its part, of the others those that ``by`` says.
 
     >>> named = {"state.model.a": torch.zeros(4), "state.model.b": torch.zeros(3), "state.rows": torch.zeros(2)}
-    >>> [list(shared_out(named, rank, 2)) for rank in range(2)]
+    >>> [list(shared_out(named, rank, writers(named, 2))) for rank in range(2)]
     [['state.model.a', 'state.rows'], ['state.model.b']]
     """
-    mine, loads = [], [(0, writer) for writer in range(size)]  # a heap: whoever has least, and is first, writes next
-    for name in sorted(named, key=lambda name: (-named[name].numel() * named[name].itemsize, name)):
-        if is_sharded(named[name]):
-            writes = part_of(named[name])[0].numel() > 0
-        elif name.startswith(ALIKE):
-            load, writer = loads[0]
-            heapq.heapreplace(loads, (load + max(1, named[name].nbytes), writer))
-            writes = writer == rank
-        else:
-            writes = rank == 0
-        mine += [name] if writes else []
-    return {name: named[name] for name in sorted(mine)}
+
+    def is_mine(name: str) -> bool:
+        return part_of(named[name])[0].numel() > 0 if is_sharded(named[name]) else by.get(name) == rank
+
+    return {name: named[name] for name in sorted(named) if is_mine(name)}
 
 
 def put_together(shape: Iterable[int], pieces: Mapping[int, Tensor]) -> Tensor:

@@ -100,7 +100,7 @@ def _trained(plan: Plan, command: Sequence[str], files: Mapping[str, str | bytes
         if run is not None:
             _draw(run, folder)
         raise
-    if (signal := run.signals.received) is not None and run.result.reason is StopReason.INTERRUPTED:
+    if (signal := run.ending.signal) is not None and run.result.reason is StopReason.INTERRUPTED:
         _draw(run, folder)
         raise _interrupted(run, folder, signal)
     if announced().is_first:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from epochal.data.order import AUGMENTATION, batch_indices, epoch_order
-from epochal.data.share import ALL, Part, Share, rows_of
+from epochal.data.share import ALL, Part, Share, of_stream, rows_of
 from epochal.data.sources import Arrays, Samples, Source, Stream, open_source
 from epochal.data.workers import end_workers, watched
 from epochal.errors import DataError, PlanError
@@ -51,7 +51,7 @@ class Loader:
         timeout: float = TIMEOUT,
         part: Part = ALL,
     ):
-        self.part = part
+        self.part, self.target = part, target
         self.source: Source = open_source(data, where=where, target=target, dtype=dtype)
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         if workers > 1 and isinstance(self.source, Stream):
@@ -96,8 +96,11 @@ class Loader:
             indices = batch_indices(order, self.batch_size, start)
             return map(self._arrays.take if self.part.size == 1 else self._share, indices)
         batches = self._read(epoch, start)
-        is_cut = self.part.size == 1 or isinstance(self.source, Stream)
-        return batches if is_cut else map(self._counted, count(start), batches)
+        if self.part.size == 1:
+            return batches
+        if isinstance(self.source, Stream):
+            return of_stream(batches, self.part, self.target, lambda: self.source.batches(self.batch_size))
+        return map(self._counted, count(start), batches)
 
     def _share(self, index: Tensor) -> Share:
         wanted, counted = rows_of(self.part, len(index))
@@ -209,7 +212,7 @@ class _StreamedBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         self.epoch.is_over = False
-        batches = Stream(self._samples()).batches(self.epoch.batch_size, self.epoch.part)
+        batches = Stream(self._samples()).batches(self.epoch.batch_size)
         for number in count(self.epoch.first_read):
             with seeded(self.epoch.seed_of(number)):
                 batch = next(batches, None)

@@ -5,12 +5,18 @@ Which samples a batch has never depends on how many processes there are; only ho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from epochal.data.batch import rows, size
 from epochal.errors import DataError
+from epochal.runtime import processes
 
 
 @dataclass(frozen=True)
@@ -70,3 +76,47 @@ def cut(batch: Any, part: Part, target: Sequence[str] = ()) -> Share:
         fix = "give a map-style data set, whose samples are shared out before they become batches"
         raise DataError(what, where=f"a batch of {count} samples", fix=fix)
     return Share(found, counted, count)
+
+
+def of_stream(
+    batches: Iterator[Any], part: Part, target: Sequence[str], anew: Callable[[], Iterator[Any]]
+) -> Iterator[Share]:
+    """The shares of the batches of a stream, which each process reads.
+
+    Where all read the same, each cuts its rows out. A stream that gives them different ones divides itself: all of it
+    counts, until the last process has nothing left; whoever has ended stands by, with a batch that does not count.
+    anew: reads from the beginning, for such a batch.
+    """
+    batch = next(batches, None)
+    if len(set(processes.gather(None if batch is None else digest(batch)))) == 1:
+        while batch is not None:
+            yield cut(batch, part, target)
+            batch = next(batches, None)
+        return
+    last = batch
+    while any(counts := processes.gather(0 if batch is None else size(batch, target))):
+        if last is None and (last := next(anew(), None)) is None:
+            fix = "divide the stream so that every process gets something"
+            raise DataError("this process gets no batch of the stream.", where=f"process {part.rank}", fix=fix)
+        if batch is None and (few := rows(last, slice(0, 2), target)) is not None:
+            last = few
+        yield Share(last, counts[part.rank], sum(counts))
+        batch = None if batch is None else next(batches, None)
+        last = last if batch is None else batch
+
+
+def digest(batch: Any) -> str:
+    """Tells two batches apart; what is neither an array nor a number or a text is all one."""
+    found, parts = hashlib.sha256(), [batch]
+    for part in parts:  # grows while it is walked
+        if isinstance(part, Mapping):
+            parts += [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple):
+            parts += part
+        elif isinstance(part, Tensor) and part.layout is torch.strided:
+            found.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        elif isinstance(part, np.ndarray):
+            found.update(part.tobytes())
+        else:
+            found.update(repr(part if isinstance(part, str | bytes | int | float) else type(part)).encode())
+    return found.hexdigest()

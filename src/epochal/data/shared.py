@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from epochal.data.batch import rows, size
 from epochal.data.given import GivenLoader
-from epochal.data.share import Part, Share, cut, rows_of
-from epochal.errors import DataError, PlanError
+from epochal.data.share import Part, Share, of_stream, rows_of
+from epochal.errors import PlanError
 from epochal.runtime import processes, seeding
 from epochal.runtime.seeding import Alike
 
@@ -58,7 +56,9 @@ class SharedLoader:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Share]:
         """The shares of the batches of an epoch, from batch ``start`` on."""
-        self.alike.states = processes.first(lambda: self.alike.states)  # a collate function may have drawn from them
+        # What makes the samples may have drawn from them, more in one process than in another.
+        self.alike.states, own = processes.first(lambda: (self.alike.states, self._of_the_order()))
+        seeding.set_own_states(self.loader, own)
         batches = self._given.batches(epoch, start)
         if self._parts is not None:
             number = start
@@ -66,38 +66,30 @@ class SharedLoader:
                 yield Share(batch, *self._parts.shares.pop(number))
                 number += 1
             return
-        batch = self._next(batches)
-        if len(set(processes.gather(None if batch is None else _digest(batch)))) > 1:
-            yield from self._until_all_have_ended(batch, batches)
-            return
-        while batch is not None:
-            yield cut(batch, self.part, self.target)
-            batch = self._next(batches)
+        anew = partial(self._given.batches, epoch)
+        yield from of_stream(self._alike(batches), self.part, self.target, lambda: self._alike(anew()))
+
+    def _alike(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while (batch := self._next(batches)) is not None:
+            yield batch
+
+    def _of_the_order(self) -> dict[str, Any]:
+        """The generators of the loader's own that its order is drawn from, and not those of its data set."""
+        own = seeding.own_states(self.loader)
+        return {place: state for place, state in own.items() if not place.startswith((".dataset", ".collate_fn"))}
 
     def _next(self, batches: Iterator[Any]) -> Any:
         with self.alike.inside():
             return next(batches, None)
 
-    def _until_all_have_ended(self, batch: Any, batches: Iterator[Any]) -> Iterator[Share]:
-        """Of a stream that divides itself: whoever has nothing left stands by, with a batch that does not count."""
-        last = batch
-        while any(counts := processes.gather(0 if batch is None else size(batch, self.target))):
-            if last is None:
-                what = "this process got no batch of the stream, and others did."
-                fix = "divide the stream so that every process gets something"
-                raise DataError(what, where=f"process {self.part.rank} of {self.part.size}", fix=fix)
-            if batch is None:
-                last = rows(last, slice(0, 2), self.target) or last
-            yield Share(last, counts[self.part.rank], sum(counts))
-            batch = None if batch is None else self._next(batches)
-            last = last if batch is None else batch
-
     def state_dict(self) -> dict[str, Any]:
         """As that of a loader of one process, from which any number can go on."""
         with self.alike.inside():
-            return self._given.state_dict()
+            given = self._given.state_dict()
+        return {**given, "alike": self.alike.states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.alike.states = state.get("alike", self.alike.states)
         with self.alike.inside():
             self._given.load_state_dict(state)
 
@@ -123,7 +115,7 @@ class _Parts(Sampler):
 def _with(loader: DataLoader, parts: _Parts, alike: Alike) -> DataLoader:
     """The DataLoader with other batches of indices. What is drawn for a sample is drawn apart from the order."""
     other = copy.copy(loader)
-    changes: dict[str, Any] = {"batch_sampler": parts}
+    changes: dict[str, Any] = {"batch_sampler": parts, "_iterator": None}
     if loader.num_workers:
         changes["worker_init_fn"] = _Apart(parts.part.rank, loader.worker_init_fn)
     else:
@@ -167,18 +159,3 @@ def _refuse_padding(loader: DataLoader) -> None:
             what = "a DistributedSampler fills up the shares with samples that are there twice."
             fix = "give the DataLoader without it, with the batch_size of all processes together: each gets its share"
             raise PlanError(what, where="DataLoader(sampler=DistributedSampler(...))", fix=fix)
-
-
-def _digest(batch: Any) -> str:
-    """Tells two batches apart."""
-    digest, parts = hashlib.sha256(), [batch]
-    for part in parts:  # grows while it is walked
-        if isinstance(part, dict):
-            parts += [*part.keys(), *part.values()]
-        elif isinstance(part, list | tuple):
-            parts += part
-        elif isinstance(part, Tensor) and part.layout is torch.strided:
-            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        else:
-            digest.update(repr(part).encode())
-    return digest.hexdigest()

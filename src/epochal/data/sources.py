@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from epochal.data import tables
-from epochal.data.share import ALL, Part, Share, rows_of
 from epochal.errors import DataError, PlanError
 
 
@@ -78,15 +77,10 @@ class Stream:
 
     dataset: Any
 
-    def batches(self, batch_size: int, part: Part = ALL) -> Iterator[Any]:
-        """Of several processes, each reads all samples, and gives its share of each batch: so all see the same end."""
+    def batches(self, batch_size: int) -> Iterator[Any]:
         samples = iter(self.dataset)
         while batch := list(islice(samples, batch_size)):
-            if part.size == 1:
-                yield default_collate(batch)
-                continue
-            wanted, counted = rows_of(part, len(batch))
-            yield Share(default_collate(batch[wanted]), counted, len(batch))
+            yield default_collate(batch)
 
 
 Source = Arrays | Samples | Stream

@@ -175,8 +175,10 @@ class Sharded:
 
     def carry(self, value: Tensor | None, facts: Sequence[Any]) -> Tensor:
         self._facts = self._facts + _vector(facts, torch.float64, self.device)
-        if value is not None:
-            return value
+        return self.nothing() if value is None else value
+
+    def nothing(self) -> Tensor:
+        """A value of 0 for a share in which nothing counts: the others wait for its gradients."""
         return _nothing(self._outputs)
 
     def told(self, found: Tensor) -> list[float]:
@@ -246,7 +248,15 @@ def begin_alike(modules: Sequence[nn.Module]) -> None:
 def engine(
     modules: Sequence[nn.Module], device: torch.device, strategy: Strategy, precision: str, facts: int
 ) -> Engine:
-    """What trains these modules in several processes, which begin with the same weights."""
+    """What trains these modules in several processes, which begin with the same weights.
+
+    Raises PlanError for a model that is sharded already.
+    """
+    if any(isinstance(p, DTensor) for module in modules for p in module.parameters()):
+        what = "the model is sharded already, by a run before or by the program itself."
+        raise PlanError(
+            what, where=f"strategy={strategy}", fix="build it anew, or give strategy to one run of it alone"
+        )
     begin_alike(modules)
     if strategy.kind == "fsdp":
         return Sharded(modules, device, strategy, precision)

@@ -184,6 +184,6 @@ def copy_from_first(tensors: list[Tensor]) -> None:
     for kind in {(tensor.dtype, tensor.device) for tensor in tensors}:
         alike = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == kind]
         flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-        dist.broadcast(flat, 0)
+        dist.broadcast(flat.view(torch.uint8), 0)  # gloo does not know every type
         for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike])):
             tensor.copy_(part.view_as(tensor))

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ _SILENCE = re.compile(
     r"gloo/|Connection (closed|reset|refused)|[Tt]imed? ?out|NCCL|ProcessGroup|Broken pipe|recvValue|TCPStore|store->"
 )
 _TORCH = Path(torch.__file__).parent.as_posix()
+_WAITING = tuple(f"{_TORCH}/{part}" for part in ("distributed", "autograd", "nn/parallel", "_tensor.py"))
 
 
 class Pulse(threading.Thread):
@@ -38,7 +40,7 @@ class Pulse(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True, name="pulse")
         self.step, self.rank, self.size = 0, world().rank, world().size
-        self._beats, self._is_over = 0, threading.Event()
+        self._beats, self._is_over, self.waits = 0, threading.Event(), False
         store: Any = _get_default_store()
         self._store = store.clone()  # a connection of its own: waiting on one blocks it
         self._main = threading.main_thread().ident
@@ -55,6 +57,8 @@ class Pulse(threading.Thread):
         self._is_over.set()
 
     def _place(self) -> str:
+        if self.waits:
+            return "a wait for others"
         frame = sys._current_frames().get(self._main or 0)
         return place_of(frame) if frame is not None else "at its end"
 
@@ -110,6 +114,10 @@ def lost(error: BaseException | None, pulse: Pulse, step: int) -> ProcessError |
     """An error of a process that waited in vain for another one, as one that names it; None for any other error."""
     if not isinstance(error, RuntimeError) or not (isinstance(error, dist.DistError) or _SILENCE.search(str(error))):
         return None
+    places = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not places or not places[-1].startswith(_WAITING):  # words like these, but of the user's own program
+        return None
+    pulse.waits = True
     told = next((line for line in str(error).splitlines() if line.strip()), "")
     told = re.sub(r".*\.cc:\d+\] |\. .*", "", told).strip()
     what = f"{'; '.join(pulse.diagnosis())}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,11 @@ def diverge(rank: int, seed: int) -> None:
     """Gives every process but the first random numbers of its own, for dropout and the like: a function of both."""
     if rank:
         seed_everything(derive(seed, RANKS, rank))
+
+
+def digest() -> int:
+    """A number that differs where the state of torch's generator does; nothing is drawn."""
+    return zlib.crc32(torch.get_rng_state().numpy().tobytes())
 
 
 class Alike:
