@@ -126,7 +126,7 @@ def _one(
         if len(workers) < 2:
             break
         seen |= {worker.pid for worker in workers.values()}
-        _wait_for_training(folder / name, launcher, rng)
+        _wait_for_training(folder / name, launcher, rng, may_be_early=fault != "stop")  # no plan has said a timeout yet
         rank = rng.randrange(2)
         began = time.monotonic()
         with suppress(psutil.NoSuchProcess):
@@ -172,10 +172,10 @@ def _workers(launcher: subprocess.Popen, seen: set[int]) -> dict[int, psutil.Pro
     return {}
 
 
-def _wait_for_training(run: Path, launcher: subprocess.Popen, rng: random.Random) -> None:
+def _wait_for_training(run: Path, launcher: subprocess.Popen, rng: random.Random, *, may_be_early: bool) -> None:
     """Now and then a fault comes before anything is trained; mostly after a checkpoint or more."""
     before = _newest(run)
-    deadline = time.monotonic() + (rng.random() * 8 if rng.random() < 0.15 else 60)
+    deadline = time.monotonic() + (rng.random() * 8 if may_be_early and rng.random() < 0.15 else 60)
     while launcher.poll() is None and time.monotonic() < deadline and _newest(run) <= before:
         time.sleep(0.01)
     time.sleep(rng.random() * 0.5)

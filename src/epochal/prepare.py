@@ -275,7 +275,7 @@ def _by_kind(observers: Sequence[Any]) -> dict[str, Any]:
 
 def _record(plan: Plan, run: Run, folder: Path) -> None:
     saving = Saving.of(plan.save)
-    group = processes.aside()
+    group = processes.aside(Strategy.of(plan.strategy).patience)
     checkpoints = Checkpoints(folder / "checkpoints", saving.keep, group)
     run.about = about(plan, run)
     run.saver, run.ending.signals = Saver(checkpoints, saving), Signals(terminate=True)

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 LAUNCHER = "EPOCHAL_LAUNCHER"  # in the environment of the processes that runtime/launch.py starts: its process id
 ERRORS = "TORCHELASTIC_ERROR_FILE"
-PATIENCE = timedelta(minutes=30)  # with the others, before the group counts as broken; torch's own for gloo
+PATIENCE = timedelta(minutes=5)  # with the others, until a plan is known that says another
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 

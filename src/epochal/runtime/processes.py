@@ -42,6 +42,7 @@ def join(device: torch.device, timeout: timedelta) -> World:
     if dist.is_initialized():
         if _is_ours:
             dist.distributed_c10d._set_pg_timeout(timeout)
+            dist.distributed_c10d._get_default_store().set_timeout(timeout)
         return world()
     if announced().size > 1:
         place = meeting_place()
@@ -134,14 +135,11 @@ def portable(error: Exception) -> Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def aside() -> Group:
-    """All processes, talking beside the training: for a thread that writes while the next steps are done.
-
-    They wait for a slow disk; one that has died is known of at once.
-    """
+def aside(patience: timedelta) -> Group:
+    """All processes, talking beside the training: for a thread that writes while the next steps are done."""
     if world().size == 1:
         return Group()
-    return Group(dist.new_group(backend="gloo", timeout=timedelta(hours=2)))
+    return Group(dist.new_group(backend="gloo", timeout=patience))
 
 
 def gather(value: Any) -> list[Any]:
