@@ -10,7 +10,7 @@ from epochal.agreement import Agreement, Word
 from epochal.checkpoint.saver import Saver
 from epochal.errors import NonFiniteError, ProcessError
 from epochal.events import StopReason
-from epochal.runtime.processes import first, gather, world
+from epochal.runtime.processes import gather, of_first, world
 from epochal.runtime.pulse import lost
 from epochal.runtime.signals import Signals
 from epochal.state import Progress, TrainState
@@ -83,8 +83,8 @@ class Ending:
     def agree(self) -> None:
         """Between two updates: an observer of the first process may have asked for an end."""
         if self.agreement is not None:
-            self.state.stop, self.agreement.seconds = first(lambda: (self.state.stop, self.seconds()))
-            self.agreement.stop = self.state.stop is not None
+            stop, self.agreement.seconds = of_first(float(self.state.stop is not None), self.seconds())
+            self.agreement.stop = stop > 0
 
     def agree_on_signal(self) -> None:
         """After an evaluation, in which nobody hears of another one's signal."""

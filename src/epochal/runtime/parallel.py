@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from epochal.errors import ModelError, PlanError
-from epochal.runtime.processes import copy_from_first, gather, unlike
+from epochal.runtime.processes import are_alike, copy_from_first, gather, unlike
 from epochal.runtime.shards import local
 from epochal.runtime.strategy import Strategy
 
@@ -305,8 +305,12 @@ def _is_repeated(child: nn.Module, siblings: nn.ModuleList | nn.Sequential) -> b
 def refuse_drift(modules: Sequence[nn.Module]) -> None:
     """Compares the weights that every process has, bit for bit. Raises ModelError with the first that differ."""
     named = [(n, p.detach()) for module in modules for n, p in module.named_parameters() if not isinstance(p, DTensor)]
-    hashes = [torch.hash_tensor(_bits(weight)) for _, weight in named]
-    places = [apart and apart[0] for apart in unlike(torch.stack(hashes).tolist() if hashes else [])]
+    if not named:
+        return
+    hashes = torch.stack([torch.hash_tensor(_bits(weight)) for _, weight in named]).cpu().view(torch.int64)
+    if are_alike(hashes):
+        return
+    places = [apart and apart[0] for apart in unlike(hashes.tolist())]
     if (place := min((place for place in places if place is not None), default=None)) is not None:
         ranks = ", ".join(str(rank) for rank, one in enumerate(places) if one == place)
         what = f"the processes have drifted apart: the weight {named[place][0]!r} is not the same in all of them."
