@@ -138,7 +138,7 @@ def average_gradients(parameters: Iterable[Tensor], window: Window) -> None:
     held = [p for p in parameters if p.requires_grad]
     for p in held:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad * share
-    for dtype in {p.dtype for p in held}:  # together, for each exchange costs
+    for dtype in dict.fromkeys(p.dtype for p in held):  # together, for each exchange costs; in one order everywhere
         gradients = [p.grad for p in held if p.dtype == dtype and p.grad is not None]
         flat = processes.add_up(torch.cat([gradient.reshape(-1) for gradient in gradients]))
         for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):

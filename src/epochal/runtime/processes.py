@@ -196,7 +196,7 @@ def add_up(tensor: Tensor) -> Tensor:
 
 def copy_from_first(tensors: list[Tensor]) -> None:
     """Makes the tensors those of the first process, in place; together, for each exchange costs."""
-    for kind in {(tensor.dtype, tensor.device) for tensor in tensors}:
+    for kind in dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors):  # in one order in all processes
         alike = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == kind]
         flat = torch.cat([tensor.reshape(-1) for tensor in alike])
         dist.broadcast(flat.view(torch.uint8), 0)  # gloo does not know every type
