@@ -22,6 +22,16 @@ KILLS = {"small": 2, "full": 20}
 EPOCHS = {"small": 3, "full": 18}  # of about a third of a second
 FILES = ("model.safetensors", "metrics.jsonl", "results.csv")
 ROOT = Path(__file__).parents[1]
+DIGITS = """    torch.set_num_threads(1)
+    with files("epochal.cli").joinpath("digits.npz").open("rb") as file, np.load(file) as digits:
+        images = torch.from_numpy(digits["images"])[:, None].float() / 16
+        labels = torch.from_numpy(digits["labels"]).long()
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Dropout(0.3), nn.Linear(192, 10),
+    )
+"""
 RECIPE = '''
 """Handwritten digits, shifted at random, with everything on that has a state."""
 
@@ -48,21 +58,12 @@ class Shifted(Dataset):
 
 
 def plan() -> epochal.Plan:
-    torch.set_num_threads(1)
-    with files("epochal.cli").joinpath("digits.npz").open("rb") as file, np.load(file) as digits:
-        images = torch.from_numpy(digits["images"])[:, None].float() / 16
-        labels = torch.from_numpy(digits["labels"]).long()
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Dropout(0.3), nn.Linear(192, 10),
-    )
-    return epochal.Plan(
+DIGITS    return epochal.Plan(
         model, Shifted(images[:1400], labels[:1400]), val=(images[1400:], labels[1400:]), loss="cross_entropy",
         optimizer="adamw", lr=0.003, schedule=epochal.Schedule("cosine", warmup=20), metrics=["accuracy"], patience=8,
         epochs=EPOCHS, batch_size=32, clip=1.0, run="run", save=epochal.Saving("10 steps", share=None),
     )
-'''
+'''.replace("DIGITS", DIGITS)
 
 BREAKING = """
 from epochal.runtime import seeding

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from campaigns import harness
+from campaigns.cli_kills import DIGITS
 from campaigns.harness import Outcome, Part
 
 WHAT = "one of two processes killed, stopped or raising"
@@ -54,22 +55,13 @@ def objective(model, batch):
 
 
 def plan() -> epochal.Plan:
-    torch.set_num_threads(1)
-    with files("epochal.cli").joinpath("digits.npz").open("rb") as file, np.load(file) as digits:
-        images = torch.from_numpy(digits["images"])[:, None].float() / 16
-        labels = torch.from_numpy(digits["labels"]).long()
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Dropout(0.3), nn.Linear(192, 10),
-    )
-    return epochal.Plan(
+DIGITS    return epochal.Plan(
         model, (images[:1400], labels[:1400]), val=(images[1400:], labels[1400:]), objective=objective,
         optimizer="adamw", lr=0.003, schedule=epochal.Schedule("cosine", warmup=20), metrics=["accuracy"],
         epochs=EPOCHS, batch_size=33, accumulate=2, clip=1.0, strategy=epochal.Strategy("KIND", timeout="TIMEOUT s"),
         save=epochal.Saving("5 steps", share=None),
     )
-'''
+'''.replace("DIGITS", DIGITS)
 BREAKING = """
 from epochal.runtime import seeding
 
