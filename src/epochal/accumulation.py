@@ -46,41 +46,46 @@ class Sum:
                 self._agreement.engine.begin(syncs=self._is_last)
             yield batch
 
-    def add(self, loss: Loss) -> Tensor | None:
-        """Gives the value to differentiate; None where nothing is counted, and the gradient would be 0 / 0."""
+    def add(self, loss: Loss) -> bool:
+        """Counts a micro-batch, and adds its gradient; False where nothing of it counts, and that would be 0 / 0."""
         value, weight = loss.value, loss.weight
         if not value.requires_grad:
             what = "the loss does not depend on any parameter that can be trained."
             fix = "do not detach() the outputs, and do not compute the loss under torch.no_grad()"
             raise LossError(what, where="loss.requires_grad is False", fix=fix)
         if self._agreement is not None:
-            return self._share(loss, self._agreement)
+            return self._add_share(loss, self._agreement)
         # One batch is its own mean, and gives the bits of the plain loop. Of several, each counts by its
         # weight; samples are known before, what the weights add up to only afterwards.
         if self._alone:
             self.loss, self.weight = value.detach(), weight
         elif self._divides_by_itself and not weight:
-            return None
+            return False
         else:
             value = _weighted(value, weight)
             self.loss, self.weight = self.loss + value.detach(), self.weight + weight
             value = value / self.window.samples
         self._see(loss)
-        return value if self._scaler is None else self._scaler.scale(value)
+        self._scaled(value).backward()
+        return True
 
-    def _share(self, loss: Loss, agreement: Any) -> Tensor:
-        """This process's part of the value. With its gradient travel the sums, and with the last one the word."""
+    def _add_share(self, loss: Loss, agreement: Any) -> bool:
+        """This process's part of it. With its gradient travel the sums, and with the last one the word."""
         counts = self.window.sizes[self._number] > 0  # else it stands in for a share that is empty
-        weight = loss.weight if counts else 0.0
-        told = agreement.facts() if self._is_last else [0.0] * FACTS
+        weight = _number(loss.weight) if counts else 0.0
+        told, engine = agreement.facts() if self._is_last else [0.0] * FACTS, agreement.engine
         if self._divides_by_itself and not weight:
-            return agreement.engine.carry(None, [0.0, 0.0, *told])
+            engine.backward(None, 0.0, [0.0, 0.0, *told])
+            return False
         if counts:
             self._see(loss)
-        value = loss.value * (weight / self.window.samples)
-        value = value if self._scaler is None else self._scaler.scale(value)
-        summed = _weighted(loss.value.detach(), weight) if isinstance(weight, Tensor) or weight else 0.0
-        return agreement.engine.carry(value, [summed, weight, *told])
+        is_counted = isinstance(weight, Tensor) or weight
+        summed = _weighted(_number(loss.value.detach()), weight) if is_counted else 0.0
+        engine.backward(self._scaled(loss.value), weight / self.window.samples, [summed, weight, *told])
+        return True
+
+    def _scaled(self, value: Tensor) -> Tensor:
+        return value if self._scaler is None else self._scaler.scale(value)
 
     def _see(self, loss: Loss) -> None:
         if self._keeps_outputs:
@@ -97,14 +102,22 @@ class Sum:
         """As :meth:`close`, over all processes; gives the sums of their words. found: above 0 where a gradient is not
         finite, and afterwards also where one of another process is not.
         """
-        loss, self.weight, *told, not_finite = self._agreement.engine.told(found)
-        found.fill_(not_finite)
+        loss, weight, *told, not_finite = self._agreement.engine.told(found)
+        if not_finite:
+            found.fill_(not_finite)
+        # A mean over processes that is multiplied again may be off by the last bit.
+        self.weight = self.window.samples if math.isclose(weight, self.window.samples, rel_tol=1e-6) else weight
         self.loss = torch.full((), loss / self.weight if self.weight else math.nan, device=device)
         _rescale(state, self.window.samples, self.weight)
         return told
 
 
-def _weighted(value: Tensor, weight: float | Tensor) -> Tensor:
+def _number(value: float | Tensor) -> float | Tensor:
+    """What lies on the host as a plain number, which is quicker; what lies on a device is not waited for."""
+    return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+
+
+def _weighted(value: Any, weight: float | Tensor) -> Any:
     """value × weight, and 0 where nothing is counted: the mean over nothing is not a number."""
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, 0.0, value * weight)

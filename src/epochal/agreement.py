@@ -35,6 +35,7 @@ class Word:
 
 
 HEARD = tuple(number for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if (number := getattr(Signals, name, None)))
+NONE_HEARD = [0.0] * len(HEARD)
 FACTS = len(HEARD) + 4
 
 
@@ -72,8 +73,8 @@ class Agreement:
     def facts(self) -> list[float]:
         """This process's word as numbers that can be added up."""
         word = self.ask()
-        told = word.stop, word.is_idle, word.seconds, word.may_save
-        return [*(float(word.signal == number) for number in HEARD), *map(float, told)]
+        heard = NONE_HEARD if word.signal is None else [float(word.signal == number) for number in HEARD]
+        return [*heard, float(word.stop), float(word.is_idle), word.seconds, float(word.may_save)]
 
     def exchange(self, *numbers: float) -> list[float]:
         """The sums of these numbers over all processes, where no gradient takes them along."""

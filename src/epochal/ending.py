@@ -43,6 +43,7 @@ class Ending:
     signals: Signals = field(default_factory=lambda: Signals(terminate=False))
     agreement: Agreement | None = None
     _began: float = field(default_factory=time.perf_counter, init=False)
+    _is_first: bool = field(default_factory=lambda: world().is_first, init=False)
 
     def begin(self) -> None:
         """The clock goes on where the state left it, and what the state says is known to all."""
@@ -70,7 +71,7 @@ class Ending:
         if self.agreement is not None:
             self.agreement.pulse.step = self.state.progress.step
         is_idle, word = saver is None or saver.is_idle, Word(self.signals.received, self.state.stop is not None)
-        if world().is_first:
+        if self._is_first:
             word.seconds = self.seconds()
             word.may_save = saver is not None and saver.may_start(word.seconds)
         word.is_idle = is_idle

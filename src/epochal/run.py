@@ -113,6 +113,7 @@ class Run:
                 yield from self._save() if self._saving_is_due(at_epoch_end) else self._saved()
         if progress.evaluated != progress.step and self.ending.signal is None:
             yield from self._pending()
+        self._settle()
         yield from self._save(wait=True)
         yield self._end(*self.ending.reason())
 
@@ -246,7 +247,7 @@ class Run:
         if a signal came meanwhile; an error, too, leaves all as it was.
         """
         progress, validation = self.state.progress, self.validation
-        self._settle()
+        self._settle(together=validation.loader is not None)
         measured = {}
         if validation.loader is not None:
             before, is_whole = (seeding.generator_states(), validation.loader.state_dict()), False
@@ -290,13 +291,13 @@ class Run:
             if self.signals.received is not None:
                 return
 
-    def _settle(self) -> None:
-        """Lets a step that reads late (on an accelerator) say now whether all its updates were finite; and gives all
-        processes the first one's running statistics.
+    def _settle(self, *, together: bool = True) -> None:
+        """Lets a step that reads late (on an accelerator) say now whether all its updates were finite. together: and
+        gives all processes the first one's running statistics, where the model is about to be looked at.
         """
         if (settle := getattr(self.step, "settle", None)) is not None:
             settle(self.state)
-        if self.ending.agreement is not None:
+        if together and self.ending.agreement is not None:
             self.ending.agreement.align(self.state.modules)
 
     def _lr(self) -> float | None:

@@ -106,12 +106,11 @@ class Update:
                         batch = devices.move(batch, self.device)
                     with self.autocast:
                         loss = self._call(self.forward, batch)
-                    if (value := summed.add(loss)) is not None:
-                        value.backward()
+                    summed.add(loss)
                 break
             except Exception as error:
                 failed = self._out_of_memory(error, state, batch)  # raises any other error again
-            batch = loss = value = None  # they hold what fills the memory
+            batch = loss = None  # they hold what fills the memory
             self._make_room(state, summed.window, before, failed)
             notes = self._notes(window)
         if self.agreement is None:
@@ -176,8 +175,7 @@ class Update:
                 with self.autocast:
                     # A copy, for a model may work in place.
                     loss = self._call(self.forward, devices.move(copy.deepcopy(batch), self.device))
-                if (value := summed.add(loss)) is not None:
-                    value.backward()
+                summed.add(loss)
         except Exception as error:
             relocate(error, state.model, batch, f"step {state.progress.step}, batch {state.progress.windows} of train")
         self._engine.told(self._found)  # type: ignore[union-attr]
@@ -273,11 +271,8 @@ class Update:
                 for batch in window.batches:
                     with self.autocast:
                         found = call(state.model, devices.move(batch, self.device))
-                    value = again.add(found)
-                    if value is None and self.agreement is not None and self.agreement.is_sharded:
-                        value = self._engine.nothing()  # type: ignore[union-attr]
-                    if value is not None:
-                        value.backward()
+                    if not again.add(found) and self.agreement is not None and self.agreement.is_sharded:
+                        self._engine.nothing().backward()  # type: ignore[union-attr]
             again.close(state, self.device)
             norm = self._norm(dense_gradients(state)).item()
             norm /= 1.0 if state.scaler is None else state.scaler.get_scale()
