@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,8 +47,8 @@ class Sum:
                 self._agreement.engine.begin(syncs=self._is_last)
             yield batch
 
-    def add(self, loss: Loss) -> bool:
-        """Counts a micro-batch, and adds its gradient; False where nothing of it counts, and that would be 0 / 0."""
+    def add(self, loss: Loss) -> Callable[[], None] | None:
+        """Counts a micro-batch, and gives its backward pass; None where nothing of it counts, and that gave 0 / 0."""
         value, weight = loss.value, loss.weight
         if not value.requires_grad:
             what = "the loss does not depend on any parameter that can be trained."
@@ -60,29 +61,27 @@ class Sum:
         if self._alone:
             self.loss, self.weight = value.detach(), weight
         elif self._divides_by_itself and not weight:
-            return False
+            return None
         else:
             value = _weighted(value, weight)
             self.loss, self.weight = self.loss + value.detach(), self.weight + weight
             value = value / self.window.samples
         self._see(loss)
-        self._scaled(value).backward()
-        return True
+        return self._scaled(value).backward
 
-    def _add_share(self, loss: Loss, agreement: Any) -> bool:
+    def _add_share(self, loss: Loss, agreement: Any) -> Callable[[], None]:
         """This process's part of it. With its gradient travel the sums, and with the last one the word."""
         counts = self.window.sizes[self._number] > 0  # else it stands in for a share that is empty
         weight = _number(loss.weight) if counts else 0.0
         told, engine = agreement.facts() if self._is_last else [0.0] * FACTS, agreement.engine
         if self._divides_by_itself and not weight:
-            engine.backward(None, 0.0, [0.0, 0.0, *told])
-            return False
+            return partial(engine.backward, None, 0.0, [0.0, 0.0, *told])
         if counts:
             self._see(loss)
         is_counted = isinstance(weight, Tensor) or weight
         summed = _weighted(_number(loss.value.detach()), weight) if is_counted else 0.0
-        engine.backward(self._scaled(loss.value), weight / self.window.samples, [summed, weight, *told])
-        return True
+        share = weight / self.window.samples
+        return partial(engine.backward, self._scaled(loss.value), share, [summed, weight, *told])
 
     def _scaled(self, value: Tensor) -> Tensor:
         return value if self._scaler is None else self._scaler.scale(value)
@@ -121,7 +120,7 @@ def _weighted(value: Any, weight: float | Tensor) -> Any:
     """value × weight, and 0 where nothing is counted: the mean over nothing is not a number."""
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, 0.0, value * weight)
-    return value * weight if weight else value * 0.0
+    return value * weight if weight else value.nan_to_num(0.0, 0.0, 0.0) * 0.0
 
 
 def _rescale(state: TrainState, samples: int, weights: float | Tensor) -> None:

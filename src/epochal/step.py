@@ -106,11 +106,12 @@ class Update:
                         batch = devices.move(batch, self.device)
                     with self.autocast:
                         loss = self._call(self.forward, batch)
-                    summed.add(loss)
+                    if (backward := summed.add(loss)) is not None:
+                        backward()
                 break
             except Exception as error:
                 failed = self._out_of_memory(error, state, batch)  # raises any other error again
-            batch = loss = None  # they hold what fills the memory
+            batch = loss = backward = None  # they hold what fills the memory
             self._make_room(state, summed.window, before, failed)
             notes = self._notes(window)
         if self.agreement is None:
@@ -175,7 +176,8 @@ class Update:
                 with self.autocast:
                     # A copy, for a model may work in place.
                     loss = self._call(self.forward, devices.move(copy.deepcopy(batch), self.device))
-                summed.add(loss)
+                if (backward := summed.add(loss)) is not None:
+                    backward()
         except Exception as error:
             relocate(error, state.model, batch, f"step {state.progress.step}, batch {state.progress.windows} of train")
         self._engine.told(self._found)  # type: ignore[union-attr]
@@ -271,8 +273,11 @@ class Update:
                 for batch in window.batches:
                     with self.autocast:
                         found = call(state.model, devices.move(batch, self.device))
-                    if not again.add(found) and self.agreement is not None and self.agreement.is_sharded:
-                        self._engine.nothing().backward()  # type: ignore[union-attr]
+                    backward = again.add(found)
+                    if backward is None and self.agreement is not None and self.agreement.is_sharded:
+                        backward = self._engine.nothing().backward  # type: ignore[union-attr]
+                    if backward is not None:
+                        backward()
             again.close(state, self.device)
             norm = self._norm(dense_gradients(state)).item()
             norm /= 1.0 if state.scaler is None else state.scaler.get_scale()
