@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import statistics
 import sys
 import time
@@ -107,13 +108,21 @@ def pretending(rank, size):
     if rank:  # what the first would tell, each says itself
         processes.Group.first = lambda group, make: make()
 
-    def add_up(_, bucket):  # as epochal's own; a fake exchange promises no values
+    def add_up(_, bucket):
         dist.all_reduce(bucket.buffer())
         future = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
 
-    parallel._sum = add_up
+    class Replica(nn.parallel.DistributedDataParallel):
+        """With a hook, for a fake exchange promises no values."""
+
+        @functools.wraps(nn.parallel.DistributedDataParallel.__init__)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.register_comm_hook(None, add_up)
+
+    parallel.DistributedDataParallel = Replica
     yield
 
 
@@ -222,7 +231,7 @@ def count(_, size, options):
         with plan.prepare() as run, exchanges:
             for event in run:
                 counted[type(event).__name__, run.state.progress.step] = exchanges.take()
-            run.ending.agreement.refuse_drift(run.state.modules)
+            run.ending.agreement.align(run.state.modules)
             run.state_dict()
             counted["Saved"] = exchanges.take()
         return counted["StepDone", 3], counted["Evaluated", 3], counted["Saved"]
@@ -237,10 +246,10 @@ def predicted(size, kind, *, half, pieces):
     def send(fill):
         inner, outer = (sum(fill(p.shape) for b in some for p in b.parameters()) for some in (blocks, [root]))
         if kind == "ddp":
-            return 2 * (size - 1) / size * 4 * (inner + outer + 9)
+            return 2 * (size - 1) / size * 4 * (inner + outer + 10)
         # The last layer is no block: it stays together between the forward and the backward pass.
         gathered = pieces * (2 * inner + outer) * (2 if half else 4)
-        return (size - 1) / size * (gathered + 4 * (inner + outer) + 2 * 8 * 10)
+        return (size - 1) / size * (gathered + 4 * (inner + outer) + 2 * 8 * 11)
 
     plain = send(lambda shape: shape.numel())
     padded = send(lambda shape: -(-shape[0] // size) * size * (shape.numel() // shape[0]))
