@@ -54,7 +54,10 @@ class Pulse(threading.Thread):
                 return  # whoever held the store is gone
 
     def stop(self) -> None:
+        """Ends it. A thread that is inside of the store while Python comes to its end would abort the process."""
         self._is_over.set()
+        if self.is_alive():
+            self.join(PATIENCE)
 
     def _place(self) -> str:
         if self.waits:
