@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,7 @@ import pytest
 
 from epochal.errors import EpochalError, PlanError
 from epochal.runtime import launch
-from epochal.runtime.launched import LAUNCHER, check_restarts, tell
+from epochal.runtime.launched import LAUNCHER, check_restarts, launches, tell
 
 pytestmark = pytest.mark.distributed
 RECIPE = """
@@ -105,7 +106,7 @@ def seeds(out):
 def test_after_a_death_all_go_on_in_the_same_folder_and_later_as_many_again(command, monkeypatch):
     code, out, err = finished(train("--what", "die late", "--steps", "12", "--restarts", "1"))
     assert code == 0, err
-    assert "ProcessError: process 1 is dead or stopped (last heard of at " in err
+    assert "ProcessError: rank 1 is dead or stopped (last heard of at " in err
     assert ").\nall start again from the newest checkpoint (1 of 1)\n" in err
     assert out.count(f"threads {max(1, len(os.sched_getaffinity(0)) // 2)}\n") == 4
     assert len(seeds(out)) == 1
@@ -307,6 +308,43 @@ def test_a_slurm_script_takes_no_flag_that_the_recipe_does_not(command):
     assert (code, out) == (2, "") and "--whta" in err
     code, out, err = command("slurm", "recipe.py", "--run", "x")
     assert (code, out) == (2, "") and "leave it out" in err
+
+
+@pytest.mark.parametrize(("time", "is_one"), [("90", True), ("2-12", True), ("1-0:30:00", True), ("soon", False)])
+def test_a_slurm_script_takes_the_times_that_sbatch_takes(command, time, is_one):
+    code, out, err = command("slurm", "recipe.py", "--time", time)
+    assert (code, f"--time={time}\n" in out) == ((0, True) if is_one else (2, False)), err
+
+
+def test_other_numbers_of_processes_under_torchrun_are_refused(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert not launches(2, None) and not launches(None, None)
+    with pytest.raises(PlanError, match="one of 2 that torchrun or srun started") as caught:
+        launches(4, None)
+    assert caught.value.is_shared
+
+
+def test_an_option_of_a_plan_that_is_no_flag_is_told_with_its_way(command):
+    code, _, err = command("train", "recipe.py", "--batch-size", "3")
+    assert code == 2 and "--set batch_size=... changes the plan" in err
+
+
+def test_fsdp_is_a_flag():
+    code, _, err = finished(start("train", "recipe.py", "--processes", "2", "--strategy", "fsdp"))
+    assert code == 0, err
+    assert tomllib.loads(Path("runs/recipe-1/recipe.toml").read_text())["strategy"] == "fsdp"
+
+
+def test_a_ctrl_c_before_the_run_has_begun_says_only_that():
+    Path("slow.py").write_text(
+        "import os, time\nif 'RANK' in os.environ:\n    print('here', flush=True)\n    time.sleep(60)\nplan = int\n"
+    )
+    process = start("train", "slow.py", "--processes", "2")
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    code, _, err = finished(process)
+    assert (code, err) == (130, "Interrupted: SIGINT ended the processes before they could save.\n")
 
 
 def test_one_process_imports_no_launcher():

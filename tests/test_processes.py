@@ -103,8 +103,8 @@ def test_a_run_is_resumed_to_the_bit(size, strategy):
     (weights, rows, _), *_ = group.run(trained, size, "runs/whole", strategy, {})
     outcomes = group.outcomes_of(trained, size, "runs/cut", strategy, {"observers": [Dies(13)]})
     assert outcomes[0] == (None, "the process is gone")
-    assert "ProcessError: process 0 is dead or stopped (last heard of at step " in outcomes[1][1]
-    assert "where: process 1, which waited for it after step 13; " in outcomes[1][1]
+    assert "ProcessError: rank 0 is dead or stopped (last heard of at step " in outcomes[1][1]
+    assert "where: rank 1, which waited for it after step 13; " in outcomes[1][1]
     (resumed, their_rows, _), *_ = group.run(trained, size, "runs/cut", strategy, {"resume": True})
     assert same(resumed, weights) and their_rows == rows
     for name in ("model.safetensors", "metrics.jsonl", "results.csv"):

@@ -104,7 +104,164 @@ def unlike(rank):
 
 def test_different_data_are_refused():
     for told in group.run(unlike, 2):
-        assert told.startswith("the processes have different data in train.\n  where: process 1 against process 0")
+        assert told.startswith("the processes have different data in train.\n  where: rank 1 against rank 0")
+
+
+class Own(Dataset):
+    def __init__(self, rows):
+        self.rows, self.cache = rows, {}
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, number):
+        return self.rows[number], self.rows[number].sum(0, keepdim=True)
+
+
+def drawn_apart(rank, is_seeded, as_loader):
+    torch.manual_seed(7 if is_seeded else rank)
+    data, told = Own(torch.randn(12, 3)), []
+    train = DataLoader(data, batch_size=4) if as_loader else torch.utils.data.ConcatDataset([data])
+    told = []
+    observers = [lambda event: told.append(event.message) if isinstance(event, epochal.Noted) else None]
+    options = {} if as_loader else {"batch_size": 4}
+    epochal.fit(nn.Linear(3, 1), train, loss="mse", epochs=1, seed=0, observers=observers, **options)
+    return told
+
+
+@pytest.mark.parametrize("as_loader", [False, True])
+def test_of_a_data_set_that_differs_a_word_is_said(as_loader):
+    said = group.run(drawn_apart, 2, False, as_loader)[0]  # the first process tells
+    path = "Own.rows" if as_loader else "ConcatDataset.datasets[0].rows"
+    told = f"{path} of train differs between rank 0 and 1: if it is data, seed it: samples are left out."
+    assert said == [told]
+    assert group.run(drawn_apart, 2, True, as_loader)[0] == []
+
+
+def tiny_batches(rank):
+    told = []
+    observers = [lambda event: told.append(event.message) if isinstance(event, epochal.Noted) else None]
+    X = torch.ones(3, 3)
+    epochal.fit(nn.Linear(3, 1), (X, X[:, :1]), loss="mse", epochs=1, batch_size=1, observers=observers)
+    return told
+
+
+def test_processes_without_work_are_mentioned():
+    assert group.run(tiny_batches, 2)[0] == ["a batch of 1 keeps no more than 1 of the processes busy."]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+def made_whole(rank):
+    """A model after a run of fsdp: used by one process, saved, trained again, with a hook that was added meanwhile."""
+    torch.manual_seed(0)
+    X = torch.randn(30, 6)
+    model = nn.Sequential(Block(), Block(), nn.Linear(6, 6), nn.Linear(6, 1))
+    model[3].weight = nn.Parameter(model[2].weight[:1].detach().clone())
+    model[2].weight.requires_grad = False
+    kinds, calls = [type(part) for part in model.modules()], []
+
+    def hang(event):
+        if isinstance(event, epochal.Started):
+            model[0].register_forward_hook(lambda *_: calls.append(1))
+
+    plan = {"loss": "mse", "epochs": 2, "batch_size": 16, "seed": 0, "optimizer": "adamw", "strategy": fsdp(Block)}
+    result = epochal.fit(model, (X, X[:, :1]), val=(X, X[:, :1]), observers=[hang], **plan)
+    assert result.model is model and [type(part) for part in model.modules()] == kinds
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    assert [p.requires_grad for p in model[2:].parameters()] == [False, True, True, True]
+    before = len(calls)
+    if rank == 1:  # alone: nobody else is asked for anything
+        result.save("one.pt")
+        predicted = result.predict(X)
+        assert len(calls) == before == 0  # only the first process's observers are called
+        assert result.evaluate((X, X[:, :1]))["loss"] == pytest.approx(min(result.history.val_loss), rel=1e-5)
+        other = nn.Sequential(Block(), Block(), nn.Linear(6, 6), nn.Linear(6, 1))
+        other.load_state_dict(torch.load("one.pt", weights_only=True))
+        assert torch.equal(epochal.predict(other, X), predicted)
+    elif before:
+        model(X)
+        assert len(calls) == before + 1  # what was hung on it by others stays
+    again = epochal.fit(model, (X, X[:, :1]), observers=(), **plan)
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return result.history.train_loss + again.history.train_loss, weights.tolist()
+
+
+def fsdp(kind):
+    return epochal.Strategy("fsdp", wrap=[kind])
+
+
+def test_after_a_run_of_fsdp_the_model_is_whole_and_the_users():
+    one, other = group.run(made_whole, 2)
+    assert one == other
+    assert one[0] == sorted(one[0], reverse=True) and len(one[0]) == 4  # it went on from where it was
+
+
+def failing_at_its_end(rank):
+    def fail(event):
+        if isinstance(event, epochal.Ended):
+            raise OSError("no room for the last word")
+
+    X = torch.ones(8, 3)
+    epochal.fit(nn.Linear(3, 1), (X, X[:, :1]), loss="mse", epochs=1, observers=[fail])
+
+
+def test_what_fails_in_the_end_of_the_first_process_fails_in_all():
+    for _, error in group.outcomes_of(failing_at_its_end, 2):
+        assert "OSError: no room for the last word" in error
+
+
+def over_before(rank):
+    X = torch.ones(8, 3)
+
+    def step(state, window):
+        if rank == 1:
+            raise ValueError("only here")
+        epochal.average_gradients(state.model.parameters(), window)
+        return epochal.StepResult(torch.tensor(0.0))
+
+    epochal.fit(nn.Linear(3, 1), (X, X[:, :1]), step=step, epochs=1, observers=())
+
+
+def test_who_waits_hears_what_ended_the_other():
+    (_, waited), (_, cause) = group.outcomes_of(over_before, 2)
+    assert "ValueError: only here" in cause
+    assert "ProcessError: rank 1 has ended: ValueError: only here.\n  where: rank 0, which waited for it" in waited
+
+
+def wrapped_before(rank):
+    torch.distributed.init_process_group("gloo")
+    X, model = torch.ones(8, 3), nn.parallel.DistributedDataParallel(nn.Linear(3, 1))
+    try:
+        epochal.fit(model, (X, X[:, :1]), loss="mse", epochs=1, observers=())
+    except epochal.ModelError as error:
+        return error.fix
+
+
+def test_a_model_in_ddp_already_is_refused():
+    assert (
+        group.run(wrapped_before, 2) == ["give model.module; fit wraps it itself where there are several processes"] * 2
+    )
+
+
+def only_in_the_first(rank):
+    X = torch.ones(8, 3)
+    if rank == 0:
+        strategy = epochal.Strategy(timeout="2 s")
+        epochal.fit(nn.Linear(3, 1), (X, X[:, :1]), loss="mse", epochs=1, observers=(), strategy=strategy)
+
+
+def test_fit_in_the_first_process_alone():
+    error = group.outcomes_of(only_in_the_first, 2)[0][1]
+    assert "ProcessError: not all of the 2 processes came within 2 s.\n  where: rank 0; " in error, error
+    assert "fix:   call fit in every process, and not only in the first" in error
 
 
 def ignored(rank):

@@ -98,7 +98,7 @@ def test_what_is_not_finite_in_one_process_stops_all_of_them_with_its_cause(stra
     texts = group.run(poisoned, 2, strategy, {})
     assert texts[0] == texts[1]
     assert texts[0].startswith("the inputs hold a value that is not finite; the weights were not touched.")
-    assert "where: step 1, epoch 1, batch 1, its share of process 1; row 19 of it; loss nan" in texts[0]
+    assert "where: step 1, epoch 1, batch 1, the share of rank 1; row 19 of it; loss nan" in texts[0]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -296,11 +296,7 @@ def drifting(state, window):
 @pytest.mark.parametrize(
     ("what", "kind", "told"),
     [
-        (
-            "another model",
-            "ModelError",
-            "process 0 has ('weight', (1, 3), 'torch.float32'), process 1 has ('weight', (2",
-        ),
+        ("another model", "ModelError", "rank 0 has ('weight', (1, 3), 'torch.float32'), rank 1 has ('weight', (2"),
         ("sampler", "PlanError", "a DistributedSampler fills up the shares with samples that are there twice."),
         ("drift", "ModelError", "the processes have drifted apart: the weight 'bias' is not the same in all of them."),
     ],
@@ -374,8 +370,8 @@ def rarely(rank):
 
 def test_a_weight_that_is_not_used_any_more_is_named_before_any_weight_moves():
     (kind, told), (their_kind, their_told) = group.run(rarely, 2)
-    assert their_kind == "ModelError" and "process 1; used.weight, used.bias" in their_told
-    assert kind == "ProcessError" and "process 1" in told
+    assert their_kind == "ModelError" and "rank 1; used.weight, used.bias" in their_told
+    assert kind == "ProcessError" and "rank 1" in told
 
 
 def used_afterwards(rank, strategy):

@@ -74,8 +74,8 @@ def test_the_first_hears_all_and_nobody_else_gets_everybodys_list():
     apart = [None, (1, 0, 1), (1, 0, 2)]
     assert all(heard[1:] == ([None, None, None], apart) for heard, _ in answers)
     drifted = "the processes have drifted apart: the weight '1.0.bias' is not the same in all of them."
-    another = "process 0 has ('0.weight', (6, 5), 'torch.float32'), process 2 has ('0.weight', (7, 5), 'torch.float32')"
-    told = [(drifted, "process 1, 2 against process 0"), ("the processes have different models.", another)]
+    another = "rank 0 has ('0.weight', (6, 5), 'torch.float32'), rank 2 has ('0.weight', (7, 5), 'torch.float32')"
+    told = [(drifted, "rank 1, 2 against rank 0"), ("the processes have different models.", another)]
     assert all(errors == told for _, errors in answers)
 
 

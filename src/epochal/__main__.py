@@ -61,7 +61,19 @@ def _run(tokens: list[str]) -> None:
     except CycloptsError as error:
         recipe = [token for token in tokens[1:2] if token.endswith(".py")]
         command = " ".join(["epochal", *(error.command_chain or ()), *recipe])
-        raise PlanError(str(error), where=command, fix=f"{command} --help shows what can be given") from None
+        fix = f"{command} --help shows what can be given"
+        if recipe and (option := _option(error)):
+            fix = f"--set {option}=... changes the plan; {fix}"
+        raise PlanError(str(error), where=command, fix=fix) from None
+
+
+def _option(error: Exception) -> str | None:
+    """The option of a plan that was given as a flag which does not exist."""
+    from epochal.plan import Plan
+
+    flag = getattr(getattr(error, "token", None), "keyword", None) or ""
+    name = flag.partition("=")[0].lstrip("-").replace("-", "_")
+    return name if name in Plan.__dataclass_fields__ else None
 
 
 if __name__ == "__main__":

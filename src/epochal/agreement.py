@@ -70,6 +70,17 @@ class Agreement:
         refuse_drift(modules)
         processes.copy_from_first([buffer for module in modules for buffer in module.buffers()])
 
+    def dissolve(self, is_whole: bool, *, has_failed: bool) -> bool:
+        """At the end: the model is the user's alone again. Returns whether it is whole, and is_whole in all processes.
+
+        After an error the others may not come, and a model that is sharded stays so.
+        """
+        if has_failed:
+            return is_whole and not self.is_sharded
+        if self.engine is not None:
+            self.engine.dissolve()
+        return all(processes.gather(is_whole))
+
     def facts(self) -> list[float]:
         """This process's word as numbers that can be added up."""
         word = self.ask()

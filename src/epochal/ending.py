@@ -51,10 +51,11 @@ class Ending:
         if self.agreement is not None:
             self.agreement.begin(self.state.stop is not None, self.state.progress.seconds)
 
-    def end(self) -> None:
-        """Nobody waits for this process any more."""
+    def end(self, error: BaseException | None) -> None:
+        """Nobody waits for this process any more; who does all the same hears what ended it."""
         if self.agreement is not None:
-            self.agreement.pulse.stop()
+            _, message = reason_of(error)
+            self.agreement.pulse.stop(f"{type(error).__name__}: {message}" if error is not None else "its run is over")
 
     @property
     def is_written(self) -> bool:

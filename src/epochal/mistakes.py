@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -105,6 +106,10 @@ def _model(plan: Plan) -> None:
     if not isinstance(plan.model, nn.Module):
         what = f"the model is a {type(plan.model).__name__}, not a torch.nn.Module."
         raise ModelError(what, where=f"model={plan.model!r:.60}", fix="give an nn.Module")
+    if isinstance(plan.model, DistributedDataParallel):
+        what = "the model is wrapped already, and its weights have other names so."
+        fix = "give model.module; fit wraps it itself where there are several processes"
+        raise ModelError(what, where="model=DistributedDataParallel(...)", fix=fix)
 
 
 def _loss(plan: Plan) -> None:

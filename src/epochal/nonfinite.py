@@ -66,7 +66,7 @@ class Finding(NamedTuple):
     ) -> NonFiniteError:
         told = [f"step {place.step}, epoch {place.epoch}, batch {place.batch}"]
         if rank is not None:
-            told[0] += f", its share of process {rank}"
+            told[0] += f", the share of rank {rank}"
         if micro_batches > 1 and self.micro_batch is not None:
             told[0] += f", micro-batch {self.micro_batch}"
         if self.rows:

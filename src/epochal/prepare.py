@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from epochal.checkpoint.saver import Saver
 from epochal.checkpoint.store import Checkpoints, Saving, look_for_room
 from epochal.checkpoint.weights import refuse_unholdable, weights_of
 from epochal.data.batch import split
-from epochal.data.fingerprint import fingerprint
+from epochal.data.fingerprint import fingerprint, held
 from epochal.data.loader import Loader
 from epochal.data.share import Share
 from epochal.data.window import Window
@@ -67,13 +67,13 @@ def prepare(plan: Plan) -> Run:
     modules = [plan.model, loss] if isinstance(loss, nn.Module) else [plan.model]
     for module in modules:
         module.to(device)
-    mistakes = Mistakes()
+    mistakes, notes = Mistakes(), []
     with mistakes:
         if plan.save is not None and plan.run is None:  # not before: the command line gives a recipe's plan its folder
             raise PlanError("save needs a run folder.", where=f"save={plan.save!r}, run=None", fix='give run="runs/x"')
     with mistakes:
         data = read(plan, losses.kind(loss), device, float_type(plan.model))
-        _refuse_different_data(data)
+        notes = list(_compare_data(data))
         _materialise(plan.model, data, device)
     with mistakes:
         agreement = _agreement(plan, strategy, modules, device) if world.size > 1 else None
@@ -109,6 +109,7 @@ def prepare(plan: Plan) -> Run:
     )  # fmt: skip
     if world.size > 1:  # before a resume, which has states for each
         seeding.diverge(world.rank, processes.first(seeding.digest))
+    run.notes += notes
     _watch(plan, run)
     return run
 
@@ -123,8 +124,11 @@ def _agreement(plan: Plan, strategy: Strategy, modules: list[nn.Module], device:
     return Agreement(None)
 
 
-def _refuse_different_data(data: Data) -> None:
-    """DataError if the processes do not have the same data, as where each draws some without a seed."""
+def _compare_data(data: Data) -> Iterator[str]:
+    """DataError if the processes do not have the same data, as where each draws some without a seed.
+
+    Of a data set whose samples only it knows, a word: of the arrays in it not all may be data.
+    """
     if processes.world().size == 1:
         return
     for side, loader in {"train": data.train, "val": data.val}.items():
@@ -132,7 +136,14 @@ def _refuse_different_data(data: Data) -> None:
         if apart := [str(rank) for rank, one in enumerate(told) if one != told[0]]:
             what = f"the processes have different data in {side}."
             fix = "make them alike in every process (seed whatever draws them); each gets its share of every batch"
-            raise DataError(what, where=f"process {', '.join(apart)} against process 0", fix=fix)
+            raise DataError(what, where=f"rank {', '.join(apart)} against rank 0", fix=fix)
+        apart = processes.unlike([] if loader is None else list(held(loader).items()))
+        if found := next(((rank, one) for rank, one in enumerate(apart) if one is not None), None):
+            rank, (_, *both) = found
+            name = next(one for one in both if one is not None)[0]
+            yield f"{name} of {side} differs between rank 0 and {rank}: if it is data, seed it: samples are left out."
+    if data.batch_size < processes.world().size:
+        yield f"a batch of {data.batch_size} keeps no more than {data.batch_size} of the processes busy."
 
 
 def _materialise(model: nn.Module, data: Data, device: torch.device) -> None:

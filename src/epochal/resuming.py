@@ -39,7 +39,7 @@ def about(plan: Plan, run: Run) -> dict[str, Any]:
     """What a run is compared with when it is resumed: its plan, its data, and what it ran on."""
     state, val = run.state, run.validation.loader
     is_named = plan.optimizer is None or isinstance(plan.optimizer, str)  # its settings stand in the plan
-    several = {"processes": size} if (size := world().size) > 1 else {}
+    size = world().size
     machine = {name: value for name, value in environment().items() if name != "memory_gib"}
     return {
         "plan": {name: value for name, value in config(plan).items() if name not in UNTOLD},
@@ -56,8 +56,8 @@ def about(plan: Plan, run: Run) -> dict[str, Any]:
         "data": {"train": fingerprint(run.train)} | ({} if val is None else {"val": fingerprint(val)}),
         "environment": {
             **machine,
-            "device": run.setting.device.type if several else str(run.setting.device),
-            **several,
+            "device": run.setting.device.type if size > 1 else str(run.setting.device),
+            "processes": size,
         },
     }
 

@@ -31,9 +31,8 @@ from epochal.report.history import History
 from epochal.result import Result, Setting
 from epochal.runtime import seeding
 from epochal.runtime.lock import Lock
-from epochal.runtime.processes import first, gather, to_first, world
+from epochal.runtime.processes import first, gather, to_first, together, world
 from epochal.runtime.seeding import Alike
-from epochal.runtime.shards import whole_on_first
 from epochal.runtime.signals import Signals
 from epochal.state import Progress, TrainState
 
@@ -78,7 +77,6 @@ class Run:
     _last_saving: float = field(default=0.0, init=False)
     _saved_mark: tuple = field(default=(), init=False)
     _has_begun: bool = field(default=False, init=False)
-    _whole: dict[str, Tensor] = field(default_factory=dict, init=False)  # of sharded weights, at the end
     _were_finite: bool = field(default=False, init=False)  # the weights at the start, of a run that saves
     _modes: list[tuple[nn.Module, bool]] = field(default_factory=list, init=False)
     _train_modes: list[tuple[nn.Module, bool]] = field(default_factory=list, init=False)
@@ -358,7 +356,7 @@ class Run:
 
     def weights(self) -> dict[str, Tensor]:
         """The model's, as the run leaves them."""
-        return self._whole or weights_of(self.state.model)
+        return weights_of(self.state.model)
 
     def _end(self, reason: StopReason, message: str, error: BaseException | None = None) -> Ended:
         """Puts the best weights and the modules' modes back, and tells. error: what ended the run."""
@@ -371,9 +369,8 @@ class Run:
                 seeding.set_generator_states(first(seeding.generator_states))
             is_finite = not self._were_finite or nonfinite.weight(self.state.modules) is None
             is_whole = is_finite and (restored or not is_torn)
-            if (agreement := self.ending.agreement) is not None and agreement.is_sharded:
-                is_whole = error is None and all(gather(is_whole))  # the others may not come to put them together
-                self._whole = whole_on_first(weights_of(self.state.model), world().is_first) if is_whole else {}
+            if self.ending.agreement is not None:
+                is_whole = self.ending.agreement.dissolve(is_whole, has_failed=error is not None)
         finally:  # a model that was changed meanwhile may not take them
             for part, training in self._modes:
                 part.training = training
@@ -381,14 +378,15 @@ class Run:
                 reason, message or reason.message, self.best.best, restored, progress.epoch, progress.step,
                 self.ending.seconds(), not is_whole, where, fix,
             )  # fmt: skip
-            try:
-                self._tell(self.ended)
+            ended = self.ended
+            try:  # nobody goes on before the first process has told and written the end; and what failed in it is known
+                together(lambda: self._tell(ended)) if error is None else self._tell(ended)
             finally:
-                self._let_go()
-        return self.ended
+                self._let_go(error)
+        return ended
 
-    def _let_go(self) -> None:
-        self.ending.end()
+    def _let_go(self, error: BaseException | None) -> None:
+        self.ending.end(error)
         try:
             for loader in (self.train, self.validation.loader):
                 if loader is not None:

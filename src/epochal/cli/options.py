@@ -21,11 +21,23 @@ Seed = Annotated[
 ]
 Epochs = Annotated[int, Parameter(help="How many times the data are gone through, at most.")]
 Precision = Annotated[Literal["fp32", "bf16", "fp16"], Parameter(help="What the model computes in.")]
+Strategy = Annotated[
+    Literal["auto", "ddp", "fsdp"],
+    Parameter(
+        help="How several processes train: ddp (each has the whole model; auto is that), or fsdp (each has a part)."
+    ),
+]
 Config = Annotated[Path | None, Parameter(help="A TOML file of these flags.")]
 Resume = Annotated[bool, Parameter(help="Go on with the run in the folder, if there is one.")]
 Processes = Annotated[
     int | None,
     Parameter(help="How many train together on this machine; by default one.", validator=validators.Number(gte=1)),
+]
+Again = Annotated[
+    int | None,
+    Parameter(
+        help="How many train together; by default as many as it was begun with.", validator=validators.Number(gte=1)
+    ),
 ]
 Restarts = Annotated[
     int | None,

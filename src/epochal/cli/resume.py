@@ -15,7 +15,7 @@ from msgspec import Struct
 from epochal.checkpoint import files
 from epochal.cli import application
 from epochal.cli.folders import existing
-from epochal.cli.options import Processes, Restarts, read_flags
+from epochal.cli.options import Again, Restarts, read_flags
 from epochal.cli.train import Set
 from epochal.cli.training import FLAGS
 from epochal.errors import PlanError, RunFolderError
@@ -29,7 +29,7 @@ def resume(
     *,
     epochs: Annotated[int | None, Parameter(help="Train until so many are done in all; else as it was begun.")] = None,
     changes: Set = [],  # noqa: B006  (it is only read)
-    processes: Processes = None,
+    processes: Again = None,
     restarts: Restarts = None,
 ) -> None:
     """Go on with an interrupted run, or train one further.

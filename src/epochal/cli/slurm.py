@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -30,6 +31,11 @@ fi
 """
 
 
+def _is_time(kind: type, value: str | None) -> None:
+    if value is not None and not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", value):
+        raise ValueError("sbatch takes minutes, 4:00:00 or 2-12:00:00.")
+
+
 def slurm(
     recipe: Annotated[Path, Parameter(help="A Python file with plan(...) -> epochal.Plan.")],
     /,
@@ -37,14 +43,17 @@ def slurm(
     nodes: Annotated[int, Parameter(help="How many machines.", validator=AT_LEAST_1)] = 1,
     processes: Annotated[int, Parameter(help="How many processes on each.", validator=AT_LEAST_1)] = 1,
     gpus_per_task: Annotated[int | None, Parameter(help="GPUs of each process.", validator=AT_LEAST_1)] = None,
-    time: Annotated[str | None, Parameter(help="At most so long a turn, as sbatch takes it: 4:00:00.")] = None,
+    time: Annotated[
+        str | None, Parameter(help="At most so long a turn, as sbatch takes it: 4:00:00.", validator=_is_time)
+    ] = None,
     requeue: Annotated[bool, Parameter(help="Go on in another turn when the time is up.")] = False,
 ) -> None:
     """Print a script for sbatch that trains a recipe.
 
     epochal slurm recipe.py --nodes 2 --processes 4 --time 4:00:00 --requeue --lr 0.01 > job.sh; sbatch job.sh
 
-    Two minutes before its time is up, the run saves a checkpoint. The run folder is runs/NAME-JOB.
+    Two minutes before its time is up, the run saves a checkpoint. The run folder is runs/NAME-JOB, where sbatch is
+    called. sbatch itself takes whatever else the cluster asks for: sbatch --partition=long job.sh.
     """
     tokens = ["train", str(recipe), *flags]
     application(tokens, environment=False).parse_args(tokens, exit_on_error=False, print_error=False)

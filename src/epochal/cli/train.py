@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from epochal.cli.options import Config, Device, Epochs, Precision, Processes, Restarts, Resume, Run, Seed, read_flags
+from epochal.cli import options
+from epochal.cli.options import Precision, Processes, Restarts, read_flags
 from epochal.errors import EpochalError, PlanError, RecipeError
 from epochal.runtime.launched import decided, is_restarted, launches, together
 
 if TYPE_CHECKING:
     from epochal.plan import Plan
 
-PLANNED = ("device", "seed", "epochs", "precision")  # flags that change the plan
+PLANNED = ("device", "seed", "epochs", "precision", "strategy")  # flags that change the plan
 STARTED = ("processes", "restarts")  # those that change how it is begun
 Set = Annotated[list[str], Parameter(name="--set", show_default=False, help="option=value of the plan; several times.")]
 
@@ -32,16 +33,17 @@ def train(
     recipe: Annotated[Path, Parameter(help="A Python file with plan(...) -> epochal.Plan.")],
     /,
     *,
-    run: Run = None,
-    device: Device | None = None,
-    seed: Seed | None = None,
-    epochs: Epochs | None = None,
+    run: options.Run = None,
+    device: options.Device | None = None,
+    seed: options.Seed | None = None,
+    epochs: options.Epochs | None = None,
     precision: Precision | None = None,
+    strategy: options.Strategy | None = None,
     changes: Set = [],  # noqa: B006  (it is only read)
     processes: Processes = None,
     restarts: Restarts = None,
-    config: Config = None,
-    resume: Resume = False,
+    config: options.Config = None,
+    resume: options.Resume = False,
     drawn: Annotated[int | None, Parameter(show=False)] = None,  # the seed of a run that was given none, to resume it
 ) -> None:
     """Train what a recipe plans: plan(...) in a Python file.
@@ -104,7 +106,7 @@ def load(path: Path) -> Callable[..., Any]:
     with blaming(path):
         spec.loader.exec_module(module)  # type: ignore[union-attr]
     if not callable(getattr(module, "plan", None)):
-        fix = "define plan(...) -> epochal.Plan in it"
+        fix = "define plan(...) -> epochal.Plan in it; a script that calls fit is started with python, or by torchrun"
         raise RecipeError("the recipe has no function plan.", where=str(path), fix=fix)
     return module.plan
 

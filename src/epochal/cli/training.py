@@ -17,7 +17,7 @@ from epochal.checkpoint.files import replace_bytes
 from epochal.cli.folders import RUNS, held, new_folder, numbers, print_facts
 from epochal.errors import EpochalError, Interrupted
 from epochal.events import StopReason
-from epochal.runtime.launched import check_restarts, decided, is_restarted
+from epochal.runtime.launched import check_restarts, decided, is_restarted, listen
 from epochal.runtime.world import announced
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ def _plain(value: Any) -> Any:
 def _trained(plan: Plan, command: Sequence[str], files: Mapping[str, str | bytes]) -> Result:
     run, folder = None, Path(plan.run or "")
     try:
-        with plan.prepare() as run:
+        prepared = plan.prepare()
+        listen()
+        with prepared as run:
             run.started = replace(run.started, command=tuple(command))
             has_begun = (folder / "run.json").exists()
             for name, text in files.items():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from epochal.data.given import GivenLoader
 from epochal.data.loader import Loader
@@ -16,6 +17,7 @@ from epochal.data.sources import Arrays, Samples, Source, Stream
 
 WHOLE = 256 * 2**20  # bytes that are hashed in full: a quarter of a second at most
 PART = 64 * 2**20  # bytes of evenly spaced rows, of what is larger
+MANY = 16  # of a longer list the parts are not looked at
 _CHUNK = 2**22  # bytes brought to the host at once
 
 
@@ -48,6 +50,48 @@ def fingerprint(data: Source | DataLoader | Loader | GivenLoader | SharedLoader)
         if isinstance(data.dataset, Subset):  # another division of the same data is another data set
             facts["indices"] = hashlib.sha256(repr(list(data.dataset.indices)).encode()).hexdigest()
     return facts
+
+
+def held(data: Loader | GivenLoader | SharedLoader) -> dict[str, str]:
+    """The arrays in the attributes of a data set of the user's own, and in those of data sets within it: a hash of
+    each. They may be its data; no sample is fetched.
+
+    >>> class Squares(torch.utils.data.Dataset):
+    ...     def __init__(self):
+    ...         self.roots = torch.arange(3.0)
+    ...     def __len__(self):
+    ...         return 3
+    ...     def __getitem__(self, i):
+    ...         return self.roots[i] ** 2
+    >>> list(held(Loader(Squares())))
+    ['Squares.roots']
+    """
+    source = data.source if isinstance(data, Loader) else _source(getattr(data.loader, "dataset", None))
+    found: dict[str, str] = {}
+    if isinstance(source, Samples):
+        _look_into(source.dataset, type(source.dataset).__name__, found, depth=3)
+    return found
+
+
+def _look_into(dataset: Any, path: str, found: dict[str, str], depth: int) -> None:
+    for name, value in getattr(dataset, "__dict__", {}).items():
+        for number, one in enumerate(value if isinstance(value, list | tuple) and len(value) <= MANY else [value]):
+            where = f"{path}.{name}" + (f"[{number}]" if one is not value else "")
+            if isinstance(one, Dataset) and depth:
+                _look_into(one, where, found, depth - 1)
+            elif (numbers := _numbers(one)) is not None:
+                digest = hashlib.sha256()
+                _add(digest, numbers, _rows_to_hash(Arrays((numbers,))))
+                found[where] = f"{tuple(numbers.shape)} {numbers.dtype} {digest.hexdigest()}"
+
+
+def _numbers(value: Any) -> Tensor | None:
+    """An array as a tensor with rows; None for anything else."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" and value.dtype.isnative and value.flags.writeable:
+        value = torch.from_numpy(value)
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or not value.numel():
+        return None
+    return value.reshape(-1) if value.dim() == 0 else value
 
 
 def _source(dataset: Any) -> Source:

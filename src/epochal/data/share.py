@@ -97,7 +97,7 @@ def of_stream(
     while any(counts := processes.gather(0 if batch is None else size(batch, target))):
         if last is None and (last := next(anew(), None)) is None:
             fix = "divide the stream so that every process gets something"
-            raise DataError("this process gets no batch of the stream.", where=f"process {part.rank}", fix=fix)
+            raise DataError("this process gets no batch of the stream.", where=f"rank {part.rank}", fix=fix)
         if batch is None and (few := rows(last, slice(0, 2), target)) is not None:
             last = few
         yield Share(last, counts[part.rank], sum(counts))

@@ -48,6 +48,9 @@ def launch(arguments: Sequence[str], processes: int, restarts: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     os.environ |= {LAUNCHER: str(os.getpid()), STORE: "1"}
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stacks of C++, whenever another process is gone
+    if sys.stderr.isatty():
+        print(f"starting {processes} processes", file=sys.stderr)
     logging.disable()
     with TemporaryDirectory(prefix="epochal-") as folder, _signals_raise():
         ends = Ends(folder, restarts)

@@ -29,9 +29,21 @@ DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def follow() -> None:
-    """Has the kernel end this process with its launcher, even if that is killed: nobody trains on unseen."""
-    if LAUNCHER in os.environ and sys.platform == "linux":
+    """Has the kernel end this process with its launcher, even if that is killed: nobody trains on unseen.
+
+    Until :func:`listen` a Ctrl-C ends it at once: the launcher says so, and torch would print where it was.
+    """
+    if notes() is None:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+
+
+def listen() -> None:
+    """From here on a Ctrl-C is Python's again, and the run's."""
+    if notes() is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def launches(processes: int | None, restarts: int | None) -> bool:
@@ -40,7 +52,14 @@ def launches(processes: int | None, restarts: int | None) -> bool:
     >>> launches(None, None), launches(1, 3)
     (False, False)
     """
-    if (processes or 1) == 1 or announced().size > 1:  # the processes themselves get here with the same flags
+    if (size := announced().size) > 1:  # the processes themselves get here with the same flags
+        if processes not in (None, size) and notes() is None:
+            what = f"--processes {processes} starts processes, and this is one of {size} that torchrun or srun started."
+            error = PlanError(what, where=f"--processes {processes}", fix="leave it out, or start it without torchrun")
+            error.is_shared = True
+            raise error
+        return False
+    if (processes or 1) == 1:
         return False
     from epochal.runtime.launch import launch
 
@@ -123,6 +142,7 @@ def tell(error: BaseException, text: str, code: int) -> None:
         facts = {"message": text, "timestamp": time.time(), "brief": brief, "code": code, "shared": is_shared}
         file = Path(os.environ[ERRORS])
         file.with_suffix(".new").write_text(json.dumps(facts))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said
         os.replace(file.with_suffix(".new"), file)  # whoever is killed in the midst of it leaves no half a file
     elif text and (world.is_first or not is_shared):
         with suppress(OSError):  # a terminal that was closed

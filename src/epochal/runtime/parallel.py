@@ -7,6 +7,7 @@ function and gives it the model: so any objective, whatever parts of the model i
 from __future__ import annotations
 
 import inspect
+import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from epochal.errors import ModelError, PlanError
 from epochal.runtime.processes import are_alike, copy_from_first, gather, unlike
-from epochal.runtime.shards import local
+from epochal.runtime.shards import local, put_together
 from epochal.runtime.strategy import Strategy
+from epochal.runtime.traces import Traces
 
 
 class _Whole(nn.Module):
@@ -116,7 +118,7 @@ class Replicated:
         if unused := [name for name, p in self._used if p.grad is None]:
             what = "the model has not used a weight that it used before; the others wait for its gradient."
             fix = 'use every weight in each update (add 0 * weight.sum() to the loss), or give strategy="fsdp"'
-            raise ModelError(what, where=f"process {dist.get_rank()}; {', '.join(unused[:3])}", fix=fix)
+            raise ModelError(what, where=f"rank {dist.get_rank()}; {', '.join(unused[:3])}", fix=fix)
 
     def told(self, found: Tensor) -> list[float]:
         """The sums of all facts, after the last backward pass; and of ``found``, where gradients differ: not here."""
@@ -135,6 +137,10 @@ class Replicated:
         """What was computed of parts, put together."""
         return tensor
 
+    def dissolve(self) -> None:
+        """At the end of the run, by all: the modules are the user's alone, and hold the whole weights."""
+        self._ddp, self._whole, self._used = None, None, []  # type: ignore[assignment]  (it would keep the group alive)
+
 
 class Sharded:
     """Every process has a part of every weight (FSDP2); the wrapped modules are put together when they are needed."""
@@ -143,6 +149,7 @@ class Sharded:
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device, strategy: Strategy, precision: str):
         self.modules, self.device = list(modules), device
+        self._traces = Traces(modules)
         self._whole: Any = _Whole(modules, 0, device)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         policy = MixedPrecisionPolicy()
@@ -154,10 +161,13 @@ class Sharded:
                 checkpoint(block)
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(self._whole, mesh=mesh, mp_policy=policy)
+        # It warns of outputs that are views, which nobody changes here.
+        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(FSDP{_Whole.__name__}\) returned a view")
         parts: list[Any] = [*blocks, self._whole]
         for part in parts:  # a sum, as each value is divided by what all processes count
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+        self._traces.note()
         self._facts: Any = 0.0
         self._outputs: list[Any] = []
 
@@ -168,6 +178,8 @@ class Sharded:
         self._whole.set_requires_gradient_sync(syncs)
 
     def call(self, function: Callable, *given: Any) -> Any:
+        if self._whole is None:  # the run is over
+            return function(*given)
         outcome, self._outputs = self._whole(partial(_with_outputs, self.modules[0], function), *given)[0]
         return outcome
 
@@ -197,6 +209,11 @@ class Sharded:
     def whole(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
+    def dissolve(self) -> None:
+        self._traces.remove()
+        put_together(self.modules)
+        self._whole, self._outputs = None, []
+
 
 Engine = Replicated | Sharded
 
@@ -217,7 +234,7 @@ def _nothing(outputs: list[Any]) -> Tensor:
     if not through:
         what = "an objective counts nothing in this process's share, and does not call the model as a whole."
         fix = "call model(...) in it, and not only parts of the model"
-        raise ModelError(what, where=f"process {dist.get_rank()}", fix=fix)
+        raise ModelError(what, where=f"rank {dist.get_rank()}", fix=fix)
     return torch.stack([one.sum() * 0.0 for one in through]).sum()
 
 
@@ -245,7 +262,7 @@ def begin_alike(modules: Sequence[nn.Module]) -> None:
         if apart is not None:
             _, one, theirs = apart
             what = "the processes have different models."
-            where = f"process 0 has {one}, process {rank} has {theirs}"
+            where = f"rank 0 has {one}, rank {rank} has {theirs}"
             raise ModelError(what, where=where, fix="build the same model in every process; only weights may differ")
     copy_from_first([value.detach() for _, value in named])
 
@@ -258,10 +275,8 @@ def engine(
     Raises PlanError for a model that is sharded already.
     """
     if any(isinstance(p, DTensor) for module in modules for p in module.parameters()):
-        what = "the model is sharded already, by a run before or by the program itself."
-        raise PlanError(
-            what, where=f"strategy={strategy}", fix="build it anew, or give strategy to one run of it alone"
-        )
+        what = "the model is sharded already, by the program itself or by a run that failed."
+        raise PlanError(what, where=f"strategy={strategy}", fix="give it as it is before fully_shard, or build it anew")
     begin_alike(modules)
     if strategy.kind == "fsdp":
         return Sharded(modules, device, strategy, precision)
@@ -320,7 +335,7 @@ def refuse_drift(modules: Sequence[nn.Module]) -> None:
         ranks = ", ".join(str(rank) for rank, one in enumerate(places) if one == place)
         what = f"the processes have drifted apart: the weight {named[place][0]!r} is not the same in all of them."
         fix = "change weights in all processes alike; in a step of your own, call average_gradients before it moves"
-        raise ModelError(what, where=f"process {ranks} against process 0", fix=fix)
+        raise ModelError(what, where=f"rank {ranks} against rank 0", fix=fix)
 
 
 def _bits(weight: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ All of it is torch.distributed's. In a world of one every function here does wha
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from epochal.errors import EpochalError
+from epochal.errors import EpochalError, ProcessError
 from epochal.runtime.world import World, announced, meeting_place
 
 T = TypeVar("T")
@@ -52,6 +53,13 @@ def join(device: torch.device, timeout: timedelta) -> World:
             dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=timeout)
             atexit.register(leave)
             _is_ours = True
+        except dist.DistError as error:
+            told = announced()
+            what = f"not all of the {told.size} processes came within {timeout.total_seconds():g} s."
+            fix = "call fit in every process, and not only in the first"
+            raise ProcessError(
+                what, where=f"rank {told.rank}; {str(error).partition('. ')[0]:.100}", fix=fix
+            ) from error
         finally:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -60,6 +68,7 @@ def join(device: torch.device, timeout: timedelta) -> World:
 
 def leave() -> None:
     """Ends the group for this process: its threads would abort a process that ends before them."""
+    gc.collect()  # a run that is kept alive by nothing but itself would keep them
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -22,6 +22,7 @@ from epochal.errors import ProcessError
 from epochal.runtime.processes import world
 
 SECONDS = 0.5  # from one beat to the next
+OVER = "over"  # in the place of a beat
 PATIENCE = 2.0  # with whoever holds the store
 # What torch says, in many words, when another process does not answer. Its classes for it are not used everywhere.
 _SILENCE = re.compile(
@@ -40,21 +41,24 @@ class Pulse(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True, name="pulse")
         self.step, self.rank, self.size = 0, world().rank, world().size
-        self._beats, self._is_over, self.waits = 0, threading.Event(), False
+        self._beats, self._is_over, self._last, self.waits = 0, threading.Event(), "", False
         store: Any = _get_default_store()
         self._store = store.clone()  # a connection of its own: waiting on one blocks it
         self._main = threading.main_thread().ident
 
     def run(self) -> None:
-        while not self._is_over.wait(SECONDS):
-            self._beats += 1
-            try:
-                self._store.set(f"epochal/pulse/{self.rank}", f"{self._beats}|step {self.step}, {self._place()}")
-            except Exception:
-                return  # whoever held the store is gone
+        with suppress(Exception):  # whoever held the store is gone
+            while not self._is_over.wait(SECONDS):
+                self._beats += 1
+                self._tell(f"{self._beats}|step {self.step}, {self._place()}")
+            self._tell(f"{OVER}|{self._last}")
 
-    def stop(self) -> None:
-        """Ends it. A thread that is inside of the store while Python comes to its end would abort the process."""
+    def _tell(self, word: str) -> None:
+        self._store.set(f"epochal/pulse/{self.rank}", word)
+
+    def stop(self, last: str) -> None:
+        """Ends it; last: why. A thread that is inside of the store while Python ends would abort the process."""
+        self._last = last
         self._is_over.set()
         if self.is_alive():
             self.join(PATIENCE)
@@ -72,13 +76,15 @@ class Pulse(threading.Thread):
         after = self._heard()
         if before is None or after is None:  # whoever holds the store does not answer
             by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            return [f"{'what started the processes' if by_agent else 'process 0'} is dead or stopped"]
+            return [f"{'what started the processes' if by_agent else 'rank 0'} is dead or stopped"]
         others = [rank for rank in range(self.size) if rank != self.rank]
-        silent = [rank for rank in others if before.get(rank, ("", ""))[0] == after.get(rank, ("", ""))[0]]
         told = {rank: after.get(rank, ("", "its start"))[1] for rank in others}
+        if over := [rank for rank in others if after.get(rank, ("", ""))[0] == OVER]:
+            return [f"rank {rank} has ended: {told[rank].rstrip('.')}" for rank in over]
+        silent = [rank for rank in others if before.get(rank, ("", ""))[0] == after.get(rank, ("", ""))[0]]
         if silent:
-            return [f"process {rank} is dead or stopped (last heard of at {told[rank]})" for rank in silent]
-        return [f"process {rank} is at {told[rank]}" for rank in others]
+            return [f"rank {rank} is dead or stopped (last heard of at {told[rank]})" for rank in silent]
+        return [f"rank {rank} is at {told[rank]}" for rank in others]
 
     def _heard(self) -> dict[int, tuple[str, str]] | None:
         """Of each process that has been heard of, its last beat and its place. None if the store does not answer."""
@@ -124,6 +130,6 @@ def lost(error: BaseException | None, pulse: Pulse, step: int) -> ProcessError |
     told = next((line for line in str(error).splitlines() if line.strip()), "")
     told = re.sub(r".*\.cc:\d+\] |\. .*", "", told).strip()
     what = f"{'; '.join(pulse.diagnosis())}."
-    where = f"process {pulse.rank}, which waited for it after step {step}; {told[:200]}"
+    where = f"rank {pulse.rank}, which waited for it after step {step}; {told[:200]}"
     fix = "look at what that process says itself; a saved run goes on from its newest checkpoint"
     return ProcessError(what, where=where, fix=fix)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from epochal.errors import CheckpointError
 
@@ -23,14 +23,16 @@ def local(tensor: Any) -> Any:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def whole_on_first(named: Mapping[str, Any], is_first: bool) -> dict[str, Any]:
-    """The tensors put together, one after the other, by all processes; only the first keeps them, on its host."""
-    whole = {}
-    for name, tensor in named.items():
-        full = tensor.full_tensor() if is_sharded(tensor) else tensor
-        if is_first:
-            whole[name] = full.cpu()
-    return whole
+def put_together(modules: Sequence[nn.Module]) -> None:
+    """Makes every sharded weight a whole one again, where it was; one after the other, by all processes."""
+    whole: dict[int, nn.Parameter] = {}
+    for part in (part for module in modules for part in module.modules()):
+        for name, weight in part._parameters.items():
+            if weight is not None and is_sharded(weight):
+                if id(weight) not in whole:  # one that several modules share stays shared
+                    full: Any = weight.detach()
+                    whole[id(weight)] = nn.Parameter(full.full_tensor(), weight.requires_grad)
+                part._parameters[name] = whole[id(weight)]
 
 
 def part_of(tensor: Any) -> tuple[Tensor, int]:
