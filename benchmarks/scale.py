@@ -136,19 +136,20 @@ def play(_, rank, size, kind, blocks):
             model, (X, X[:, :1]), val=(X[:batch], X[:batch, :1]), loss="mse", optimizer="adamw", strategy=kind,
             batch_size=batch, evaluate_every="2 steps", max_steps=2, observers=(), seed=0, restore_best=False,
         )  # fmt: skip
-        run, took, at = plan.prepare(), {}, {}
+        run, took, steps = plan.prepare(), {}, []
         took["prepare"] = time.perf_counter() - began
         with run:
-            moments = [(type(event).__name__, time.perf_counter()) for event in run if at.update(run=run) is None]
-            steps = [when for name, when in moments if name == "StepDone"]
-            took["update"] = steps[-1] - steps[-2]
-            took["evaluate"] = next(when for name, when in moments if name == "Evaluated") - steps[-1]
-            began = time.perf_counter()
-            state = run.state_dict()
-            took["gather"] = time.perf_counter() - began
-            snapshot = snapshot_of(state, rank, size)
-            took["snapshot"] = time.perf_counter() - began - took["gather"]
-        return took, private() - before, sum(map(nbytes, snapshot.values())), manifest_of(snapshot, size)
+            for event in run:
+                if isinstance(event, epochal.StepDone):
+                    steps.append(time.perf_counter())
+                elif isinstance(event, epochal.Evaluated):
+                    took["update"], took["evaluate"] = steps[-1] - steps[-2], time.perf_counter() - steps[-1]
+                    began = time.perf_counter()
+                    snapshot = snapshot_of(run.state_dict(), rank, size)
+                    took["snapshot"] = time.perf_counter() - began
+                    began, memory = time.perf_counter(), private() - before
+        took["end"] = time.perf_counter() - began
+        return took, memory, sum(map(nbytes, snapshot.values())), manifest_of(snapshot, size)
 
 
 def snapshot_of(state, rank, size):
@@ -176,14 +177,14 @@ def manifest_of(snapshot, size):
 
 
 def print_ranks():
-    print("\n| strategy | ranks | rank | prepare s | update s | evaluate s | snapshot s | private MiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("\n| strategy | ranks | rank | prepare s | update s | evaluate s | snapshot s | end s | private MiB |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for kind in ("ddp", "fsdp"):
         for size in (8, 64, 512, 4096):
             for rank in (0, size // 2, size - 1) if size == 4096 else (0,):
                 ((took, memory, copied, listed),) = group.run(play, 1, rank, size, kind, 200, seconds=120)
                 times = " | ".join(f"{took[name]:.2f}" for name in ("prepare", "update", "evaluate"))
-                saved = f"{took['gather'] + took['snapshot']:.2f} ({copied / MIB:.2f} MiB copied)"
+                saved = f"{took['snapshot']:.2f} ({copied / MIB:.2f} MiB copied) | {took['end']:.2f}"
                 print(f"| {kind} | {size:,} | {rank:,} | {times} | {saved} | {memory / MIB:.0f} |", flush=True)
         print(f"\n{kind}: the manifest of {size:,} processes has {listed / MIB:.2f} MiB\n", flush=True)
 
@@ -231,9 +232,10 @@ def count(_, size, options):
         with plan.prepare() as run, exchanges:
             for event in run:
                 counted[type(event).__name__, run.state.progress.step] = exchanges.take()
-            run.ending.agreement.align(run.state.modules)
-            run.state_dict()
-            counted["Saved"] = exchanges.take()
+                if isinstance(event, epochal.Evaluated):
+                    run.ending.agreement.align(run.state.modules)
+                    run.state_dict()
+                    counted["Saved"] = exchanges.take()
         return counted["StepDone", 3], counted["Evaluated", 3], counted["Saved"]
 
 

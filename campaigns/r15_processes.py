@@ -141,7 +141,7 @@ def _one(
         return
     told = _told(folder, name)
     part.most("most restarts in a run", told.count("all start again"))
-    if (named := len(re.findall(r"process [01] is dead or stopped|ValueError|was killed", told))) < done:
+    if (named := len(re.findall(r"rank [01] is dead or stopped|ValueError|was killed", told))) < done:
         part.fail(f"{name}: {named} of {done} faults are told: {told[-600:]}")
     wrong = [file for file in FILES if harness.sha256(folder / name / file) != expected[file]]
     if wrong:

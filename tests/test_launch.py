@@ -336,10 +336,18 @@ def test_fsdp_is_a_flag():
     assert tomllib.loads(Path("runs/recipe-1/recipe.toml").read_text())["strategy"] == "fsdp"
 
 
+SLOW = """
+import os, time
+if "RANK" in os.environ:
+    print("here", flush=True)
+    time.sleep(60)
+def plan():
+    pass
+"""
+
+
 def test_a_ctrl_c_before_the_run_has_begun_says_only_that():
-    Path("slow.py").write_text(
-        "import os, time\nif 'RANK' in os.environ:\n    print('here', flush=True)\n    time.sleep(60)\nplan = int\n"
-    )
+    Path("slow.py").write_text(SLOW)
     process = start("train", "slow.py", "--processes", "2")
     assert process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGINT)

@@ -77,14 +77,15 @@ class Pulse(threading.Thread):
         if before is None or after is None:  # whoever holds the store does not answer
             by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             return [f"{'what started the processes' if by_agent else 'rank 0'} is dead or stopped"]
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        told = {rank: after.get(rank, ("", "its start"))[1] for rank in others}
-        if over := [rank for rank in others if after.get(rank, ("", ""))[0] == OVER]:
-            return [f"rank {rank} has ended: {told[rank].rstrip('.')}" for rank in over]
-        silent = [rank for rank in others if before.get(rank, ("", ""))[0] == after.get(rank, ("", ""))[0]]
-        if silent:
-            return [f"rank {rank} is dead or stopped (last heard of at {told[rank]})" for rank in silent]
-        return [f"rank {rank} is at {told[rank]}" for rank in others]
+        told = {rank: after.get(rank, ("", "its start")) for rank in range(self.size) if rank != self.rank}
+        over = {rank: place.rstrip(".") for rank, (beat, place) in told.items() if beat == OVER}
+        own = {rank: word for rank, word in over.items() if not word.startswith(ProcessError.__name__)}  # no echo
+        silent = [rank for rank in told if rank not in over and before.get(rank, ("", ""))[0] == told[rank][0]]
+        if silent and not own:
+            return [f"rank {rank} is dead or stopped (last heard of at {told[rank][1]})" for rank in silent]
+        if over:
+            return [f"rank {rank} has ended: {word}" for rank, word in (own or over).items()]
+        return [f"rank {rank} is at {place}" for rank, (_, place) in told.items()]
 
     def _heard(self) -> dict[int, tuple[str, str]] | None:
         """Of each process that has been heard of, its last beat and its place. None if the store does not answer."""
