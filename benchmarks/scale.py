@@ -251,7 +251,7 @@ def predicted(size, kind, *, half, pieces):
             return 2 * (size - 1) / size * 4 * (inner + outer + 10)
         # The last layer is no block: it stays together between the forward and the backward pass.
         gathered = pieces * (2 * inner + outer) * (2 if half else 4)
-        return (size - 1) / size * (gathered + 4 * (inner + outer) + 2 * 8 * 11)
+        return (size - 1) / size * (gathered + 4 * (inner + outer) + 2 * 8 * 13)
 
     plain = send(lambda shape: shape.numel())
     padded = send(lambda shape: -(-shape[0] // size) * size * (shape.numel() // shape[0]))

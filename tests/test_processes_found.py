@@ -251,6 +251,119 @@ def test_a_model_in_ddp_already_is_refused():
     )
 
 
+def planned_apart(rank, option, values):
+    X = torch.ones(16, 3)
+    plan = {"loss": "mse", "epochs": 1, "observers": (), option: values[rank]}
+    try:
+        epochal.fit(nn.Linear(3, 1), (X, X[:, :1]), **plan)
+    except epochal.PlanError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("seed", (0, 1)),
+        ("batch_size", (4, 8)),
+        ("run", ("x", None)),
+        ("strategy", ("ddp", "fsdp")),
+        ("clip", (None, 1.0)),
+    ],
+)
+def test_different_options_are_refused(option, values):
+    told = group.run(planned_apart, 2, option, values)
+    what = f"the processes were given different options: {option} is not the same in all of them.\n  where: rank 0 has"
+    assert told[0] == told[1] and told[0].startswith(
+        f"{what} {option}={values[0]!r}, rank 1 has {option}={values[1]!r}"
+    )
+
+
+class Experts(nn.Module):
+    """Two layers, of which each sample takes one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        takes_a = x[:, 0] > 0
+        parts = [layer(x[mask]) for layer, mask in ((self.a, takes_a), (self.b, ~takes_a)) if mask.any()]
+        return torch.cat(parts).sum(1, keepdim=True)
+
+
+def routed(rank, strategy):
+    X = torch.ones(16, 4)
+    X[1::2] *= -1  # of each batch the first row goes to a, the second to b
+    model = Experts()
+    before = [p.detach().clone() for p in model.parameters()]
+    options = {"loss": "mse", "epochs": 1, "batch_size": 2, "shuffle": False, "seed": 0, "observers": ()}
+    try:
+        return epochal.fit(model, (X, X[:, :1]), strategy=strategy, **options).history.train_loss
+    except epochal.ModelError as error:
+        whole = [p.full_tensor() for p in model.parameters()]
+        return str(error), all(map(torch.equal, before, whole))
+
+
+def test_fsdp_does_not_mix_gradients_of_different_weights():
+    (one, first), (other, second) = group.run(routed, 2, "fsdp")
+    assert one.startswith("the processes have used different weights in this update") and first and second
+    assert "without a gradient here: b.weight, b.bias" in one and "without a gradient here: a.weight, a.bias" in other
+    assert group.run(routed, 2, "ddp")[0] == group.run(routed, 2, "ddp")[1]
+
+
+def unshardable(rank, what):
+    X = torch.ones(8, 3)
+    model = {"scalar": nn.PReLU(), "sparse": nn.Sequential(nn.Embedding(3, 2, sparse=True)), "muon": nn.Linear(3, 1)}[
+        what
+    ]
+    if what == "scalar":
+        model.weight = nn.Parameter(torch.tensor(0.5))
+    optimizer = "muon" if what == "muon" else "sgd"
+    plan = {"loss": "mse", "epochs": 1, "strategy": "fsdp", "observers": (), "optimizer": optimizer}
+    try:
+        epochal.fit(model, (X, X), **plan)
+    except epochal.PlanError as error:
+        return f"{error.what} {error.where}"
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("scalar", "fsdp cuts weights by rows, and one is a single number. strategy: fsdp; weight"),
+        ("sparse", "fsdp does not add up sparse gradients. strategy: fsdp; 0"),
+        ("muon", "fsdp puts parts of weights in the place of weights, of which the optimizer muon does not know."),
+    ],
+)
+def test_what_fsdp_cannot_do_is_told_before(what, told):
+    assert all(one.startswith(told) for one in group.run(unshardable, 2, what))
+
+
+def measured(rank, run, until=None, resume=False):
+    """until: the step after which it is left, in the midst of a row."""
+    X = torch.randn(160, 3, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    plan = epochal.Plan(
+        nn.Linear(3, 1), (X, X.sum(1, keepdim=True)), loss="mse", metrics=["r2", "mae"], batch_size=10, epochs=2,
+        seed=0, observers=(), run=run, resume=resume,
+    )  # fmt: skip
+    with plan.prepare() as prepared:
+        for event in prepared:
+            if isinstance(event, epochal.StepDone) and event.step == until:
+                break
+
+
+def cut(rank, at):
+    measured(rank, f"cut-{at}", until=at)
+    measured(rank, f"cut-{at}", resume=True)
+
+
+@pytest.mark.parametrize("at", [7, 11, 25])
+def test_what_was_measured_before_a_resume_is_added_up_to_the_same_bit(at):
+    group.run(measured, 2, "uncut")
+    group.run(cut, 2, at)
+    assert Path("uncut/results.csv").read_bytes() == Path(f"cut-{at}/results.csv").read_bytes()
+
+
 def only_in_the_first(rank):
     X = torch.ones(8, 3)
     if rank == 0:

@@ -202,6 +202,9 @@ def _strategy(plan: Plan) -> None:
         "an optimizer that was made before": (
             isinstance(plan.optimizer, Optimizer), "give a name, or a function f(params) -> Optimizer",
         ),
+        f"the optimizer {plan.optimizer}": (
+            plan.optimizer in ("muon", "adafactor"), 'give optimizer="adamw", or strategy="ddp"',
+        ),
         "the loss scaler of fp16": (plan.precision == "fp16", 'give precision="bf16"'),
     }  # fmt: skip
     for what, (is_given, fix) in wrong.items():

@@ -25,7 +25,7 @@ from epochal.data.fingerprint import fingerprint, held
 from epochal.data.loader import Loader
 from epochal.data.share import Share
 from epochal.data.window import Window
-from epochal.describe import started, told_optimizer
+from epochal.describe import config, started, told_optimizer
 from epochal.ending import Ending, Limits
 from epochal.errors import DataError, Mistakes, ModelError, PlanError, UnknownNameError
 from epochal.feeding import Data, read, steps_of
@@ -61,6 +61,7 @@ def prepare(plan: Plan) -> Run:
     strategy, world = Strategy.of(plan.strategy), announced()
     device = devices.choose(plan.device, world.local_rank if world.size > 1 else None)
     world = processes.join(device, strategy.patience)
+    _refuse_different_plans(plan)
     if plan.seed is not None:
         seeding.seed_everything(plan.seed)
     loss = losses.resolve(plan.loss) if plan.loss is not None else None
@@ -122,6 +123,20 @@ def _agreement(plan: Plan, strategy: Strategy, modules: list[nn.Module], device:
         return Agreement(parallel.engine(modules, device, strategy, plan.precision, 2 + FACTS))
     parallel.begin_alike(modules)
     return Agreement(None)
+
+
+def _refuse_different_plans(plan: Plan) -> None:
+    """PlanError if the processes were given different options, as a seed of each one's own."""
+    if processes.world().size == 1:
+        return
+    options = config(plan)
+    told = [(name, options.get(name)) for name in plan.__dataclass_fields__ if name != "device"]
+    for rank, apart in enumerate(processes.unlike(told)):
+        if apart is not None:
+            _, (name, one), (_, theirs) = apart
+            what = f"the processes were given different options: {name} is not the same in all of them."
+            fix = "give all the same: each draws its own random numbers, and takes its share of the data, by itself"
+            raise PlanError(what, where=f"rank 0 has {name}={one!r}, rank {rank} has {name}={theirs!r}", fix=fix)
 
 
 def _compare_data(data: Data) -> Iterator[str]:

@@ -328,6 +328,7 @@ class Run:
         whole = {**self.state.state_dict(), "about": self.about}
         if self.alike is not None:
             own = {name: part for name, part in whole.items() if name.startswith(("generators", "extras.data."))}
+            own["extras.averages"] = self.averages.own_state_dict(whole["extras.averages"])
             whole |= {"generators": self.alike.states, "processes": to_first(own)}
         return whole
 

@@ -15,12 +15,13 @@ from epochal.errors import PlanError
 
 AT_LEAST_1 = validators.Number(gte=1)
 WARNING = 120  # seconds before the end of its time in which a run can save
+# A process that is lost the others find themselves; when all end by a signal, none may be killed before it has said so.
 # SLURM starts a job again by itself when it was preempted or a machine failed. When its time is up it does not.
 SCRIPT = """\
 #!/bin/bash
 {directives}
 
-srun --kill-on-bad-exit=1 {command} --run {run}"$SLURM_JOB_ID" --resume
+srun --kill-on-bad-exit=0 {command} --run {run}"$SLURM_JOB_ID" --resume
 code=$?
 {requeue}exit "$code"
 """
@@ -60,8 +61,9 @@ def slurm(
     if taken := [flag for flag in flags if flag.partition("=")[0] in ("--run", "--resume")]:
         what = f"{taken[0]} is chosen by the script, which has to find the run again."
         raise PlanError(what, where="epochal slurm", fix="leave it out")
+    name = re.sub(r"[^\w.-]", "-", recipe.stem)  # sbatch splits what it reads
     wanted = {
-        "job-name": recipe.stem, "nodes": nodes, "ntasks-per-node": processes, "gpus-per-task": gpus_per_task,
+        "job-name": name, "nodes": nodes, "ntasks-per-node": processes, "gpus-per-task": gpus_per_task,
         "time": time, "signal": f"USR1@{WARNING}", "open-mode": "append",
     }  # fmt: skip
     directives = [f"#SBATCH --{name}={value}" for name, value in wanted.items() if value is not None]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
 from epochal.metrics.metric import Mean, Stream
 from epochal.protocols import StepResult
 from epochal.runtime.processes import world
@@ -45,9 +48,14 @@ class TrainAverages:
             "skipped": self.skipped,
         }
 
+    def own_state_dict(self, whole: Mapping[str, Any]) -> dict[str, Any]:
+        """The state, with what this process alone has counted: so a resume adds numbers up in the same order."""
+        own = tree_map(lambda one: one.cpu() if isinstance(one, Tensor) else one, self.stream.state_dict())
+        return {**whole, "stream": own, "is_own": True}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.loss.load_state_dict(state["loss"])
-        if world().is_first:  # what all processes had counted, counts once
+        if world().is_first or state.get("is_own"):  # what all processes had counted, counts once
             self.stream.load_state_dict(state["stream"])
         self.skipped = state["skipped"]
         self.values = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -117,7 +118,7 @@ class Replicated:
         """After the last backward pass. Raises ModelError, before a weight has moved, if the others wait for more."""
         if unused := [name for name, p in self._used if p.grad is None]:
             what = "the model has not used a weight that it used before; the others wait for its gradient."
-            fix = 'use every weight in each update (add 0 * weight.sum() to the loss), or give strategy="fsdp"'
+            fix = "use every weight in each update (add 0 * weight.sum() to the loss)"
             raise ModelError(what, where=f"rank {dist.get_rank()}; {', '.join(unused[:3])}", fix=fix)
 
     def told(self, found: Tensor) -> list[float]:
@@ -168,6 +169,7 @@ class Sharded:
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
         self._traces.note()
+        self._weights = [(n, p) for module in modules for n, p in module.named_parameters() if p.requires_grad]
         self._facts: Any = 0.0
         self._outputs: list[Any] = []
 
@@ -193,12 +195,26 @@ class Sharded:
         return _nothing(self._outputs)
 
     def told(self, found: Tensor) -> list[float]:
-        facts, self._facts = torch.cat([self._facts, found[None].double()]), 0.0
+        """Raises ModelError, before a weight has moved, if gradients are not of the same weights in all processes.
+
+        FSDP2 adds up what has a gradient, one after the other, and would add those of different weights.
+        """
+        unused = [name for name, weight in self._weights if weight.grad is None]
+        mark = 1 + zlib.crc32(repr(unused).encode()) % 2**14 if unused else 0
+        alike = torch.tensor([mark, mark**2], dtype=torch.float64, device=self.device)
+        facts, self._facts = torch.cat([self._facts, found[None].double(), alike]), 0.0
         dist.all_reduce(facts)
-        return facts.tolist()
+        *told, total, squares = facts.tolist()
+        if total**2 != squares * dist.get_world_size():  # exact, below 2^53: up to 4,096 processes
+            what = "the processes have used different weights in this update, and fsdp would mix up their gradients."
+            where = f"rank {dist.get_rank()}; without a gradient here: {', '.join(unused[:3]) or 'none'}"
+            raise ModelError(
+                what, where=where, fix='use every part of the model in each update, or give strategy="ddp"'
+            )
+        return told
 
     def check(self) -> None:
-        """There is nothing to check: what has no gradient here waits for none."""
+        """What is to be checked, :meth:`told` finds: nobody knows it by itself."""
 
     def alone(self, function: Callable) -> Callable:
         return partial(self.call, function)
@@ -212,7 +228,7 @@ class Sharded:
     def dissolve(self) -> None:
         self._traces.remove()
         put_together(self.modules)
-        self._whole, self._outputs = None, []
+        self._whole, self._outputs, self._weights = None, [], []
 
 
 Engine = Replicated | Sharded
@@ -279,8 +295,20 @@ def engine(
         raise PlanError(what, where=f"strategy={strategy}", fix="give it as it is before fully_shard, or build it anew")
     begin_alike(modules)
     if strategy.kind == "fsdp":
+        _refuse_unshardable(modules)
         return Sharded(modules, device, strategy, precision)
     return Replicated(modules, device, facts)
+
+
+def _refuse_unshardable(modules: Sequence[nn.Module]) -> None:
+    scalar = next((name for module in modules for name, p in module.named_parameters() if p.dim() == 0), None)
+    if scalar is not None:
+        what, fix = "fsdp cuts weights by rows, and one is a single number.", "make it of shape (1,), or give ddp"
+        raise PlanError(what, where=f"strategy: fsdp; {scalar}", fix=fix)
+    parts = [(name, part) for module in modules for name, part in module.named_modules()]
+    if sparse := [name for name, part in parts if getattr(part, "sparse", False) is True]:
+        what = "fsdp does not add up sparse gradients."
+        raise PlanError(what, where=f"strategy: fsdp; {sparse[0]}", fix="give sparse=False there, or ddp")
 
 
 def _blocks(model: nn.Module, classes: Sequence[type[nn.Module]] | None) -> Iterator[nn.Module]:
