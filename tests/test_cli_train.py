@@ -97,6 +97,7 @@ def test_help_shows_the_parameters_of_the_recipe_and_the_flags_of_epochal(comman
         "--seed",
         "--epochs",
         "--precision",
+        "--strategy",
         "--set",
         "--processes",
         "--restarts",
@@ -237,7 +238,12 @@ MEND = "mend the recipe; --traceback shows the whole way there"
             "step 0, batch 0 of train; layer '1' (Unflatten); the batch is (float32 (8, 2), float32 (8, 1))",
             MEND,
         ),
-        ("x = 1\n", "the recipe has no function plan.", "wrong.py", "define plan(...) -> epochal.Plan in it"),
+        (
+            "x = 1\n",
+            "the recipe has no function plan.",
+            "wrong.py",
+            "define plan(...) -> epochal.Plan in it; a script that calls fit is started with python, or by torchrun",
+        ),
         (
             "def plan():\n    return {}\n",
             "plan() gave a dict, not an epochal.Plan.",
