@@ -6,8 +6,8 @@ All of it is torch.distributed's. In a world of one every function here does wha
 from __future__ import annotations
 
 import atexit
-import gc
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from itertools import zip_longest
@@ -67,8 +67,12 @@ def join(device: torch.device, timeout: timedelta) -> World:
 
 
 def leave() -> None:
-    """Ends the group for this process: its threads would abort a process that ends before them."""
-    gc.collect()  # a run that is kept alive by nothing but itself would keep them
+    """Ends the group for this process.
+
+    torch keeps gloo's threads even so, wherever there was a DDP. One that is about to let go of a tensor while Python
+    ends would abort the process, so they get a moment for what was sent last.
+    """
+    time.sleep(0.05)
     if dist.is_initialized():
         dist.destroy_process_group()
 
