@@ -1,7 +1,7 @@
 """How one model is trained by several processes: replicated (DDP) or sharded (FSDP2), both torch's own.
 
 The user's module stays what it is, with its plain names. What is called is a module around it, whose forward takes a
-function and gives it the model: so any objective, whatever parts of the model it calls, runs inside torch's engine.
+function and gives it the model: so an objective of the user's own runs inside torch's engine.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Replicated:
 
     def dissolve(self) -> None:
         """At the end of the run, by all: the modules are the user's alone, and hold the whole weights."""
-        self._ddp, self._whole, self._used = None, None, []  # type: ignore[assignment]  (it would keep the group alive)
+        self._ddp, self._whole, self._used = None, None, []  # type: ignore[assignment]
 
 
 class Sharded:
