@@ -335,9 +335,9 @@ def test_a_run_that_is_not_one_of_fit(command):
         1,
         "",
         """\
-RunFolderError: the run was not made by epochal fit: it holds no table.json.
+RunFolderError: the run was not made by epochal fit: it holds no table.json, and only your code knows its model.
   where: runs/demo-1
-  fix:   name the run folder of an epochal fit
+  fix:   load its model.safetensors into the model in Python (the README shows it), and call epochal.predict
 """,
     )
     assert command("eval", "runs/demo-2", "new.csv") == (

@@ -297,6 +297,7 @@ def test_a_slurm_script_goes_on_when_its_time_was_up(command, monkeypatch, ended
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     assert subprocess.run(["bash", "job.sh"]).returncode == ended
     called = Path("called").read_text().splitlines()
+    assert called[0] == "--kill-on-bad-exit=0"  # else a task is killed before it has said 138
     recipe, flags = str(Path("recipe.py").absolute()), ["--what", "two words", "--set", "batch_size=4"]
     assert called[-9:] == ["train", recipe, *flags, "--run", "runs/recipe-77", "--resume"]
     assert Path("requeued").exists() == requeued
@@ -319,10 +320,16 @@ def test_a_slurm_script_takes_the_times_that_sbatch_takes(command, time, is_one)
 def test_other_numbers_of_processes_under_torchrun_are_refused(monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert not launches(2, None) and not launches(None, None)
+    assert not launches(2, None) and not launches(None, None) and not launches(None, 3)
     with pytest.raises(PlanError, match="one of 2 that torchrun or srun started") as caught:
         launches(4, None)
     assert caught.value.is_shared
+
+
+@pytest.mark.parametrize("processes", [[], ["--processes", "1"]])
+def test_restarts_of_one_process_are_refused(command, processes):
+    code, _, err = command("demo", *processes, "--restarts", "3")
+    assert code == 2 and err.startswith("PlanError: --restarts is for several processes, and this is one."), err
 
 
 def test_an_option_of_a_plan_that_is_no_flag_is_told_with_its_way(command):
@@ -356,6 +363,6 @@ def test_a_ctrl_c_before_the_run_has_begun_says_only_that():
 
 
 def test_one_process_imports_no_launcher():
-    code = "import sys; from epochal.runtime.launched import *; print(launches(1, 3), decided('', int), *sys.modules)"
+    code = "import sys; from epochal.runtime.launched import *; print(launches(1, 0), decided('', int), *sys.modules)"
     words = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
     assert words[:2] == ["False", "0"] and "torch" not in words

@@ -388,6 +388,88 @@ def test_a_stand_in_whose_targets_are_all_ignored():
     assert group.run(ignored, 4) == pytest.approx([alone(ignored)] * 4, rel=1e-5)
 
 
+class Heads(nn.Module):
+    """Two blocks that fsdp wraps, and a head that no objective here uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2))
+        self.head, self.unused = nn.Linear(6, 1), nn.Linear(6, 1)
+
+    def features(self, x):
+        for block in self.body:
+            x = block(x)
+        return x
+
+    def forward(self, x):
+        return self.head(self.features(x)), self.unused(self.features(x))
+
+
+def of_parts(model, batch):
+    return (model.head(model.features(batch[0])) - batch[1]).square().mean()
+
+
+def over_large(model, batch):
+    counts = batch[1].abs() > 0.5
+    return epochal.Loss((model(batch[0])[0] - batch[1])[counts].square().mean(), weight=counts.sum())
+
+
+def penalised(model, batch):
+    outer = [*model.head.parameters(), *model.unused.parameters()]  # the blocks' own are theirs
+    return of_parts(model, batch) + 0.01 * sum(weight.square().sum() for weight in outer)
+
+
+def penalised_over_large(model, batch):
+    loss = over_large(model, batch)
+    return loss._replace(value=loss.value + 0.01 * model.head.weight.square().sum())
+
+
+def last_alone(rank, objective, strategy):
+    """33 samples in batches of 8: the last update has nothing for the second process."""
+    torch.manual_seed(0)
+    X, y = torch.randn(33, 6), torch.randn(33, 1)
+    model = Heads()
+    result = epochal.fit(
+        model, (X, y), objective=objective, optimizer="sgd", lr=0.05, epochs=3, batch_size=8, seed=0, observers=(),
+        strategy=strategy,
+    )  # fmt: skip
+    return result.history.train_loss, {name: weight.tolist() for name, weight in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("objective", [of_parts, over_large, penalised, penalised_over_large])
+def test_an_objective_that_calls_what_it_likes_goes_on_where_a_share_is_empty(objective, strategy):
+    losses, weights = alone(last_alone, objective, "auto")
+    for theirs, moved in group.run(last_alone, 2, objective, strategy):
+        assert theirs == pytest.approx(losses, rel=1e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(torch.tensor(moved[name]), torch.tensor(weight), rtol=1e-4, atol=1e-6)
+
+
+def penalised_whole(model, batch):
+    return of_parts(model, batch) + 0.01 * sum(weight.square().sum() for weight in model.parameters())
+
+
+def test_a_penalty_on_what_fsdp_has_cut_is_told_with_its_way_out():
+    assert alone(last_alone, penalised_whole, "auto")[0] == pytest.approx(
+        group.run(last_alone, 2, penalised_whole, "ddp")[1][0], rel=1e-5
+    )
+    for _, error in group.outcomes_of(last_alone, 2, penalised_whole, "fsdp"):
+        assert "ModelError: the objective works on weights of a block outside of the block's call" in error, error
+        assert 'weight_decay=; or give strategy="ddp"' in error
+
+
+def lone(rank):
+    X = torch.randn(10, 3)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    epochal.fit(model, (X, X[:, :1]), loss="mse", batch_size=8, epochs=1, seed=0, observers=())
+
+
+def test_batch_norm_of_a_single_sample_of_a_share():
+    for _, error in group.outcomes_of(lone, 2):
+        assert "no lone sample of each process's share at the end" in error, error
+
+
 class Holds:
     """An observer whose state is the model's own memory."""
 

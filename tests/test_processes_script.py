@@ -64,3 +64,22 @@ def test_a_script_of_the_users_own_under_torchrun(group):
     assert both[0]["weights"] == both[1]["weights"] == pytest.approx(alone["weights"], rel=1e-4, abs=1e-6)
     assert done.stderr.count("epoch 1/4") == done.stderr.count("epoch 1/1") == 1  # the first process alone prints
     assert "Traceback" not in done.stderr
+
+
+RECIPE = """
+import torch
+import epochal
+
+def plan() -> epochal.Plan:
+    X = torch.linspace(-1, 1, 60).reshape(20, 3)
+    return epochal.Plan(torch.nn.Linear(3, 1), (X, X[:, :1]), loss="mse", epochs=2, seed=0)
+"""
+
+
+def test_a_recipe_under_torchrun_in_a_folder_that_is_named():
+    Path("recipe.py").write_text(RECIPE)
+    torchrun = Path(sys.executable).with_name("torchrun")
+    words = ["-m", "epochal", "train", "recipe.py", "--run", "runs/x"]
+    done = run(str(torchrun), "--standalone", "--nproc-per-node=2", "--", *words)
+    assert Path("runs/x/model.safetensors").exists() and "epochal runs show runs/x" in done.stdout
+    assert done.stderr.count("epoch 1/2") == 1

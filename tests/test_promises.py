@@ -244,7 +244,7 @@ def test_other_libraries_names_are_translated():
 
 
 def test_batch_norm_on_a_lone_sample_and_probabilities_are_explained():
-    with pytest.raises(epochal.EpochalError, match="batch norm cannot train on a batch of one sample"):
+    with pytest.raises(epochal.EpochalError, match="batch norm cannot train on a single sample"):
         epochal.fit(normed(), (X[:21], Y[:21]), loss="mse", epochs=1, **QUIET)
     with pytest.raises(epochal.EpochalError, match=r"nn\.BCELoss needs probabilities"):
         epochal.fit(nn.Linear(4, 1), (5 * X, (Y > 0).float()), loss="bce", epochs=1, **QUIET)

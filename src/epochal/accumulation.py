@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from epochal.agreement import FACTS, Agreement
 from epochal.data.window import Window
@@ -75,7 +76,7 @@ class Sum:
         weight = _number(loss.weight) if counts else 0.0
         told, engine = agreement.facts() if self._is_last else [0.0] * FACTS, agreement.engine
         if self._divides_by_itself and not weight:
-            return partial(engine.backward, None, 0.0, [0.0, 0.0, *told])
+            return partial(leave_zeros, loss.value, partial(engine.backward, loss.value, 0.0, [0.0, 0.0, *told]))
         if counts:
             self._see(loss)
         is_counted = isinstance(weight, Tensor) or weight
@@ -109,6 +110,30 @@ class Sum:
         self.loss = torch.full((), loss / self.weight if self.weight else math.nan, device=device)
         _rescale(state, self.window.samples, self.weight)
         return told
+
+
+def leave_zeros(value: Tensor, backward: Callable[[], None]) -> None:
+    """The backward pass of a value in which nothing counts, perhaps 0 / 0: all that it reaches gets zeros.
+
+    The other processes wait for the gradients of the same weights as theirs, so it is done all the same.
+    """
+    handles = [weight.register_hook(torch.zeros_like) for weight in _reached(value)]
+    try:
+        backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reached(value: Tensor) -> list[Tensor]:
+    """The weights that a value was computed from, found in its graph."""
+    ahead: list[Any] = [get_gradient_edge(value).node]
+    seen: set[Any] = {None}
+    while ahead:
+        if (node := ahead.pop()) not in seen:
+            seen.add(node)
+            ahead += [before for before, _ in node.next_functions]
+    return [node.variable for node in seen if type(node).__name__ == "AccumulateGrad"]
 
 
 def _number(value: float | Tensor) -> float | Tensor:

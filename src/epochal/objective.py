@@ -12,6 +12,7 @@ from epochal import losses
 from epochal.data.batch import size, split
 from epochal.errors import EpochalError, LossError, ModelError
 from epochal.protocols import Loss
+from epochal.runtime.processes import world
 
 Objective = Callable[[Callable, Any], Loss]  # (forward, batch) -> Loss
 
@@ -113,8 +114,13 @@ def _explain(error: Exception, model: nn.Module, batch: Any, place: str) -> Mode
         fix = "make the layer's input size match the data"
         return ModelError(f"a layer cannot take inputs of this shape: {first}.", where=place, fix=fix)
     if "more than 1 value per channel" in text:
-        fix = "choose a batch_size that leaves no lone sample at the end, or give a DataLoader with drop_last=True"
-        return ModelError("batch norm cannot train on a batch of one sample.", where=place, fix=fix)
+        shared = " of each process's share" if world().size > 1 else ""
+        fix = f"choose a batch_size that leaves no lone sample{shared} at the end, or a DataLoader with drop_last=True"
+        return ModelError("batch norm cannot train on a single sample.", where=place, fix=fix)
+    if from_torch and "mixed torch.Tensor and DTensor" in text:
+        what = "the objective works on weights of a block outside of the block's call; fsdp only has a part of them."
+        fix = 'for a penalty on weights give weight_decay=; or give strategy="ddp", where every process has them whole'
+        return ModelError(what, where=place, fix=fix)
     if "elements of input should be between 0 and 1" in text:
         fix = 'give loss="bce_with_logits", or end the model with a sigmoid'
         return ModelError("nn.BCELoss needs probabilities, but the model gives other numbers.", where=place, fix=fix)

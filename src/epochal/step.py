@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from epochal import nonfinite
-from epochal.accumulation import Sum, dense, dense_gradients, gradients
+from epochal.accumulation import Sum, dense, dense_gradients, gradients, leave_zeros
 from epochal.agreement import Agreement
 from epochal.buffers import Buffers
 from epochal.data.batch import pieces, size
@@ -275,7 +275,7 @@ class Update:
                         found = call(state.model, devices.move(batch, self.device))
                     backward = again.add(found)
                     if backward is None and self.agreement is not None and self.agreement.is_sharded:
-                        backward = self._engine.nothing().backward  # type: ignore[union-attr]
+                        backward = partial(leave_zeros, found.value, found.value.backward)
                     if backward is not None:
                         backward()
             again.close(state, self.device)

@@ -303,4 +303,7 @@ def _unwritable(folder: Path, error: OSError) -> CheckpointError:
         errno.EACCES: "give the user of this process the right to write there",
     }.get(error.errno or 0, "look at the disk, or choose another place")
     fix = f"{fix}; the checkpoints there are untouched"
-    return kind(f"the checkpoint cannot be written: {error.strerror or error}.", where=str(folder), fix=fix)
+    told = kind(f"the checkpoint cannot be written: {error.strerror or error}.", where=str(folder), fix=fix)
+    told.rank = getattr(error, "rank", None)
+    told.is_shared = told.rank is not None
+    return told

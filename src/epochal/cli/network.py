@@ -63,8 +63,9 @@ def load(run: Path) -> tuple[Encoding, MLP]:
     """
     path = existing(run) / "table.json"
     if not path.exists():
-        what = "the run was not made by epochal fit: it holds no table.json."
-        raise RunFolderError(what, where=str(run), fix="name the run folder of an epochal fit")
+        what = "the run was not made by epochal fit: it holds no table.json, and only your code knows its model."
+        fix = "load its model.safetensors into the model in Python (the README shows it), and call epochal.predict"
+        raise RunFolderError(what, where=str(run), fix=fix)
     try:
         found = json.decode(path.read_bytes(), type=Saved)
     except (OSError, ValueError) as error:

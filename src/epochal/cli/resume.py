@@ -46,6 +46,8 @@ def resume(
         return
     flags = run / FLAGS[words[0]]
     tokens = [*words, *(["--config", str(flags)] if flags.exists() else []), "--run", str(run), "--resume"]
+    if processes == 1:
+        restarts = restarts or 0  # those it was begun with are for several
     for name, value in {"epochs": epochs, "processes": processes, "restarts": restarts}.items():
         tokens += [] if value is None else [f"--{name}", str(value)]
     if changes and words[0] != "train":

@@ -49,8 +49,10 @@ def listen() -> None:
 def launches(processes: int | None, restarts: int | None) -> bool:
     """Whether the command is to be run by several processes, and this one has started them and seen them end.
 
-    >>> launches(None, None), launches(1, 3)
+    >>> launches(None, None), launches(1, 0)
     (False, False)
+
+    Raises PlanError for what would do nothing.
     """
     if (size := announced().size) > 1:  # the processes themselves get here with the same flags
         if processes not in (None, size) and notes() is None:
@@ -60,6 +62,9 @@ def launches(processes: int | None, restarts: int | None) -> bool:
             raise error
         return False
     if (processes or 1) == 1:
+        if restarts:
+            what = "--restarts is for several processes, and this is one."
+            raise PlanError(what, where=f"--restarts {restarts}", fix="give --processes N too, or leave it out")
         return False
     from epochal.runtime.launch import launch
 
@@ -131,7 +136,8 @@ def check_restarts() -> None:
     is_possible = is_restarted() or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
     if announced().size > 1 and notes() is None and is_possible:
         what = "a run whose processes are started anew needs a folder that they find again."
-        raise PlanError(what, where="no --run, and restarts by torchrun or SLURM", fix="give --run FOLDER")
+        fix = "give --run FOLDER (torchrun takes it for its own, but after --: torchrun ... -- -m epochal train ...)"
+        raise PlanError(what, where="no --run, and restarts by torchrun or SLURM", fix=fix)
 
 
 def tell(error: BaseException, text: str, code: int) -> None:

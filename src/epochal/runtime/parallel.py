@@ -23,7 +23,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 
 from epochal.errors import ModelError, PlanError
 from epochal.runtime.processes import are_alike, copy_from_first, gather, unlike
@@ -64,7 +63,7 @@ class Replicated:
         self._whole = _Whole(modules, facts, device)
         self._carrier: Any = self._whole.carrier
         self._ddp: DistributedDataParallel | None = None
-        self._finds_unused, self._outputs = False, []
+        self._finds_unused = False
         self._used: list[tuple[str, nn.Parameter]] = []  # weights that every update has to give a gradient
 
     def warm_up(self, update: Callable[[], object]) -> None:
@@ -102,15 +101,10 @@ class Replicated:
         if not self._finds_unused:
             return whole(function, *given)[0]
         self._root = self._carrier.view_as(self._carrier)  # what the outputs do not lead to counts as unused
-        function = partial(_with_outputs, self.modules[0], function)
-        (outcome, self._outputs), _ = whole(function, *given, also=self._root)
-        return outcome
+        return whole(function, *given, also=self._root)[0]
 
-    def backward(self, value: Tensor | None, share: float | Tensor, facts: Sequence[Any]) -> None:
-        """Adds the gradient of value × share, with which the facts travel; None is a value of nothing."""
-        if value is None:  # of what the others wait for, each has to get a gradient, once
-            every = (p for module in self.modules for p in module.parameters() if p.requires_grad)
-            value = _nothing(self._outputs) if self._finds_unused else torch.stack([p.sum() * 0.0 for p in every]).sum()
+    def backward(self, value: Tensor, share: float | Tensor, facts: Sequence[Any]) -> None:
+        """Adds the gradient of value × share, with which the facts travel."""
         told = _vector(facts, torch.float32, self.device, self.factor)
         torch.autograd.backward([value, self._root], [_as(share * self.factor, value), told])
 
@@ -171,7 +165,6 @@ class Sharded:
         self._traces.note()
         self._weights = [(n, p) for module in modules for n, p in module.named_parameters() if p.requires_grad]
         self._facts: Any = 0.0
-        self._outputs: list[Any] = []
 
     def warm_up(self, update: Callable[[], object]) -> None:
         """There is nothing to find out: what is added up does not depend on the passes before."""
@@ -182,17 +175,11 @@ class Sharded:
     def call(self, function: Callable, *given: Any) -> Any:
         if self._whole is None:  # the run is over
             return function(*given)
-        outcome, self._outputs = self._whole(partial(_with_outputs, self.modules[0], function), *given)[0]
-        return outcome
+        return self._whole(function, *given)[0]
 
-    def backward(self, value: Tensor | None, share: float | Tensor, facts: Sequence[Any]) -> None:
+    def backward(self, value: Tensor, share: float | Tensor, facts: Sequence[Any]) -> None:
         self._facts = self._facts + _vector(facts, torch.float64, self.device)
-        value = self.nothing() if value is None else value
         value.backward(_as(share, value))
-
-    def nothing(self) -> Tensor:
-        """A value of 0 for a share in which nothing counts: the others wait for its gradients."""
-        return _nothing(self._outputs)
 
     def told(self, found: Tensor) -> list[float]:
         """Raises ModelError, before a weight has moved, if gradients are not of the same weights in all processes.
@@ -228,30 +215,10 @@ class Sharded:
     def dissolve(self) -> None:
         self._traces.remove()
         put_together(self.modules)
-        self._whole, self._outputs, self._weights = None, [], []
+        self._whole, self._weights = None, []
 
 
 Engine = Replicated | Sharded
-
-
-def _with_outputs(model: nn.Module, function: Callable, *given: Any) -> tuple[Any, list[Any]]:
-    """What the function gives, and what the model gave on the way there."""
-    outputs: list[Any] = []
-    handle = model.register_forward_hook(lambda module, given, output: outputs.append(output))
-    try:
-        return function(*given), outputs
-    finally:
-        handle.remove()
-
-
-def _nothing(outputs: list[Any]) -> Tensor:
-    """A value of 0, whose backward pass goes through the model: the others wait for gradients."""
-    through = [one for one in tree_leaves(outputs) if isinstance(one, Tensor) and one.requires_grad]
-    if not through:
-        what = "an objective counts nothing in this process's share, and does not call the model as a whole."
-        fix = "call model(...) in it, and not only parts of the model"
-        raise ModelError(what, where=f"rank {dist.get_rank()}", fix=fix)
-    return torch.stack([one.sum() * 0.0 for one in through]).sum()
 
 
 def _as(number: float | Tensor, value: Tensor) -> Tensor:

@@ -133,9 +133,10 @@ class Group:
 
 
 def _shared(error: Any, rank: int | None = None) -> Exception:
-    """The error, marked as one that every process raises, so that it is told once."""
+    """The error, marked with where it comes from; one of epochal's also as every process's, so that it is told once."""
+    error.rank = rank
     if isinstance(error, EpochalError):
-        error.is_shared, error.rank = True, rank
+        error.is_shared = True
     return error
 
 
