@@ -1,6 +1,7 @@
 """What a hostile reading found in several processes, each kept from coming back."""
 
 import itertools
+import resource
 from pathlib import Path
 
 import group
@@ -468,6 +469,24 @@ def lone(rank):
 def test_batch_norm_of_a_single_sample_of_a_share():
     for _, error in group.outcomes_of(lone, 2):
         assert "no lone sample of each process's share at the end" in error, error
+
+
+def writes_little(rank):
+    X = torch.linspace(-1, 1, 96).reshape(32, 3)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))
+    try:
+        epochal.fit(model, (X, X[:, :1]), loss="mse", epochs=2, seed=0, run="run", observers=())
+    except epochal.CheckpointError as error:
+        return error.describe(), error.is_shared
+
+
+def test_whose_disk_cannot_be_written_is_told():
+    for told, is_shared in group.run(writes_little, 2):
+        assert (
+            told.startswith("rank 1: CheckpointError: the checkpoint cannot be written: File too large") and is_shared
+        )
 
 
 class Holds:

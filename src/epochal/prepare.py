@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,14 @@ from epochal.checkpoint import codec
 from epochal.checkpoint.saver import Saver
 from epochal.checkpoint.store import Checkpoints, Saving, look_for_room
 from epochal.checkpoint.weights import refuse_unholdable, weights_of
+from epochal.comparison import compared, refuse_different_plans
 from epochal.data.batch import split
-from epochal.data.fingerprint import fingerprint, held
 from epochal.data.loader import Loader
 from epochal.data.share import Share
 from epochal.data.window import Window
-from epochal.describe import config, started, told_optimizer
+from epochal.describe import started, told_optimizer
 from epochal.ending import Ending, Limits
-from epochal.errors import DataError, Mistakes, ModelError, PlanError, UnknownNameError
+from epochal.errors import Mistakes, ModelError, PlanError, UnknownNameError
 from epochal.feeding import Data, read, steps_of
 from epochal.loop import evaluation_mode
 from epochal.metrics import named
@@ -61,7 +61,7 @@ def prepare(plan: Plan) -> Run:
     strategy, world = Strategy.of(plan.strategy), announced()
     device = devices.choose(plan.device, world.local_rank if world.size > 1 else None)
     world = processes.join(device, strategy.patience)
-    _refuse_different_plans(plan)
+    refuse_different_plans(plan)
     if plan.seed is not None:
         seeding.seed_everything(plan.seed)
     loss = losses.resolve(plan.loss) if plan.loss is not None else None
@@ -74,7 +74,7 @@ def prepare(plan: Plan) -> Run:
             raise PlanError("save needs a run folder.", where=f"save={plan.save!r}, run=None", fix='give run="runs/x"')
     with mistakes:
         data = read(plan, losses.kind(loss), device, float_type(plan.model))
-        notes = list(_compare_data(data))
+        notes = list(compared(data))
         _materialise(plan.model, data, device)
     with mistakes:
         agreement = _agreement(plan, strategy, modules, device) if world.size > 1 else None
@@ -123,42 +123,6 @@ def _agreement(plan: Plan, strategy: Strategy, modules: list[nn.Module], device:
         return Agreement(parallel.engine(modules, device, strategy, plan.precision, 2 + FACTS))
     parallel.begin_alike(modules)
     return Agreement(None)
-
-
-def _refuse_different_plans(plan: Plan) -> None:
-    """PlanError if the processes were given different options, as a seed of each one's own."""
-    if processes.world().size == 1:
-        return
-    options = config(plan)
-    told = [(name, options.get(name)) for name in plan.__dataclass_fields__ if name != "device"]
-    for rank, apart in enumerate(processes.unlike(told)):
-        if apart is not None:
-            _, (name, one), (_, theirs) = apart
-            what = f"the processes were given different options: {name} is not the same in all of them."
-            fix = "give all the same: each draws its own random numbers, and takes its share of the data, by itself"
-            raise PlanError(what, where=f"rank 0 has {name}={one!r}, rank {rank} has {name}={theirs!r}", fix=fix)
-
-
-def _compare_data(data: Data) -> Iterator[str]:
-    """DataError if the processes do not have the same data, as where each draws some without a seed.
-
-    Of a data set whose samples only it knows, a word: of the arrays in it not all may be data.
-    """
-    if processes.world().size == 1:
-        return
-    for side, loader in {"train": data.train, "val": data.val}.items():
-        told = processes.gather(None if loader is None else fingerprint(loader))
-        if apart := [str(rank) for rank, one in enumerate(told) if one != told[0]]:
-            what = f"the processes have different data in {side}."
-            fix = "make them alike in every process (seed whatever draws them); each gets its share of every batch"
-            raise DataError(what, where=f"rank {', '.join(apart)} against rank 0", fix=fix)
-        apart = processes.unlike([] if loader is None else list(held(loader).items()))
-        if found := next(((rank, one) for rank, one in enumerate(apart) if one is not None), None):
-            rank, (_, *both) = found
-            name = next(one for one in both if one is not None)[0]
-            yield f"{name} of {side} differs between rank 0 and {rank}: if it is data, seed it: samples are left out."
-    if data.batch_size < processes.world().size:
-        yield f"a batch of {data.batch_size} keeps no more than {data.batch_size} of the processes busy."
 
 
 def _materialise(model: nn.Module, data: Data, device: torch.device) -> None:
