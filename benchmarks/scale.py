@@ -41,7 +41,7 @@ class Tall(nn.Module):
         self.up = nn.Linear(8, 4096)
 
     def forward(self, x):
-        return x + torch.relu(self.up(x)).view(len(x), 8, 512).mean(-1)
+        return x + torch.relu(self.up(x)).view(len(x), 8, 512).mean(-1) / 100  # 200 of them stay within float32
 
 
 class Wide(nn.Module):

@@ -87,7 +87,8 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'epochal' has no attribute {name!r}")
-    return getattr(import_module(f"epochal.{_HOMES[name]}"), name)
+    value = globals()[name] = getattr(import_module(f"epochal.{_HOMES[name]}"), name)
+    return value
 
 
 def __dir__() -> list[str]:

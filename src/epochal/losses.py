@@ -26,6 +26,7 @@ NAMES = {name: module for name, (module, _) in _KNOWN.items()}
 ELEMENTWISE = frozenset({"mse", "l1", "smooth_l1", "huber", "bce", "bce_with_logits"})
 BINARY = frozenset({"bce", "bce_with_logits"})
 CLASS_INDEX = frozenset({"cross_entropy", "nll"})
+FEW = 256  # targets that Python counts sooner than NumPy does, whose code a model's passes drive out of the caches
 _OTHER_INTEGERS = frozenset({torch.bool, torch.int8, torch.int16, torch.int32})
 
 
@@ -83,7 +84,9 @@ def weight_of(loss: Any, targets: Any, samples: int) -> float | Tensor:
     if not isinstance(targets, Tensor) or targets.is_floating_point():
         return samples
     is_plain = getattr(loss, "weight", None) is None
-    if is_plain and targets.device.type == "cpu":  # on the host NumPy counts them in half the time
+    if is_plain and targets.device.type == "cpu":
+        if targets.dim() == 1 and len(targets) <= FEW:
+            return len(targets) - targets.tolist().count(ignore_index(loss))
         return int(np.count_nonzero(targets.numpy() != ignore_index(loss)))
     counted = targets != ignore_index(loss)
     if is_plain:

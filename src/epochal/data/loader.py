@@ -93,8 +93,9 @@ class Loader:
         if self._arrays is not None:
             device = self._arrays.tensors[0].device
             order = epoch_order(len(self._arrays), seed=self.seed, epoch=epoch, shuffle=self.shuffle).to(device)
-            indices = batch_indices(order, self.batch_size, start)
-            return map(self._arrays.take if self.part.size == 1 else self._share, indices)
+            if self.part.size > 1:
+                return map(partial(self._share, order), range(start, len(self)))
+            return map(self._arrays.take, batch_indices(order, self.batch_size, start))
         batches = self._read(epoch, start)
         if self.part.size == 1:
             return batches
@@ -102,9 +103,12 @@ class Loader:
             return of_stream(batches, self.part, self.target, lambda: self.source.batches(self.batch_size))
         return map(self._counted, count(start), batches)
 
-    def _share(self, index: Tensor) -> Share:
-        wanted, counted = rows_of(self.part, len(index))
-        return Share(self._arrays.take(index[wanted]), counted, len(index))  # type: ignore[union-attr]
+    def _share(self, order: Tensor, number: int) -> Share:
+        start = number * self.batch_size
+        total = min(self.batch_size, len(order) - start)
+        rows, counted = rows_of(self.part, total)
+        batch = self._arrays.take(order[start + rows.start : start + rows.stop])  # type: ignore[union-attr]
+        return Share(batch, counted, total)
 
     def _counted(self, number: int, batch: Any) -> Share:
         total = min(self.batch_size, len(self.source) - number * self.batch_size)  # type: ignore[arg-type]

@@ -30,6 +30,8 @@ from epochal.runtime.shards import local, put_together
 from epochal.runtime.strategy import Strategy
 from epochal.runtime.traces import Traces
 
+_CODES = {torch.float32: "f", torch.float64: "d"}  # of the module array
+
 
 class _Whole(nn.Module):
     """What torch's engines are given: the model, and the loss if it is a module.
@@ -228,11 +230,11 @@ def _as(number: float | Tensor, value: Tensor) -> Tensor:
 
 def _vector(facts: Sequence[Any], dtype: torch.dtype, device: torch.device, factor: float = 1) -> Tensor:
     """Numbers, among them tensors of one number, as one tensor; what is a tensor is not waited for."""
-    places = [place for place, fact in enumerate(facts) if isinstance(fact, Tensor)]
-    known = array("d", [0.0 if place in places else fact * factor for place, fact in enumerate(facts)])
-    vector = torch.frombuffer(known, dtype=torch.float64).to(device, dtype)  # torch.tensor takes ten times as long
-    for place in places:
-        vector[place] = facts[place] * factor
+    known = array(_CODES[dtype], [0.0 if isinstance(fact, Tensor) else fact * factor for fact in facts])
+    vector = torch.frombuffer(known, dtype=dtype).to(device)  # torch.tensor takes three times as long
+    for place, fact in enumerate(facts):
+        if isinstance(fact, Tensor):
+            vector[place] = fact * factor
     return vector
 
 
