@@ -320,10 +320,33 @@ def test_a_slurm_script_takes_the_times_that_sbatch_takes(command, time, is_one)
 def test_other_numbers_of_processes_under_torchrun_are_refused(monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert not launches(2, None) and not launches(None, None) and not launches(None, 3)
-    with pytest.raises(PlanError, match="one of 2 that torchrun or srun started") as caught:
+    assert not launches(2, None) and not launches(None, None)
+    with pytest.raises(
+        PlanError, match="--processes 4 is for processes that epochal starts, and this is one of 2"
+    ) as caught:
         launches(4, None)
     assert caught.value.is_shared
+    with pytest.raises(PlanError, match="--restarts 3 is for processes that epochal starts"):
+        launches(None, 3)
+
+
+def test_more_processes_than_fit_into_memory_are_refused(command):
+    code, _, err = command("demo", "--processes", "100000")
+    assert code == 2 and "PlanError: 100,000 processes do not fit into memory: each takes 0.25 GiB" in err, err
+
+
+def test_a_process_whose_launcher_was_killed_while_it_started_ends():
+    launcher = subprocess.Popen(["true"])
+    launcher.wait()
+    world = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        LAUNCHER: str(launcher.pid),
+    }
+    words = [sys.executable, "-m", "epochal", "demo", "--epochs", "1"]
+    assert subprocess.run(words, env=os.environ | world, timeout=30).returncode == 137
 
 
 @pytest.mark.parametrize("processes", [[], ["--processes", "1"]])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_processes import Numbers, alone
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import epochal
@@ -445,6 +446,75 @@ def test_an_objective_that_calls_what_it_likes_goes_on_where_a_share_is_empty(ob
         assert theirs == pytest.approx(losses, rel=1e-5)
         for name, weight in weights.items():
             torch.testing.assert_close(torch.tensor(moved[name]), torch.tensor(weight), rtol=1e-4, atol=1e-6)
+
+
+def clamped(model, batch):
+    x, y, counts = batch
+    errors = (model(x) - y).square() * counts
+    return epochal.Loss(errors.sum() / counts.sum().clamp(min=1), weight=counts.sum())
+
+
+def over_counted(model, batch):
+    x, y, counts = batch
+    outputs = model(x)
+    return epochal.Loss(((outputs - y).square() * counts).sum() / counts.sum(), counts.sum(), outputs, y)
+
+
+class Reentrant(nn.Module):
+    """A graph within the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.c(checkpoint(lambda h: self.b(h).tanh(), self.a(x), use_reentrant=True))
+
+
+def masked(rank, given):
+    """Batches of 8, of which rows do not count, those that are the second process's share or a whole batch."""
+    torch.manual_seed(0)
+    X, y, counts = torch.randn(24, 3), torch.randn(24, 1), torch.ones(24, 1)
+    counts[given["rows"]] = 0
+    model = Reentrant() if given.get("reentrant") else nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    with torch.autograd.set_detect_anomaly(given.get("anomaly", False)):
+        result = epochal.fit(
+            model, (X, y, counts), objective=given["objective"], optimizer="adamw", lr=0.05, epochs=2, seed=0,
+            batch_size=8, shuffle=False, metrics=["mae"] if given["objective"] is over_counted else None, observers=(),
+        )  # fmt: skip
+    return [result.history.train_loss, [row.get("train_mae", 0.0) for row in result.history]]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rows": slice(8, 16), "objective": clamped}, {"rows": slice(0, 8), "objective": clamped},
+        {"rows": slice(4, 8), "objective": clamped}, {"rows": slice(4, 8), "objective": over_counted},
+        {"rows": slice(4, 8), "objective": over_counted, "reentrant": True},
+        {"rows": slice(4, 8), "objective": over_counted, "anomaly": True},
+    ],
+)  # fmt: skip
+def test_what_does_not_count_changes_nothing_in_any_number_of_processes(given):
+    whole = alone(masked, given)
+    for found in group.run(masked, 2, given):
+        for one, other in zip(found, whole):
+            assert one == pytest.approx(other, rel=1e-5)
+
+
+def of_a_class_without_weight(rank):
+    torch.manual_seed(0)
+    X, y = torch.randn(24, 3), torch.arange(24) % 3
+    y[4:8] = 0  # the second process's share of the first batch
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1.0, 2.0]))
+    result = epochal.fit(
+        nn.Linear(3, 3), (X, y), loss=loss, epochs=2, batch_size=8, shuffle=False, seed=0, observers=()
+    )
+    return result.history.train_loss
+
+
+def test_a_share_whose_classes_have_no_weight():
+    for losses in group.run(of_a_class_without_weight, 2):
+        assert losses == pytest.approx(alone(of_a_class_without_weight), rel=1e-5)
 
 
 def penalised_whole(model, batch):

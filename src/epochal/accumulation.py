@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from epochal.agreement import FACTS, Agreement
@@ -54,20 +54,22 @@ class Sum:
         if not value.requires_grad:
             what = "the loss does not depend on any parameter that can be trained."
             fix = "do not detach() the outputs, and do not compute the loss under torch.no_grad()"
+            if not weight:
+                fix = "where nothing counts, compute the same as elsewhere (0 / 0 does no harm there), not a constant"
             raise LossError(what, where="loss.requires_grad is False", fix=fix)
         if self._agreement is not None:
             return self._add_share(loss, self._agreement)
         # One batch is its own mean, and gives the bits of the plain loop. Of several, each counts by its
         # weight; samples are known before, what the weights add up to only afterwards.
+        self._see(loss)
         if self._alone:
-            self.loss, self.weight = value.detach(), weight
+            self.loss, self.weight = _mean(value.detach(), weight), weight
         elif self._divides_by_itself and not weight:
             return None
         else:
             value = _weighted(value, weight)
             self.loss, self.weight = self.loss + value.detach(), self.weight + weight
             value = value / self.window.samples
-        self._see(loss)
         return self._scaled(value).backward
 
     def _add_share(self, loss: Loss, agreement: Any) -> Callable[[], None]:
@@ -75,10 +77,11 @@ class Sum:
         counts = self.window.sizes[self._number] > 0  # else it stands in for a share that is empty
         weight = _number(loss.weight) if counts else 0.0
         told, engine = agreement.facts() if self._is_last else [0.0] * FACTS, agreement.engine
-        if self._divides_by_itself and not weight:
-            return partial(leave_zeros, loss.value, partial(engine.backward, loss.value, 0.0, [0.0, 0.0, *told]))
         if counts:
             self._see(loss)
+        if self._divides_by_itself and not weight:
+            backward = partial(engine.backward, loss.value, 0.0, [0.0, 0.0, *told])
+            return partial(leave_zeros, loss.value, engine.modules, backward)
         is_counted = isinstance(weight, Tensor) or weight
         summed = _weighted(_number(loss.value.detach()), weight) if is_counted else 0.0
         share = weight / self.window.samples
@@ -112,14 +115,18 @@ class Sum:
         return told
 
 
-def leave_zeros(value: Tensor, backward: Callable[[], None]) -> None:
+def leave_zeros(value: Tensor, modules: Iterable[nn.Module], backward: Callable[[], None]) -> None:
     """The backward pass of a value in which nothing counts, perhaps 0 / 0: all that it reaches gets zeros.
 
-    The other processes wait for the gradients of the same weights as theirs, so it is done all the same.
+    The other processes wait for the gradients of the same weights as theirs, so it is done all the same. A graph within
+    the graph (a reentrant checkpoint) reaches weights of the modules, too; a weight that FSDP2 has put together is none
+    of theirs.
     """
-    handles = [weight.register_hook(torch.zeros_like) for weight in _reached(value)]
+    trained = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+    handles = [weight.register_hook(torch.zeros_like) for weight in (*trained, *_reached(value))]
     try:
-        backward()
+        with torch.autograd.set_detect_anomaly(False):
+            backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -139,6 +146,13 @@ def _reached(value: Tensor) -> list[Tensor]:
 def _number(value: float | Tensor) -> float | Tensor:
     """What lies on the host as a plain number, which is quicker; what lies on a device is not waited for."""
     return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+
+
+def _mean(value: Tensor, weight: float | Tensor) -> Tensor:
+    """A mean; that over nothing is no number, whatever it was computed as."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, math.nan, value)
+    return value if weight else torch.full_like(value, math.nan)
 
 
 def _weighted(value: Any, weight: float | Tensor) -> Any:

@@ -94,6 +94,16 @@ def weight_of(loss: Any, targets: Any, samples: int) -> float | Tensor:
     return (loss.weight[torch.where(counted, targets, 0)] * counted).sum()
 
 
+def may_weigh_nothing(loss: Any) -> bool:
+    """Whether a class has the weight 0; torch divides by the sum of weights, and the gradient of 0 / 0 is NaN.
+
+    >>> may_weigh_nothing(nn.CrossEntropyLoss()), may_weigh_nothing(nn.NLLLoss(torch.tensor([0.0, 1.0])))
+    (False, True)
+    """
+    weights = getattr(loss, "weight", None) if kind(loss) in CLASS_INDEX else None
+    return weights is not None and bool((weights == 0).any())
+
+
 def ignore_index(loss: Any) -> int:
     """The class index that does not count; torch's default is -100."""
     return getattr(loss, "ignore_index", -100)

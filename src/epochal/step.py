@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from epochal import nonfinite
+from epochal import losses, nonfinite
 from epochal.accumulation import Sum, dense, dense_gradients, gradients, leave_zeros
 from epochal.agreement import Agreement
 from epochal.buffers import Buffers
@@ -83,10 +83,11 @@ class Update:
         self.clip, self.skip_nonfinite, self.keeps_outputs = clip, skip_nonfinite, keeps_outputs
         self.micro_batch: int | None = None
         self._batch_norm = False  # whether the model has it, known at the first update
-        self._target = getattr(objective, "target", ())
+        self._target, self._loss = getattr(objective, "target", ()), getattr(objective, "loss", None)
         self._moves = devices.moves(device)
-        # torch's own losses give a gradient of 0 where nothing is counted; what a user divides by is not known.
-        self._divides_by_itself = isinstance(objective, Custom)
+        # torch's own losses give a gradient of 0 where all targets are ignored; but not where all that counts has a
+        # class weight of 0, and what a user divides by is not known.
+        self._divides_by_itself = isinstance(objective, Custom) or losses.may_weigh_nothing(self._loss)
         self._reads_late = device.type == "cuda" and not skip_nonfinite and agreement is None
         self._unread: Doubtful | None = None
         self._kept: deque[Buffers] = deque()  # that of the update in hand first, then of the one not read yet
@@ -275,7 +276,7 @@ class Update:
                         found = call(state.model, devices.move(batch, self.device))
                     backward = again.add(found)
                     if backward is None and self.agreement is not None and self.agreement.is_sharded:
-                        backward = partial(leave_zeros, found.value, found.value.backward)
+                        backward = partial(leave_zeros, found.value, state.modules, found.value.backward)
                     if backward is not None:
                         backward()
             again.close(state, self.device)

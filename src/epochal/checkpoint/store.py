@@ -304,6 +304,5 @@ def _unwritable(folder: Path, error: OSError) -> CheckpointError:
     }.get(error.errno or 0, "look at the disk, or choose another place")
     fix = f"{fix}; the checkpoints there are untouched"
     told = kind(f"the checkpoint cannot be written: {error.strerror or error}.", where=str(folder), fix=fix)
-    told.rank = getattr(error, "rank", None)
-    told.is_shared = told.rank is not None
+    told.rank, told.is_shared = getattr(error, "rank", None), hasattr(error, "rank")  # as processes.together told it
     return told

@@ -19,6 +19,8 @@ from epochal.cli.options import Again, Restarts, read_flags
 from epochal.cli.train import Set
 from epochal.cli.training import FLAGS
 from epochal.errors import PlanError, RunFolderError
+from epochal.runtime.launched import notes
+from epochal.runtime.world import announced
 
 DONE = {"epochs", "max_steps", "max_time", "early_stopping", "asked"}  # reasons that are an end, not a break
 
@@ -42,11 +44,14 @@ def resume(
     words, done = _command(run, facts.command), facts.epochs or 0
     if facts.status == "ended" and facts.reason in DONE and (epochs is None or epochs <= done) and not changes:
         print(f"{run} has ended, after epoch {done}: {facts.message}", file=sys.stderr)
-        print(f"epochal resume {shlex.quote(str(run))} --epochs N trains until N epochs are done", file=sys.stderr)
+        further = f"epochal resume {shlex.quote(str(run))} --epochs N trains until N epochs are done"
+        print(f"{further}; {done} are" if epochs is not None else further, file=sys.stderr)
         return
     flags = run / FLAGS[words[0]]
     tokens = [*words, *(["--config", str(flags)] if flags.exists() else []), "--run", str(run), "--resume"]
-    if processes == 1:
+    if announced().size > 1 and notes() is None:  # whoever started these processes has decided
+        processes, restarts = processes or announced().size, restarts or 0
+    elif processes == 1:
         restarts = restarts or 0  # those it was begun with are for several
     for name, value in {"epochs": epochs, "processes": processes, "restarts": restarts}.items():
         tokens += [] if value is None else [f"--{name}", str(value)]

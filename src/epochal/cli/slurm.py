@@ -21,6 +21,7 @@ SCRIPT = """\
 #!/bin/bash
 {directives}
 
+# Without it, SLURM kills a task that still says why it ends.
 srun --kill-on-bad-exit=0 {command} --run {run}"$SLURM_JOB_ID" --resume
 code=$?
 {requeue}exit "$code"

@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from epochal.errors import EpochalError, Interrupted, ProcessError
+from epochal.errors import EpochalError, Interrupted, PlanError, ProcessError
 from epochal.runtime.launched import LAUNCHER
 from epochal.runtime.signals import INTERRUPT, TERMINATE
 
@@ -37,14 +37,20 @@ TIME_TO_STOP = 3  # after a second Ctrl-C
 ENDED = 128 + signal.SIGTERM  # the exit code of a process that the agent has ended, since another one failed
 CONSEQUENCES = (signal.SIGTERM, signal.SIGABRT)  # the first the agent sends; the second is how NCCL loses its peer
 SOON = 5  # seconds: a process that is killed later than that after the first failure was killed for not ending
+FOOTPRINT = 2**28  # bytes of a process in which torch and epochal are loaded, and no model yet
 HOPELESS = (2, 3)  # exit codes of what would only happen again: a mistake, a value that is not finite
 
 
 def launch(arguments: Sequence[str], processes: int, restarts: int) -> None:
     """Runs ``epochal`` with these arguments in so many processes, and once more, all of them, whenever one fails.
 
-    Raises ProcessError in the words of the one that failed first or, after a signal, of the one that saved.
+    Raises PlanError for more than fit into memory; ProcessError in the words of the one that failed first or, after a
+    signal, of the one that saved.
     """
+    free = psutil.virtual_memory().available
+    if processes * FOOTPRINT > free:
+        what = f"{processes:,} processes do not fit into memory: each takes {FOOTPRINT / 2**30:g} GiB for torch alone."
+        raise PlanError(what, where=f"--processes {processes}; {free / 2**30:.1f} GiB are free", fix="start fewer")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     os.environ |= {LAUNCHER: str(os.getpid()), STORE: "1"}

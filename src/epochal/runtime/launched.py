@@ -17,6 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
+from psutil import pid_exists
+
 from epochal.errors import PlanError
 from epochal.runtime.world import announced
 
@@ -33,11 +35,13 @@ def follow() -> None:
 
     Until :func:`listen` a Ctrl-C ends it at once: the launcher says so, and torch would print where it was.
     """
-    if notes() is None:
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+    if notes() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is not None and notes() is None and not pid_exists(int(launcher)):
+        sys.exit(128 + signal.SIGKILL)  # it was killed while this process started, and so are the others
 
 
 def listen() -> None:
@@ -55,9 +59,10 @@ def launches(processes: int | None, restarts: int | None) -> bool:
     Raises PlanError for what would do nothing.
     """
     if (size := announced().size) > 1:  # the processes themselves get here with the same flags
-        if processes not in (None, size) and notes() is None:
-            what = f"--processes {processes} starts processes, and this is one of {size} that torchrun or srun started."
-            error = PlanError(what, where=f"--processes {processes}", fix="leave it out, or start it without torchrun")
+        if notes() is None and (restarts or processes not in (None, size)):
+            flag = f"--restarts {restarts}" if restarts else f"--processes {processes}"
+            what = f"{flag} is for processes that epochal starts, and this is one of {size} of torchrun or srun."
+            error = PlanError(what, where=flag, fix="leave it out, or start it without torchrun")
             error.is_shared = True
             raise error
         return False

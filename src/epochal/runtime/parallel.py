@@ -197,9 +197,8 @@ class Sharded:
         if total**2 != squares * dist.get_world_size():  # exact, below 2^53: up to 4,096 processes
             what = "the processes have used different weights in this update, and fsdp would mix up their gradients."
             where = f"rank {dist.get_rank()}; without a gradient here: {', '.join(unused[:3]) or 'none'}"
-            raise ModelError(
-                what, where=where, fix='use every part of the model in each update, or give strategy="ddp"'
-            )
+            fix = 'use every part of the model in each update, or give strategy="ddp"'
+            raise ModelError(what, where=where, fix=fix)
         return told
 
     def check(self) -> None:
