@@ -29,7 +29,7 @@ EPOCHS = {"small": 20, "full": 40}
 FILES = ("model.safetensors", "metrics.jsonl", "results.csv")
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 6  # seconds of the group
-SLACK = 30  # seconds for a diagnosis, for ending, and for starting two processes on a busy machine
+SLACK = 60  # seconds for a diagnosis, for ending, and for starting two processes on a busy machine
 RECIPE = '''
 """Handwritten digits with everything on that has a state. SIGUSR2: the next sample raises."""
 

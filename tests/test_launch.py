@@ -335,9 +335,11 @@ def test_more_processes_than_fit_into_memory_are_refused(command):
     assert code == 2 and "PlanError: 100,000 processes do not fit into memory: each takes 0.25 GiB" in err, err
 
 
-def test_a_process_whose_launcher_was_killed_while_it_started_ends():
+@pytest.mark.parametrize("is_awaited", [True, False])
+def test_a_process_whose_launcher_was_killed_while_it_started_ends(is_awaited):
     launcher = subprocess.Popen(["true"])
-    launcher.wait()
+    if is_awaited:
+        launcher.wait()
     world = {
         "RANK": "0",
         "WORLD_SIZE": "2",
@@ -346,7 +348,11 @@ def test_a_process_whose_launcher_was_killed_while_it_started_ends():
         LAUNCHER: str(launcher.pid),
     }
     words = [sys.executable, "-m", "epochal", "demo", "--epochs", "1"]
-    assert subprocess.run(words, env=os.environ | world, timeout=30).returncode == 137
+    done = subprocess.run(words, env=os.environ | world, timeout=30, capture_output=True, text=True)
+    launcher.wait()
+    assert (done.returncode, done.stderr) == (
+        137, "epochal: what started this process is gone, and so are the others.\n"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("processes", [[], ["--processes", "1"]])

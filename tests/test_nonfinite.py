@@ -387,6 +387,32 @@ def test_read_late_a_window_in_which_nothing_is_counted_is_no_error():
     assert same(late, bits(model))
 
 
+@pytest.mark.parametrize("empty", [slice(0, 20), slice(10, 20)])
+def test_a_window_of_weight_0_moves_nothing_however_it_is_read(empty):
+    counts = torch.ones(40, 1)
+    counts[empty] = 0
+
+    def objective(model, batch):
+        errors = (model(batch[0]) - batch[1]).square() * batch[2]
+        return epochal.Loss(errors.sum() / batch[2].sum(), batch[2].sum())
+
+    left = []
+    for late in (True, False):
+        model = net()
+        step = Update(Custom(objective), model, torch.device("cpu"))
+        step._reads_late = late
+        state = epochal.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True))
+        with torch.autograd.set_detect_anomaly(True):
+            batches = list(zip(X.split(10), Y.split(10), counts.split(10)))
+            assert run_steps(step, state, batches) == (4, None)
+        left.append(bits(model))
+    model = net()  # as if the windows had never been there
+    step = Update(Custom(objective), model, torch.device("cpu"))
+    state = epochal.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True))
+    assert run_steps(step, state, [batch for batch in batches if batch[2].any()])[1] is None
+    assert same(left[0], left[1]) and same(left[0], bits(model))
+
+
 def test_an_optimizer_that_cannot_leave_out_an_update_is_read_at_once():
     batches = list(zip(planted(14, torch.nan).split(10), Y.split(10)))
     model = net()

@@ -20,4 +20,5 @@ def test_it_finds_nothing():
 
 
 def test_it_bites():
-    assert any("differ" in failure for failure in r15_processes.bites().failures)
+    failures = r15_processes.bites().failures
+    assert any("differ" in failure for failure in failures), failures

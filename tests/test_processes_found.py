@@ -517,6 +517,30 @@ def test_a_share_whose_classes_have_no_weight():
         assert losses == pytest.approx(alone(of_a_class_without_weight), rel=1e-5)
 
 
+def steep(model, batch):
+    x, z, counts = batch
+    return epochal.Loss(((model(x) * z).abs().sqrt() * counts).sum() / counts.sum(), counts.sum())
+
+
+def to_blame(rank, strategy):
+    """A root of 0 in the second process's share, while the first's counts nothing."""
+    torch.manual_seed(0)
+    z, counts = torch.ones(8, 1), torch.ones(8, 1)
+    z[5], counts[:4] = 0, 0
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    epochal.fit(
+        model, (torch.randn(8, 3), z, counts), objective=steep, batch_size=8, shuffle=False, epochs=1, seed=0,
+        strategy=strategy, observers=(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_share_in_which_nothing_counts_is_not_to_blame(strategy):
+    for _, error in group.outcomes_of(to_blame, 2, strategy):
+        assert "NonFiniteError: the backward pass of the loss made the first gradient" in error, error
+        assert "the share of rank 1" in error, error
+
+
 def penalised_whole(model, batch):
     return of_parts(model, batch) + 0.01 * sum(weight.square().sum() for weight in model.parameters())
 

@@ -55,7 +55,7 @@ class Sum:
             what = "the loss does not depend on any parameter that can be trained."
             fix = "do not detach() the outputs, and do not compute the loss under torch.no_grad()"
             if not weight:
-                fix = "where nothing counts, compute the same as elsewhere (0 / 0 does no harm there), not a constant"
+                fix += "; where nothing counts compute the same as elsewhere, 0 / 0 does no harm there"
             raise LossError(what, where="loss.requires_grad is False", fix=fix)
         if self._agreement is not None:
             return self._add_share(loss, self._agreement)
@@ -64,6 +64,8 @@ class Sum:
         self._see(loss)
         if self._alone:
             self.loss, self.weight = _mean(value.detach(), weight), weight
+            if self._divides_by_itself and not isinstance(number := _number(weight), Tensor) and not number:
+                return None
         elif self._divides_by_itself and not weight:
             return None
         else:
@@ -91,7 +93,7 @@ class Sum:
         return value if self._scaler is None else self._scaler.scale(value)
 
     def _see(self, loss: Loss) -> None:
-        if self._keeps_outputs:
+        if self._keeps_outputs and (loss.outputs is not None or loss.weight):
             self.seen.append((_detached(loss.outputs), _detached(loss.targets)))
 
     def close(self, state: TrainState, device: torch.device) -> None:

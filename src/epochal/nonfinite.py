@@ -116,7 +116,7 @@ class Watch:
         self._found: Finding | None = None
         self._suspect: Finding | None = None  # not finite, though the loss was
         self._layer: Finding | None = None  # in the micro-batch in hand
-        self._number, self._size = -1, 0
+        self._number, self._size, self._counts = -1, 0, True
         self._entered: dict[str, bool] = {}  # whether the layer's inputs were finite
         self._spoilt: set[str] = set()  # layers that got a gradient which was not finite
         self._backward: tuple[str, Finding] | None = None
@@ -142,7 +142,8 @@ class Watch:
         self._number, self._layer = self._number + 1, None
         self._size = size(batch, getattr(self.objective, "target", ()))
         loss = self.objective(forward, batch)
-        if self._found is None and loss.weight:
+        self._counts = bool(loss.weight)
+        if self._found is None and self._counts:
             found = self._layer or self._of_data(batch)
             if not _finite(loss.value):
                 self._found = found or self._of_loss(loss)
@@ -162,7 +163,7 @@ class Watch:
         if self._backward is not None:
             return self._backward[1]
         if self._after is None:
-            return Finding(f"the gradient of {spoilt!r} is not finite", _GRADIENT)
+            return Finding(f"the gradient of {spoilt!r} is not finite", _GRADIENT, is_cause=False)
         maker = self._named(self._after.rpartition(".")[0]) if self._after else "the loss"
         return Finding(f"the backward pass of {maker} made the first gradient that is not finite", _GRADIENT)
 
@@ -223,14 +224,14 @@ class Watch:
 
     def _arrives(self, path: str, gradient: Tensor) -> None:
         """A gradient of a layer's output; of layers with the same output, the innermost is told first."""
-        if not _finite(gradient):
+        if self._counts and not _finite(gradient):
             self._spoilt.add(path)
             if self._after is None or _within(self._after, path):
                 self._after = path
 
     def _flows_on(self, path: str, gradient: Tensor) -> None:
         """A gradient of a layer's input; of layers with the same input, the outermost is told first."""
-        if path in self._spoilt or _finite(gradient):
+        if not self._counts or path in self._spoilt or _finite(gradient):
             return
         if self._backward is None or _within(path, self._backward[0]):
             what = f"the backward pass of {self._named(path)} made the first gradient that is not finite"

@@ -74,6 +74,9 @@ class Custom:
         losses.check_scalar(loss.value, f"objective {losses.describe(self.objective)}")
         if loss.value.dim():
             loss = loss._replace(value=loss.value.reshape(()))
+        if isinstance(loss.weight, Tensor):
+            losses.check_scalar(loss.weight, f"the weight of objective {losses.describe(self.objective)}")
+            return loss._replace(weight=loss.weight.reshape(()))
         return loss if loss.weight is not None else loss._replace(weight=size(batch, self.target))
 
 

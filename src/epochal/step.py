@@ -57,9 +57,10 @@ class Update:
 
     An update is not finite when its loss or a gradient is not. What is not finite in the data and reaches neither
     (a marker of missing values that the model masks) does no harm, and stops nothing. The flag is read at once,
-    except on CUDA where the optimizer is fused and ``skip_nonfinite`` is False: there the device itself leaves out
-    the update, and the host reads the flag during the next one, or in ``settle``, so that the device is never
-    waited for. An fp16 gradient that is not finite is the scaler's business.
+    except on CUDA where the optimizer is fused, ``skip_nonfinite`` is False and no objective of the user's gives a
+    tensor as its weight (it may be 0): there the device itself leaves out the update, and the host reads the flag
+    during the next one, or in ``settle``, so that the device is never waited for. An fp16 gradient that is not finite
+    is the scaler's business.
 
     micro_batch: the most samples that the model gets at once; None as long as memory has sufficed for whole batches.
     """
@@ -89,6 +90,7 @@ class Update:
         # class weight of 0, and what a user divides by is not known.
         self._divides_by_itself = isinstance(objective, Custom) or losses.may_weigh_nothing(self._loss)
         self._reads_late = device.type == "cuda" and not skip_nonfinite and agreement is None
+        self._has_moved = False  # an update that a device leaves out must find a momentum that was written to
         self._unread: Doubtful | None = None
         self._kept: deque[Buffers] = deque()  # that of the update in hand first, then of the one not read yet
         self._order: dict[int, int] = {}  # the place of each parameter in the model
@@ -122,13 +124,14 @@ class Update:
         if self._unread is not None:
             self.settle(state)  # the update before this one: the device has long done it
         self._look_for_nonfinite(state, summed.loss)
-        late = self._reads_late and _device_can_leave_out(state)
+        late = self._reads_late and self._has_moved and self._counts(summed) and _device_can_leave_out(state)
         if not late and self._found.item():
             return self._leave_out(state, self._doubtful(state, before, summed, late), notes)
         norm = None if self.clip is None else self._clip(state, self.clip)
         if late:
             self._unread = self._doubtful(state, before, summed, late)
         applied = self._move_weights(state, late)
+        self._has_moved = True
         return StepResult(summed.loss, summed.weight, summed.seen, grad_norm=norm, applied=applied, notes=notes)
 
     def settle(self, state: TrainState) -> None:
@@ -300,6 +303,10 @@ class Update:
         place = nonfinite.Place(progress.step, progress.epoch + 1, progress.windows, rate)
         return Doubtful(place, before, summed.window, summed.loss, summed.weight, flag, event)
 
+    def _counts(self, summed: Sum) -> bool:
+        """Whether something counts in the window, as far as that is known without waiting: else it is read at once."""
+        return not self._divides_by_itself if isinstance(summed.weight, Tensor) else bool(summed.weight)
+
     def _clip(self, state: TrainState, clip: float) -> Tensor:
         """Clips as ``torch.nn.utils.clip_grad_norm_`` does, sparse gradients too; gives the norm before.
 
@@ -338,13 +345,10 @@ class Update:
 
 
 def _device_can_leave_out(state: TrainState) -> bool:
-    """Whether the optimizer's kernels can leave out an update by themselves, as torch's GradScaler has them do.
-
-    Not the first one: it may leave a momentum that nothing has been written to.
-    """
+    """Whether the optimizer's kernels can leave out an update by themselves, as torch's GradScaler has them do."""
     fused = all(group.get("fused") for group in state.optimizer.param_groups)
     able = fused and getattr(state.optimizer, "_step_supports_amp_scaling", False)
-    return able and state.scaler is None and state.progress.step > 0
+    return able and state.scaler is None
 
 
 def _step_unless(found: Tensor, optimizer: Any) -> None:

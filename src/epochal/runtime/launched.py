@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from psutil import pid_exists
+import psutil
 
 from epochal.errors import PlanError
 from epochal.runtime.world import announced
@@ -39,9 +39,15 @@ def follow() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
-    launcher = os.environ.get(LAUNCHER)
-    if launcher is not None and notes() is None and not pid_exists(int(launcher)):
-        sys.exit(128 + signal.SIGKILL)  # it was killed while this process started, and so are the others
+    elif announced().size > 1 and LAUNCHER in os.environ and not _is_alive(int(os.environ[LAUNCHER])):
+        print("epochal: what started this process is gone, and so are the others.", file=sys.stderr)
+        sys.exit(128 + signal.SIGKILL)
+
+
+def _is_alive(process: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def listen() -> None:
