@@ -17,8 +17,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
-
 from epochal.errors import PlanError
 from epochal.runtime.world import announced
 
@@ -45,6 +43,8 @@ def follow() -> None:
 
 
 def _is_alive(process: int) -> bool:
+    import psutil  # which no other command needs at its start
+
     with suppress(psutil.NoSuchProcess):
         return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
     return False
