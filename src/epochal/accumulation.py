@@ -21,18 +21,21 @@ if TYPE_CHECKING:
     from epochal.state import TrainState
 
 
+_run_backward = torch.autograd.Variable._execution_engine.run_backward
+
+
 class Sum:
     """What the micro-batches of a window (as it was cut, if it was) add up to: the weighted mean, and its weight.
 
-    divides_by_itself: of a loss whose gradient is not known to be 0 where nothing is counted. agreement: of several
-    processes, whose sums are those over all of them.
+    one: the gradient of a loss, 1, on the run's device. divides_by_itself: of a loss whose gradient is not known to be 0
+    where nothing is counted. agreement: of several processes, whose sums are those over all of them.
     """
 
     def __init__(
-        self, window: Window, scaler: Any, *, divides_by_itself: bool, keeps_outputs: bool,
+        self, window: Window, scaler: Any, one: Tensor, *, divides_by_itself: bool, keeps_outputs: bool,
         agreement: Agreement | None = None,
     ):  # fmt: skip
-        self.window, self._scaler = window, scaler
+        self.window, self._scaler, self._one = window, scaler, one
         self._agreement: Any = agreement
         self._alone = len(window.batches) == 1 and agreement is None
         self._divides_by_itself, self._keeps_outputs = divides_by_itself, keeps_outputs
@@ -72,7 +75,7 @@ class Sum:
             value = _weighted(value, weight)
             self.loss, self.weight = self.loss + value.detach(), self.weight + weight
             value = value / self.window.samples
-        return self._scaled(value).backward
+        return _backward(self._scaled(value), self._one)
 
     def _add_share(self, loss: Loss, agreement: Any) -> Callable[[], None]:
         """This process's part of it. With its gradient travel the sums, and with the last one the word."""
@@ -115,6 +118,15 @@ class Sum:
         self.loss = torch.full((), loss / self.weight if self.weight else math.nan, device=device)
         _rescale(state, self.window.samples, self.weight)
         return told
+
+
+def _backward(value: Tensor, one: Tensor) -> Callable[[], None]:
+    """``value.backward``, to be called at once; of a plain tensor without what torch asks and makes for any other."""
+    if type(value) is Tensor and value.dtype is one.dtype and value.device == one.device:
+        return partial(
+            _run_backward, (value,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
+    return value.backward
 
 
 def leave_zeros(value: Tensor, modules: Iterable[nn.Module], backward: Callable[[], None]) -> None:

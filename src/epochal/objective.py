@@ -22,10 +22,14 @@ class Supervised:
 
     The first batch is looked at closely, before any weight has moved: shapes, types and, over all
     targets where they are in memory, class indices. Later batches only have their shapes compared.
+
+    kernel: computes the same as ``loss``, for outputs and targets of one shape.
     """
 
-    def __init__(self, loss: Callable, *, target: Sequence[str] = (), all_targets: Any = None):
-        self.loss, self.target = loss, target
+    def __init__(
+        self, loss: Callable, *, kernel: Callable | None = None, target: Sequence[str] = (), all_targets: Any = None
+    ):
+        self.loss, self.target, self._compute = loss, target, kernel or loss
         self._compares_shapes = losses.kind(loss) in losses.ELEMENTWISE
         self._counts_classes = losses.kind(loss) in losses.CLASS_INDEX
         self._all_targets = all_targets
@@ -42,7 +46,7 @@ class Supervised:
             self._examine(outputs, targets)
         if self._compares_shapes and outputs.shape != targets.shape:
             losses.check_shapes(self.loss, outputs, targets)
-        value = self.loss(outputs, targets)
+        value = self._compute(outputs, targets)
         if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
             losses.check_scalar(value, f"loss {losses.describe(self.loss)}")
         weight = size(batch, self.target)

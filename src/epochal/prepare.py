@@ -174,7 +174,7 @@ def _of_all(result: StepResult, agreement: Agreement) -> StepResult:
     told = [value.item() * weight for value in (result.loss, *result.values.values())]
     missed, total, *sums = agreement.exchange(float(not result.applied), weight, *told)
     loss, *values = [torch.tensor(one / total if total else math.nan) for one in sums]
-    return replace(result, loss=loss, weight=total, applied=not missed, values=dict(zip(result.values, values)))
+    return result._replace(loss=loss, weight=total, applied=not missed, values=dict(zip(result.values, values)))
 
 
 def _optimizer(plan: Plan, modules: Sequence[nn.Module]) -> Any:
@@ -196,7 +196,7 @@ def _schedule(plan: Plan, optimizer: Any, steps: int | None, best: BestSoFar) ->
 def _objective(plan: Plan, loss: Any, data: Data, all_targets: Any) -> Any:
     """The Objective; None where there is only a step of the user's own."""
     if loss is not None:
-        return Supervised(loss, target=data.target, all_targets=all_targets)
+        return Supervised(loss, kernel=losses.kernel(plan.loss), target=data.target, all_targets=all_targets)
     return Custom(plan.objective, data.target) if plan.objective is not None else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ class Loss(NamedTuple):
     targets: Any = None
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What one optimizer update hands to the watchers: device tensors, so nothing waits.
 
     loss: scalar, the weighted mean over the window. weight: its weight. seen: the (outputs, targets)
@@ -37,7 +36,7 @@ class StepResult:
     loss: Tensor
     weight: float | Tensor = 1.0
     seen: Sequence[tuple[Any, Any]] = ()
-    values: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, Tensor] = MappingProxyType({})
     grad_norm: Tensor | None = None
     applied: bool = True
     notes: Sequence[str] = ()

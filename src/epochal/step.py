@@ -21,6 +21,7 @@ from epochal.data.batch import pieces, size
 from epochal.data.window import Window
 from epochal.errors import ModelError, NonFiniteError
 from epochal.objective import Custom, Objective, describe_batch, relocate
+from epochal.optim.fused import Fused
 from epochal.protocols import StepResult
 from epochal.runtime import device as devices
 from epochal.runtime import precision as precisions
@@ -90,6 +91,7 @@ class Update:
         # class weight of 0, and what a user divides by is not known.
         self._divides_by_itself = isinstance(objective, Custom) or losses.may_weigh_nothing(self._loss)
         self._reads_late = device.type == "cuda" and not skip_nonfinite and agreement is None
+        self._fused: Fused | None = None
         self._has_moved = False  # an update that a device leaves out must find a momentum that was written to
         self._unread: Doubtful | None = None
         self._kept: deque[Buffers] = deque()  # that of the update in hand first, then of the one not read yet
@@ -123,14 +125,14 @@ class Update:
             self._close_together(state, summed, self.agreement)
         if self._unread is not None:
             self.settle(state)  # the update before this one: the device has long done it
-        self._look_for_nonfinite(state, summed.loss)
+        found = self._look_for_nonfinite(state, summed.loss)
         late = self._reads_late and self._has_moved and self._counts(summed) and _device_can_leave_out(state)
         if not late and self._found.item():
             return self._leave_out(state, self._doubtful(state, before, summed, late), notes)
         norm = None if self.clip is None else self._clip(state, self.clip)
         if late:
             self._unread = self._doubtful(state, before, summed, late)
-        applied = self._move_weights(state, late)
+        applied = self._move_weights(state, found, late)
         self._has_moved = True
         return StepResult(summed.loss, summed.weight, summed.seen, grad_norm=norm, applied=applied, notes=notes)
 
@@ -167,8 +169,10 @@ class Update:
         return before
 
     def _sum(self, state: TrainState, window: Window, agreement: Agreement | None = None) -> Sum:
+        if self._one._version:  # a hook of the user's changed the gradient of a loss in place
+            self._one = torch.ones((), device=self.device)
         divides, keeps = self._divides_by_itself, self.keeps_outputs
-        return Sum(window, state.scaler, divides_by_itself=divides, keeps_outputs=keeps, agreement=agreement)
+        return Sum(window, state.scaler, self._one, divides_by_itself=divides, keeps_outputs=keeps, agreement=agreement)
 
     def _rehearse(self, state: TrainState, window: Window, before: Buffers) -> None:
         """The passes of an update of which nothing remains but the gradients, until the next one."""
@@ -235,22 +239,25 @@ class Update:
         told = f"out of memory: batches of {max(window.sizes)} are now done in pieces of {self.micro_batch}"
         return [told + ("; batch norm sees the smaller pieces" if self._batch_norm else "")]
 
-    def _look_for_nonfinite(self, state: TrainState, loss: Tensor) -> None:
-        """Sets the flag where the loss or a gradient is not finite: one pass over them, and nothing waits."""
+    def _look_for_nonfinite(self, state: TrainState, loss: Tensor) -> list[Tensor]:
+        """Sets the flag where the loss or a gradient is not finite: one pass over them, and nothing waits. Gives the
+        gradients.
+        """
         if self._moves:
             loss = loss.to(self.device)
         if state.scaler is not None:
             # An fp16 gradient may overflow: its scaler sees that, skips the update and scales down.
             state.scaler.unscale_(state.optimizer)
-            return _flag_nonfinite([loss], self._found, self._one)
-        looked_at = gradients(state)
+            _flag_nonfinite([loss], self._found, self._one)
+            return []
+        held = looked_at = gradients(state)
         if self.agreement is not None and self.agreement.is_sharded:
-            looked_at = [self._engine.local(gradient) for gradient in looked_at]  # type: ignore[union-attr]
-        looked_at.append(loss)
+            looked_at = [self._engine.local(gradient) for gradient in held]  # type: ignore[union-attr]
         try:
-            return _flag_nonfinite(looked_at, self._found, self._one)
+            _flag_nonfinite([*looked_at, loss], self._found, self._one)
         except RuntimeError:  # a gradient is sparse or complex, which is not asked of each at every step
-            return _flag_nonfinite([*dense_gradients(state), loss], self._found, self._one)
+            _flag_nonfinite([*dense_gradients(state), loss], self._found, self._one)
+        return held
 
     def _leave_out(self, state: TrainState, doubtful: Doubtful, notes: list[str]) -> StepResult:
         """All is put back, as if the window had never been given to the model; unless that is an error."""
@@ -329,17 +336,17 @@ class Update:
         norm = torch.nn.utils.get_total_norm(gradients)
         return norm if self._engine is None else self._engine.whole(norm)
 
-    def _move_weights(self, state: TrainState, unless_found: bool) -> bool:
+    def _move_weights(self, state: TrainState, held: list[Tensor], unless_found: bool) -> bool:
         state.is_torn, applied = True, True
         if state.scaler is not None:
             scale = state.scaler.get_scale()
             state.scaler.step(state.optimizer)
             state.scaler.update()
             applied = state.scaler.get_scale() >= scale
-        elif unless_found:
-            _step_unless(self._found, state.optimizer)
         else:
-            state.optimizer.step()
+            if self._fused is None or self._fused.optimizer is not state.optimizer:
+                self._fused = Fused(state.optimizer)
+            self._fused(held, self._found if unless_found else None)
         state.is_torn = False
         return applied
 
@@ -349,14 +356,6 @@ def _device_can_leave_out(state: TrainState) -> bool:
     fused = all(group.get("fused") for group in state.optimizer.param_groups)
     able = fused and getattr(state.optimizer, "_step_supports_amp_scaling", False)
     return able and state.scaler is None
-
-
-def _step_unless(found: Tensor, optimizer: Any) -> None:
-    optimizer.found_inf = found
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.found_inf
 
 
 def _clear_gradients(optimizer: Optimizer) -> None:

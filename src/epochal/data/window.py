@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from epochal.data.batch import size
 from epochal.data.share import Share
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(NamedTuple):
     """All micro-batches of one update. The last window of an epoch holds what is left, so nothing is dropped.
 
     sizes: the number of samples of each batch; samples: how many there are in all. Of several processes, each has its

@@ -122,9 +122,9 @@ def _moved(sums: Tensor, device: torch.device) -> Tensor:
 
 
 class Mean:
-    """The weighted mean of a stream of scalars, summed on their device in float64.
+    """The weighted mean of a stream of scalars, summed on their device in float64; on the host as numbers of Python's.
 
-    An update with a number as the weight is one addition on the device; nothing waits until ``compute``.
+    On an accelerator an update with a number as the weight is one addition; nothing waits until ``compute``.
 
     >>> mean = Mean()
     >>> mean.update(torch.tensor(1.0), 3)
@@ -134,7 +134,7 @@ class Mean:
     """
 
     def __init__(self) -> None:
-        self._total = torch.zeros((), dtype=torch.float64)
+        self._total: float | Tensor = 0.0  # a number for as long as the values lie on the host
         self._weight: float | Tensor = 0.0  # a number for as long as the weights are numbers: exact, and free
 
     def update(self, value: Tensor, weight: float | Tensor = 1) -> None:
@@ -143,41 +143,42 @@ class Mean:
         A weight of 0 adds nothing, whatever the value: the mean over a batch that is all masked is NaN, and
         says nothing about the others.
         """
-        value = value.detach()
-        if value.device != self._total.device:
-            self._total = _moved(self._total, value.device)
+        if value.is_cpu:
+            if weight:
+                self._total = self._total + value.item() * float(weight)  # a float32 would stop counting at 2**24
+                self._weight = self._weight + float(weight)
+            return
+        value = value.detach().to(widest_float(value.device))
         if isinstance(weight, Tensor):
-            weight = weight.detach().to(self._total)
-            self._total.addcmul_(torch.where(weight == 0, 0, value), weight)  # 0 * nan would be nan
-            self._weight = weight + self._weight
-        elif weight:
-            weight = float(weight)  # a float32 of numpy's would stop counting at 2**24
-            self._total.add_(value, alpha=weight)
-            self._weight = self._weight + weight
+            weight = weight.detach().to(value)
+            value = torch.where(weight == 0, 0, value)  # 0 * nan would be nan
+        elif not weight:
+            return
+        self._total = value * weight + self._total
+        self._weight = self._weight + weight
 
     def together(self) -> Mean:
         """The mean of what all processes have counted; in a world of one, this."""
         if world().size == 1:
             return self
         whole = Mean()
-        for total, weight in gather((self._total.item(), float(self._weight))):  # in one order, for one sum
+        for total, weight in gather((float(self._total), float(self._weight))):  # in one order, for one sum
             whole._total, whole._weight = whole._total + total, whole._weight + weight
         return whole
 
     def compute(self) -> float:
         """The mean so far; NaN when nothing has been counted. Waits for the device."""
         weight = float(self._weight)
-        return self._total.item() / weight if weight else math.nan
+        return float(self._total) / weight if weight else math.nan
 
     def reset(self) -> None:
-        self._total.zero_()
-        self._weight = 0.0
+        self._total = self._weight = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total": self._total.clone(), "weight": self._weight}
+        return {"total": self._total, "weight": self._weight}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._total, self._weight = state["total"].clone(), state["weight"]
+        self._total, self._weight = state["total"], state["weight"]
 
 
 class Stream:
