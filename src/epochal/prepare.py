@@ -42,7 +42,7 @@ from epochal.optim import optimizers, schedules
 from epochal.protocols import Stateful, Step, StepResult
 from epochal.result import Setting, float_type
 from epochal.resuming import about, resume
-from epochal.run import Run, Validation
+from epochal.run import Run
 from epochal.runtime import device as devices
 from epochal.runtime import precision as precisions
 from epochal.runtime import processes, seeding
@@ -51,6 +51,7 @@ from epochal.runtime.strategy import Strategy
 from epochal.runtime.world import announced
 from epochal.state import TrainState
 from epochal.step import Update
+from epochal.validation import Validation
 
 if TYPE_CHECKING:
     from epochal.plan import Plan

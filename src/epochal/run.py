@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -12,18 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from epochal import loop, nonfinite
-from epochal.cadence import Every
 from epochal.checkpoint.saver import Saver
 from epochal.checkpoint.weights import weights_of
 from epochal.data.loader import Loader
-from epochal.data.shared import SharedLoader
 from epochal.data.window import Window, windows
 from epochal.data.workers import heard_while_awaited
 from epochal.ending import Ending, reason_of
 from epochal.errors import DiskFullError, EpochalError, PlanError, ProcessError, WorkerError
 from epochal.events import Ended, Evaluated, Event, Noted, Saved, Started, StepDone, Stop, StopReason
 from epochal.feeding import AnyLoader
-from epochal.metrics.metric import Stream
 from epochal.observe.averages import TrainAverages
 from epochal.observe.best import BestSoFar
 from epochal.protocols import Observer, Step, StepResult
@@ -35,15 +32,7 @@ from epochal.runtime.processes import first, gather, to_first, together, world
 from epochal.runtime.seeding import Alike
 from epochal.runtime.signals import Signals
 from epochal.state import Progress, TrainState
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What is evaluated, with which metrics, and how often; ``loader`` is None where there is no ``val``."""
-
-    loader: AnyLoader | None
-    stream: Stream
-    every: Every
+from epochal.validation import Validation
 
 
 @dataclass
@@ -250,7 +239,10 @@ class Run:
         if validation.loader is not None:
             before, is_whole = (seeding.generator_states(), validation.loader.state_dict()), False
             try:
-                measured = self._validate(validation.loader)
+                measured = validation.measured(
+                    self.setting, shared=self.ending.agreement is not None,
+                    is_cut_short=lambda: self.signals.received is not None,
+                )  # fmt: skip
                 self.ending.agree_on_signal()
                 is_whole = self.ending.signal is None
             finally:
@@ -270,24 +262,6 @@ class Run:
         self._last_evaluation = self.ending.now()
         self.state.rows.append(row)
         return Evaluated(row, is_best, self.best.best)
-
-    def _validate(self, loader: AnyLoader) -> dict[str, Any]:
-        setting = self.setting
-        batches: Iterable[Any] = loader.batches(epoch=0)
-        if not (setting.in_step or isinstance(loader, SharedLoader)):  # else all processes take every batch
-            batches = self._until_signal(batches)
-        values = loop.evaluate(
-            setting.objective, setting.forward, batches, self.validation.stream,
-            modules=setting.modules, device=setting.device, autocast=setting.autocast,
-            shared=self.ending.agreement is not None, in_step=setting.in_step,
-        )  # fmt: skip
-        return {f"val_{name}": value for name, value in values.items()}
-
-    def _until_signal(self, batches: Iterable[Any]) -> Iterator[Any]:
-        for batch in batches:
-            yield batch
-            if self.signals.received is not None:
-                return
 
     def _settle(self, *, together: bool = True) -> None:
         """Lets a step that reads late (on an accelerator) say now whether all its updates were finite. together: and

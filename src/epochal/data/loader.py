@@ -54,6 +54,9 @@ class Loader:
         self.part, self.target = part, target
         self.source: Source = open_source(data, where=where, target=target, dtype=dtype)
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
+        self.wide: int | None = (
+            None  # the samples of a batch where more of them give the same, None before that is known
+        )
         if workers > 1 and isinstance(self.source, Stream):
             what = f"an iterable data set is read by one worker at most, not by {workers}."
             fix = "use workers=1, or give a DataLoader over a data set that splits itself among its workers"
@@ -79,6 +82,12 @@ class Loader:
                 return None
         return len(self.source)
 
+    @property
+    def row_bytes(self) -> int | None:
+        """The bytes of a sample; None where batches cannot be of any other size, as several parts make them."""
+        arrays = self._arrays if self.part.size == 1 else None
+        return None if arrays is None else -(-arrays.nbytes // len(arrays))
+
     def __len__(self) -> int:
         if self.samples is None:
             raise TypeError("an iterable data set has no length")
@@ -95,7 +104,7 @@ class Loader:
             order = epoch_order(len(self._arrays), seed=self.seed, epoch=epoch, shuffle=self.shuffle).to(device)
             if self.part.size > 1:
                 return map(partial(self._share, order), range(start, len(self)))
-            return map(self._arrays.take, batch_indices(order, self.batch_size, start))
+            return map(self._arrays.take, batch_indices(order, self.wide or self.batch_size, start))
         batches = self._read(epoch, start)
         if self.part.size == 1:
             return batches
@@ -133,12 +142,13 @@ class Loader:
             "own": self._began if reads_forward else own_states(self._dataset),
             "place": self._asked.state_dict() if self._asked is not None else None,
             "is_over": self._asked is not None and self._epoch.is_over,
+            "wide": self.wide,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what :meth:`state_dict` gave; the next :meth:`batches` goes on from there."""
         set_own_states(self._dataset, state["own"])
-        self._began = None
+        self._began, self.wide = None, state.get("wide")
         if self._asked is not None and state["place"] is not None:
             self._asked.load_state_dict(state["place"])
             self._was_put, self._epoch.is_over = True, state["is_over"]

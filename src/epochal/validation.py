@@ -1,0 +1,61 @@
+"""What is evaluated while a model is trained, and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from epochal import loop
+from epochal.buffers import Buffers
+from epochal.cadence import Every
+from epochal.data.loader import Loader
+from epochal.data.shared import SharedLoader
+from epochal.feeding import AnyLoader
+from epochal.metrics.metric import Stream
+from epochal.result import Setting
+from epochal.widening import HALF_TOLERANCE, TOLERANCE, widen
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is evaluated, with which metrics, and how often; ``loader`` is None where there is no ``val``."""
+
+    loader: AnyLoader | None
+    stream: Stream
+    every: Every
+
+    def measured(self, setting: Setting, *, shared: bool, is_cut_short: Callable[[], bool]) -> dict[str, Any]:
+        """The columns of a row, by name; what is measured does not count if ``is_cut_short`` has become true.
+
+        shared: whether several processes each have a share of the batches.
+        """
+        loader = self.loader
+        if loader is None:
+            return {}
+        evaluate = partial(
+            loop.evaluate, setting.objective, setting.forward, stream=self.stream, modules=setting.modules,
+            device=setting.device, autocast=setting.autocast, shared=shared, in_step=setting.in_step,
+        )  # fmt: skip
+        if isinstance(loader, Loader) and loader.wide is None:
+            widen(loader, evaluate, Buffers(setting.modules, setting.device), tolerance=self._tolerance(setting))
+        batches: Iterable[Any] = loader.batches(epoch=0)
+        if not (setting.in_step or isinstance(loader, SharedLoader)):  # else all processes take every batch
+            batches = _until(is_cut_short, batches)
+        return {f"val_{name}": value for name, value in evaluate(batches).items()}
+
+    @staticmethod
+    def _tolerance(setting: Setting) -> float:
+        is_plain = isinstance(setting.autocast, nullcontext) and setting.dtype not in (torch.bfloat16, torch.float16)
+        return TOLERANCE if is_plain else HALF_TOLERANCE
+
+
+def _until(is_cut_short: Callable[[], bool], batches: Iterable[Any]) -> Iterator[Any]:
+    for batch in batches:
+        yield batch
+        if is_cut_short():
+            return
