@@ -1,1 +1,1 @@
-"""How fast ``fit`` is, side by side: see ``__main__.py`` for how it is measured, and docs/performance.md for what came of it."""
+"""How fast ``fit`` is, side by side: ``__main__.py`` says how it is measured, docs/performance.md what came of it."""

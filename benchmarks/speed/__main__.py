@@ -15,6 +15,7 @@ import gc
 import json
 import statistics
 import time
+from itertools import pairwise
 
 import torch
 
@@ -28,7 +29,7 @@ def milliseconds(arm, work) -> float:
     gc.collect()
     arm(work, lambda: ends.append(time.perf_counter()))
     assert len(ends) == work.epochs, f"{len(ends)} epochs of {work.epochs}"
-    return 1000 * statistics.median(later - earlier for earlier, later in zip(ends, ends[1:]))
+    return 1000 * statistics.median(later - earlier for earlier, later in pairwise(ends))
 
 
 def measured(work, arms: dict, rounds: int) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""Who trains: loops written by hand, the bare operations, and epochal. Each calls ``clock()`` at the end of every epoch."""
+"""Who trains: loops by hand, the bare operations, and epochal. Each calls ``clock()`` at the end of every epoch."""
 
 from __future__ import annotations
 

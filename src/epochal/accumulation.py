@@ -27,8 +27,8 @@ _run_backward = torch.autograd.Variable._execution_engine.run_backward
 class Sum:
     """What the micro-batches of a window (as it was cut, if it was) add up to: the weighted mean, and its weight.
 
-    one: the gradient of a loss, 1, on the run's device. divides_by_itself: of a loss whose gradient is not known to be 0
-    where nothing is counted. agreement: of several processes, whose sums are those over all of them.
+    one: the gradient of a loss, 1, on the run's device. divides_by_itself: of a loss whose gradient is not known to be
+    0 where nothing is counted. agreement: of several processes, whose sums are those over all of them.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Sum:
                 self._agreement.engine.begin(syncs=self._is_last)
             yield batch
 
-    def add(self, loss: Loss) -> Callable[[], None] | None:
+    def add(self, loss: Loss) -> Callable[[], object] | None:
         """Counts a micro-batch, and gives its backward pass; None where nothing of it counts, and that gave 0 / 0."""
         value, weight = loss.value, loss.weight
         if not value.requires_grad:
@@ -77,7 +77,7 @@ class Sum:
             value = value / self.window.samples
         return _backward(self._scaled(value), self._one)
 
-    def _add_share(self, loss: Loss, agreement: Any) -> Callable[[], None]:
+    def _add_share(self, loss: Loss, agreement: Any) -> Callable[[], object]:
         """This process's part of it. With its gradient travel the sums, and with the last one the word."""
         counts = self.window.sizes[self._number] > 0  # else it stands in for a share that is empty
         weight = _number(loss.weight) if counts else 0.0
@@ -120,14 +120,14 @@ class Sum:
         return told
 
 
-def _backward(value: Tensor, one: Tensor) -> Callable[[], None]:
+def _backward(value: Tensor, one: Tensor) -> Callable[[], object]:
     """``value.backward``, to be called at once; of a plain tensor without what torch asks and makes for any other."""
     if type(value) is Tensor and value.dtype is one.dtype and value.device == one.device:
         return partial(_run_backward, (value,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
     return value.backward
 
 
-def leave_zeros(value: Tensor, modules: Iterable[nn.Module], backward: Callable[[], None]) -> None:
+def leave_zeros(value: Tensor, modules: Iterable[nn.Module], backward: Callable[[], object]) -> None:
     """The backward pass of a value in which nothing counts, perhaps 0 / 0: all that it reaches gets zeros.
 
     The other processes wait for the gradients of the same weights as theirs, so it is done all the same. A graph within

@@ -25,7 +25,7 @@ _KNOWN: dict[str, tuple[type[nn.Module], Callable]] = {  # each as torch's modul
 }
 NAMES = {name: module for name, (module, _) in _KNOWN.items()}
 # What torch's functions call, after they have broadcast outputs and targets, which makes nodes in the graph.
-_MEAN = 1  # torch's number of that reduction
+_MEAN: Any = 1  # torch's number of that reduction
 _KERNELS: dict[str, Callable] = {
     "mse": partial(torch._C._nn.mse_loss, reduction=_MEAN),
     "l1": partial(torch._C._nn.l1_loss, reduction=_MEAN),

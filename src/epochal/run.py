@@ -237,17 +237,20 @@ class Run:
         self._settle(together=validation.loader is not None)
         measured = {}
         if validation.loader is not None:
-            before, is_whole = (seeding.generator_states(), validation.loader.state_dict()), False
+            before, is_whole = None, False
+            if not validation.is_one_batch:  # a signal may come between two
+                before = seeding.generator_states(), validation.loader.state_dict()
             try:
                 measured = validation.measured(
                     self.setting, shared=self.ending.agreement is not None,
                     is_cut_short=lambda: self.signals.received is not None,
                 )  # fmt: skip
                 self.ending.agree_on_signal()
-                is_whole = self.ending.signal is None
+                is_whole = before is None or self.ending.signal is None
             finally:
                 if not is_whole:
                     progress.reopen_epoch(at_epoch_end)
+                if not is_whole and before is not None:
                     validation.loader.load_state_dict(before[1])
                     seeding.set_generator_states(before[0])
             if not is_whole:

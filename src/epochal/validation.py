@@ -29,6 +29,12 @@ class Validation:
     stream: Stream
     every: Every
 
+    @property
+    def is_one_batch(self) -> bool:
+        """Whether it is known to be a single batch of data in memory, within which nothing can end it."""
+        loader = self.loader
+        return isinstance(loader, Loader) and loader.wide is not None and len(loader) == 1
+
     def measured(self, setting: Setting, *, shared: bool, is_cut_short: Callable[[], bool]) -> dict[str, Any]:
         """The columns of a row, by name; what is measured does not count if ``is_cut_short`` has become true.
 

@@ -54,9 +54,7 @@ class Loader:
         self.part, self.target = part, target
         self.source: Source = open_source(data, where=where, target=target, dtype=dtype)
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
-        self.wide: int | None = (
-            None  # the samples of a batch where more of them give the same, None before that is known
-        )
+        self.wide: int | None = None  # the samples of a batch where larger ones give the same; None: not known yet
         if workers > 1 and isinstance(self.source, Stream):
             what = f"an iterable data set is read by one worker at most, not by {workers}."
             fix = "use workers=1, or give a DataLoader over a data set that splits itself among its workers"
@@ -91,7 +89,7 @@ class Loader:
     def __len__(self) -> int:
         if self.samples is None:
             raise TypeError("an iterable data set has no length")
-        return -(-self.samples // self.batch_size)
+        return -(-self.samples // (self.wide or self.batch_size))
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The batches of ``epoch``, from batch ``start`` on.

@@ -22,9 +22,9 @@ class Fused:
 
     torch's ``step`` sorts weights by device and type, gathers their states and adds 1 to each of their counts, one
     after the other, at every update. Here that is known from the update before, and found to be so still; the counts
-    share one tensor. Whatever is unusual is left to ``optimizer.step()``: another optimizer than torch's own Adam, AdamW
-    or SGD with ``fused=True``, hooks, a method that somebody has replaced, a weight without gradient, a state or weights
-    that were exchanged, the first update.
+    share one tensor. Whatever is unusual is left to ``optimizer.step()``: another optimizer than torch's own Adam,
+    AdamW or SGD with ``fused=True``, hooks, a method that somebody has replaced, a weight without gradient, a state or
+    weights that were exchanged, the first update.
 
     >>> weight = torch.nn.Parameter(torch.ones(2))
     >>> move = Fused(SGD([weight], lr=0.5, fused=True))
@@ -44,7 +44,7 @@ class Fused:
         self._kinds: list[Any] = []
         self._kernels: list[Any] = []
 
-    def __call__(self, gradients: Sequence[Tensor], found: Tensor | None = None) -> None:
+    def __call__(self, gradients: list[Tensor], found: Tensor | None = None) -> None:
         """gradients: of all weights, in the order of the optimizer's groups; those that have none are left out.
         found: where it is above 0, the device leaves the update out.
         """
@@ -60,7 +60,7 @@ class Fused:
         finally:
             torch._C._set_grad_enabled(was_enabled)
 
-    def _is_as_it_was(self, gradients: Sequence[Tensor]) -> bool:
+    def _is_as_it_was(self, gradients: list[Tensor]) -> bool:
         if not self._kernels or len(gradients) != len(self._weights):
             return False
         one = self.optimizer
@@ -142,7 +142,7 @@ class _Adam:
             for state, count in zip(states, self._counts):
                 state["step"] = count
 
-    def __call__(self, gradients: Sequence[Tensor], found: Tensor | None) -> None:
+    def __call__(self, gradients: list[Tensor], found: Tensor | None) -> None:
         group, states = self.group, self.states
         counts = list(map(_COUNT, states))
         if self._all is not None and all(map(is_, counts, self._counts)):
@@ -166,7 +166,7 @@ class _Sgd:
     def __init__(self, group: dict[str, Any], place: slice, states: list[dict[str, Any]]):
         self.group, self.place, self.states = group, place, states
 
-    def __call__(self, gradients: Sequence[Tensor], found: Tensor | None) -> None:
+    def __call__(self, gradients: list[Tensor], found: Tensor | None) -> None:
         group = self.group
         torch._fused_sgd_(
             group["params"], gradients[self.place], list(map(_MOMENTUM, self.states)),
