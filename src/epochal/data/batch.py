@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+_LISTS = (list, tuple)  # `list | tuple` is made anew at every call
 TARGET_KEYS = ("target", "targets", "label", "labels", "y")
 
 
@@ -25,7 +26,7 @@ def split(batch: Any, target: Sequence[str] = ()) -> tuple[tuple, dict[str, Any]
     >>> split((1, 2, 3))
     ((1, 2), {}, 3)
     """
-    if isinstance(batch, list | tuple) and not isinstance(batch, PackedSequence):
+    if isinstance(batch, _LISTS) and not isinstance(batch, PackedSequence):
         return (tuple(batch[:-1]), {}, batch[-1]) if len(batch) > 1 else (tuple(batch), {}, None)
     if isinstance(batch, Mapping):
         return _split_mapping(batch, target)
@@ -50,7 +51,7 @@ def size(batch: Any, target: Sequence[str] = ()) -> int:
     >>> size((torch.zeros(7, 3, 2), torch.zeros(3)))
     3
     """
-    if isinstance(batch, list | tuple) and not isinstance(batch, PackedSequence):
+    if isinstance(batch, _LISTS) and not isinstance(batch, PackedSequence):
         for part in reversed(batch):
             if (found := _length(part)) is not None:
                 return found
@@ -64,7 +65,7 @@ def size(batch: Any, target: Sequence[str] = ()) -> int:
 
 def _length(part: Any) -> int | None:
     if isinstance(part, Tensor):
-        return part.shape[0] if part.dim() else None
+        return part.size(0) if part.dim() else None
     if isinstance(part, PackedSequence):
         return int(part.batch_sizes[0])
     if isinstance(part, Mapping | list | tuple):

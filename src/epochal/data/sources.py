@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -28,7 +29,7 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.tensors[0])
 
-    @property
+    @cached_property
     def tensors(self) -> list[Tensor]:
         if isinstance(self.parts, Tensor):
             return [self.parts]
@@ -36,7 +37,8 @@ class Arrays:
 
     def take(self, index: Tensor) -> Any:
         """The batch of these rows: copies, so that a model that works in place cannot change the data."""
-        return _in_form_of(self.parts, [part.index_select(0, index) for part in self.tensors])
+        rows = [part.index_select(0, index) for part in self.tensors]
+        return tuple(rows) if type(self.parts) is tuple else _in_form_of(self.parts, rows)
 
     def to(self, device: torch.device) -> Arrays:
         return self.map(lambda part: part.to(device))

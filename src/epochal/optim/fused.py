@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as _torch
 
+_NUMBERS = (float, int)
 _COUNT, _FIRST, _SECOND, _LARGEST, _MOMENTUM = map(
     itemgetter, ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 )
@@ -63,10 +64,12 @@ class Fused:
     def _is_as_it_was(self, gradients: list[Tensor]) -> bool:
         if not self._kernels or len(gradients) != len(self._weights):
             return False
-        one = self.optimizer
-        groups, states = one.param_groups, one.state
+        one, (groups, states, own, method) = self.optimizer, self._known
         return (
-            all(map(is_, self._known, (groups, states, one.__dict__.get("step"), type(one).step)))
+            one.param_groups is groups
+            and one.state is states
+            and one.__dict__.get("step") is own
+            and type(one).step is method
             and not (one._optimizer_step_pre_hooks or one._optimizer_step_post_hooks)
             and not (_torch._global_optimizer_pre_hooks or _torch._global_optimizer_post_hooks)
             and _are(self._weights, [weight for group in groups for weight in group["params"]])
@@ -106,8 +109,7 @@ def _places(groups: Sequence[dict[str, Any]]) -> Iterator[slice]:
 
 def _kind(group: dict[str, Any]) -> tuple[bool, ...]:
     """Which kernel a group is for, and over which states."""
-    takes_rate = isinstance(group["lr"], float | int)
-    return group["fused"] is True and takes_rate, group.get("momentum") == 0, group.get("amsgrad") is True
+    return group["fused"] is True and type(group["lr"]) in _NUMBERS, group.get("momentum") == 0, group.get("amsgrad") is True
 
 
 def _is_of_one_kind(group: dict[str, Any], states: Sequence[Any]) -> bool:
