@@ -21,7 +21,7 @@ RANKS = {
     "runtime": 10,
     "data": 20, "losses": 20, "optim": 20, "metrics": 20, "checkpoint": 20,
     "events": 30, "buffers": 30, "agreement": 30, "state": 31, "objective": 31, "nonfinite": 31, "accumulation": 31,
-    "step": 32, "loop": 32, "widening": 32,
+    "clipping": 32, "graph": 32, "step": 33, "loop": 33, "widening": 33,
     "observe": 40, "report": 40,
     "feeding": 50, "mistakes": 50, "result": 50, "ending": 50, "describe": 51, "validation": 51, "run": 52,
     "comparison": 53, "resuming": 53, "prepare": 54,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from epochal.agreement import FACTS, Agreement
+from epochal.data.batch import detached
 from epochal.data.window import Window
 from epochal.errors import LossError
 from epochal.protocols import Loss
@@ -97,7 +98,7 @@ class Sum:
 
     def _see(self, loss: Loss) -> None:
         if self._keeps_outputs and (loss.outputs is not None or loss.weight):
-            self.seen.append((_detached(loss.outputs), _detached(loss.targets)))
+            self.seen.append((detached(loss.outputs), detached(loss.targets)))
 
     def close(self, state: TrainState, device: torch.device) -> None:
         """All micro-batches are there: the sums, and the gradients, become those of the mean."""
@@ -221,13 +222,3 @@ def dense(gradient: Any) -> Tensor:
     if gradient.is_sparse:
         gradient = gradient.coalesce().values()
     return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, dict):
-        return {key: _detached(part) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_detached(part) for part in value)
-    return value

@@ -54,6 +54,18 @@ class Supervised:
             weight = losses.weight_of(self.loss, targets, weight)
         return Loss(value.reshape(()) if value.dim() else value, weight, outputs, targets)
 
+    def bare(self, forward: Callable, batch: Any) -> Loss:
+        """What is compiled: the same without a look at it, and without the weight."""
+        args, kwargs, targets = split(batch, self.target)
+        outputs = forward(*args, **kwargs)
+        return Loss(self._compute(outputs, targets), None, outputs)
+
+    def weighed(self, loss: Loss, batch: Any, samples: int) -> Loss:
+        """What :meth:`bare` gave, whole."""
+        _, _, targets = split(batch, self.target)
+        weight = losses.weight_of(self.loss, targets, samples) if self._counts_classes else samples
+        return Loss(loss.value, weight, loss.outputs, targets)
+
     def _examine(self, outputs: Any, targets: Any) -> None:
         if self._compares_shapes and not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
             where = f"the model returned {type(outputs).__name__}, the targets are {type(targets).__name__}"
@@ -80,8 +92,16 @@ class Custom:
             loss = loss._replace(value=loss.value.reshape(()))
         if isinstance(loss.weight, Tensor):
             losses.check_scalar(loss.weight, f"the weight of objective {losses.describe(self.objective)}")
+        return self.weighed(loss, batch, size(batch, self.target))
+
+    def bare(self, forward: Callable, batch: Any) -> Loss:
+        given = self.objective(forward, batch)
+        return given if isinstance(given, Loss) else Loss(given)
+
+    def weighed(self, loss: Loss, batch: Any, samples: int) -> Loss:
+        if isinstance(loss.weight, Tensor):
             return loss._replace(weight=loss.weight.reshape(()))
-        return loss if loss.weight is not None else loss._replace(weight=size(batch, self.target))
+        return loss if loss.weight is not None else loss._replace(weight=samples)
 
 
 def describe_batch(batch: Any) -> str:

@@ -92,7 +92,7 @@ class Plan:
     def fit(self) -> Result:
         """Trains, and gives what came of it."""
         with self.prepare() as run:
-            for _ in run:
+            for _ in run.alone():
                 pass
         run.signals.pass_on()
         return run.result
@@ -207,7 +207,7 @@ def fit(*arguments: Any, **options: Any) -> Result:
     """
     # Not Plan(...).fit(): between the user's call and the user's loss stand as few frames as can be.
     with Plan(*arguments, **options).prepare() as run:
-        for _ in run:
+        for _ in run.alone():
             pass
     run.signals.pass_on()
     return run.result

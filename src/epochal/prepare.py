@@ -29,6 +29,7 @@ from epochal.describe import started, told_optimizer
 from epochal.ending import Ending, Limits
 from epochal.errors import Mistakes, ModelError, PlanError, UnknownNameError
 from epochal.feeding import Data, read, steps_of
+from epochal.graph import Graph
 from epochal.loop import evaluation_mode
 from epochal.metrics import named
 from epochal.metrics.metric import Stream
@@ -43,9 +44,10 @@ from epochal.protocols import Stateful, Step, StepResult
 from epochal.result import Setting, float_type
 from epochal.resuming import about, resume
 from epochal.run import Run
+from epochal.runtime import compiler, processes, seeding
 from epochal.runtime import device as devices
 from epochal.runtime import precision as precisions
-from epochal.runtime import processes, seeding
+from epochal.runtime.compiler import Trust
 from epochal.runtime.signals import Signals
 from epochal.runtime.strategy import Strategy
 from epochal.runtime.world import announced
@@ -86,11 +88,14 @@ def prepare(plan: Plan) -> Run:
     mistakes.tell()
 
     limits = Limits(plan.epochs, plan.max_steps, amount(plan.max_time))
-    forward = torch.compile(plan.model) if plan.compile else plan.model
+    trust = Trust()
+    forward = compiler.Forward(plan.model, trust) if plan.compile else plan.model
+    objective = _objective(plan, loss, data, data.train_targets)
     step = _own(plan.step, device, agreement) if plan.step else Update(
-        _objective(plan, loss, data, data.train_targets), forward, device,
+        objective, forward, device,
         precision=plan.precision, clip=plan.clip, skip_nonfinite=plan.nonfinite == "skip",
         keeps_outputs=bool(metrics), agreement=agreement,
+        graph=None if world.size > 1 else _graph(plan, objective, device, trust, keeps_outputs=bool(metrics)),
     )  # fmt: skip
     state = TrainState(
         plan.model, optimizer, loss=loss if isinstance(loss, nn.Module) else None, seed=data.seed,
@@ -100,7 +105,10 @@ def prepare(plan: Plan) -> Run:
     run = Run(
         state=state, step=step, train=data.train, accumulate=plan.accumulate, best=best,
         ending=Ending(limits, state, agreement=agreement), alike=data.alike,
-        validation=Validation(data.val, Stream(metrics), Every.parse(plan.evaluate_every, where="evaluate_every")),
+        validation=Validation(
+            data.val, Stream(metrics), Every.parse(plan.evaluate_every, where="evaluate_every"), _is_ours(plan, data)
+        ),
+        trust=trust,
         averages=TrainAverages(Stream(metrics)),
         setting=Setting(
             *_outside(agreement, forward, _objective(plan, loss, data, data.val_targets)), modules, device, metrics,
@@ -114,6 +122,21 @@ def prepare(plan: Plan) -> Run:
     run.notes += notes
     _watch(plan, run)
     return run
+
+
+def _graph(plan: Plan, objective: Any, device: torch.device, trust: Trust, *, keeps_outputs: bool) -> Graph | None:
+    """The whole update as one graph, where it is done in one piece."""
+    if not plan.compile or plan.accumulate > 1 or plan.precision == "fp16":
+        return None
+    options = {"precision": plan.precision, "clip": plan.clip, "keeps_outputs": keeps_outputs, "trust": trust}
+    return Graph(objective, plan.model, device, **options)
+
+
+def _is_ours(plan: Plan, data: Data) -> bool:
+    """Whether an evaluation runs no code of the user's but the model."""
+    names = [plan.metrics] if isinstance(plan.metrics, str) else plan.metrics or ()
+    in_memory = data.val is None or (isinstance(data.val, Loader) and data.val.is_in_memory)
+    return in_memory and isinstance(plan.loss, str) and all(isinstance(name, str) for name in names)
 
 
 def _agreement(plan: Plan, strategy: Strategy, modules: list[nn.Module], device: torch.device) -> Agreement:

@@ -23,10 +23,14 @@ from epochal.events import Ended, Evaluated, Event, Noted, Saved, Started, StepD
 from epochal.feeding import AnyLoader
 from epochal.observe.averages import TrainAverages
 from epochal.observe.best import BestSoFar
+from epochal.observe.console import Console
+from epochal.observe.early_stopping import EarlyStopping
+from epochal.observe.recorder import Recorder
 from epochal.protocols import Observer, Step, StepResult
 from epochal.report.history import History
 from epochal.result import Result, Setting
 from epochal.runtime import seeding
+from epochal.runtime.compiler import Trust
 from epochal.runtime.lock import Lock
 from epochal.runtime.processes import first, gather, to_first, together, world
 from epochal.runtime.seeding import Alike
@@ -53,6 +57,7 @@ class Run:
     alike: Alike | None
     averages: TrainAverages
     best: BestSoFar
+    trust: Trust
     setting: Setting
     started: Started
     about: dict[str, Any] = field(default_factory=dict)
@@ -103,6 +108,12 @@ class Run:
         self._settle()
         yield from self._save(wait=True)
         yield self._end(*self.ending.reason())
+
+    def alone(self) -> Iterator[Event]:
+        """As ``iter(run)``, for who does nothing with the events: what cannot change then is not looked at again."""
+        ours = all(isinstance(observer, Console | Recorder | EarlyStopping) for observer in self.observers)
+        self.trust.is_given = ours and isinstance(self.train, Loader) and self.train.is_in_memory
+        return iter(self)
 
     def __enter__(self) -> Run:
         self._handlers.enter_context(self.signals)
@@ -248,6 +259,8 @@ class Run:
                 self.ending.agree_on_signal()
                 is_whole = before is None or self.ending.signal is None
             finally:
+                if not validation.is_ours:
+                    self.trust.end()
                 if not is_whole:
                     progress.reopen_epoch(at_epoch_end)
                 if not is_whole and before is not None:
@@ -291,6 +304,7 @@ class Run:
         if self.saver is None or self._mark() == self._saved_mark:
             return
         self._settle()
+        self.trust.end()
         if self._were_finite and (name := next(filter(None, gather(nonfinite.weight(self.state.modules))), None)):
             raise nonfinite.of_weight(name, self.state.progress.step)
         self.state.progress.seconds = self.ending.seconds()

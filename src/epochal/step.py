@@ -14,12 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from epochal import losses, nonfinite
-from epochal.accumulation import Sum, dense, dense_gradients, gradients, leave_zeros
+from epochal.accumulation import Sum, dense_gradients, gradients, leave_zeros
 from epochal.agreement import Agreement
 from epochal.buffers import Buffers
+from epochal.clipping import Clip, total_norm
 from epochal.data.batch import pieces, size
 from epochal.data.window import Window
 from epochal.errors import ModelError, NonFiniteError
+from epochal.graph import Graph
 from epochal.objective import Custom, Objective, describe_batch, relocate
 from epochal.optim.fused import Fused
 from epochal.protocols import StepResult
@@ -77,12 +79,15 @@ class Update:
         skip_nonfinite: bool = False,
         keeps_outputs: bool = True,
         agreement: Agreement | None = None,
+        graph: Graph | None = None,
     ):
         self.objective, self.forward, self.device = objective, forward, device
+        self.graph = graph
         self.agreement, self._engine = agreement, None if agreement is None else agreement.engine
+        self._clip = None if clip is None else Clip(clip, self._engine)
         self._call = objective if self._engine is None else partial(self._engine.call, objective)
         self.autocast = precisions.autocast(precision, device)
-        self.clip, self.skip_nonfinite, self.keeps_outputs = clip, skip_nonfinite, keeps_outputs
+        self.skip_nonfinite, self.keeps_outputs = skip_nonfinite, keeps_outputs
         self.micro_batch: int | None = None
         self._batch_norm = False  # whether the model has it, known at the first update
         self._target, self._loss = getattr(objective, "target", ()), getattr(objective, "loss", None)
@@ -95,11 +100,16 @@ class Update:
         self._has_moved = False  # an update that a device leaves out must find a momentum that was written to
         self._unread: Doubtful | None = None
         self._kept: deque[Buffers] = deque()  # that of the update in hand first, then of the one not read yet
-        self._order: dict[int, int] = {}  # the place of each parameter in the model
         self._one, self._found = torch.ones((), device=device), torch.zeros((), device=device)
 
     def __call__(self, state: TrainState, window: Window) -> StepResult:
         before, notes, batch = self._keep(state), [], None
+        if self.graph is not None:
+            if (done := self._at_once(self.graph, state, window, before)) is not None:
+                return done
+            notes = self.graph.take_notes()
+        # Where a graph is still to come, nothing is compiled for the few updates until then.
+        forward = self.forward if self.graph is None or self.graph.is_off else state.model
         if self._engine is not None:
             self._engine.warm_up(lambda: self._rehearse(state, window, before))
         while True:
@@ -110,7 +120,7 @@ class Update:
                     if self._moves:
                         batch = devices.move(batch, self.device)
                     with self.autocast:
-                        loss = self._call(self.forward, batch)
+                        loss = self._call(forward, batch)
                     if (backward := summed.add(loss)) is not None:
                         backward()
                 break
@@ -118,7 +128,7 @@ class Update:
                 failed = self._out_of_memory(error, state, batch)  # raises any other error again
             batch = loss = backward = None  # they hold what fills the memory
             self._make_room(state, summed.window, before, failed)
-            notes = self._notes(window)
+            notes += self._notes(window)
         if self.agreement is None:
             summed.close(state, self.device)
         else:
@@ -128,13 +138,38 @@ class Update:
         found = self._look_for_nonfinite(state, summed.loss)
         late = self._reads_late and self._has_moved and self._counts(summed) and _device_can_leave_out(state)
         if not late and self._found.item():
-            return self._leave_out(state, self._doubtful(state, before, summed, late), notes)
-        norm = None if self.clip is None else self._clip(state, self.clip)
+            return self._leave_out(state, self._doubtful(state, before, summed.window, summed, self._found), notes)
+        norm = None if self._clip is None else self._clip(state)
         if late:
-            self._unread = self._doubtful(state, before, summed, late)
+            self._unread = self._doubtful(state, before, summed.window, summed, self._found)
         applied = self._move_weights(state, found, late)
         self._has_moved = True
         return StepResult(summed.loss, summed.weight, summed.seen, grad_norm=norm, applied=applied, notes=notes)
+
+    def _at_once(self, graph: Graph, state: TrainState, window: Window, before: Buffers) -> StepResult | None:
+        """The update by a graph; None where it has to be done in the usual way, and nothing has moved."""
+        if len(window.batches) > 1 or self._cut(window) is not window:
+            return None
+        batch, state.is_torn = window.batches[0], True
+        try:
+            if self._moves:
+                batch = devices.move(batch, self.device)
+            moved = graph(self._of(state), batch, window.sizes[0], before)
+        except Exception as error:
+            state.is_torn = False
+            relocate(error, state.model, batch, f"step {state.progress.step}, batch {state.progress.windows} of train")
+        state.is_torn = False
+        if moved is None:
+            return None
+        if self._unread is not None:
+            self.settle(state)
+        if self._reads_late:
+            self._unread = self._doubtful(state, before, window, moved, torch.logical_not(moved.ok))
+        elif not moved.ok.item():
+            return self._leave_out(state, self._doubtful(state, before, window, moved, moved.ok), graph.take_notes())
+        graph.advance()
+        seen = [(moved.outputs, moved.targets)] if self.keeps_outputs else ()
+        return StepResult(moved.loss, moved.weight, seen, grad_norm=moved.norm, notes=graph.take_notes())
 
     def settle(self, state: TrainState) -> None:
         """Reads what has not been read yet: NonFiniteError if the last update was not finite.
@@ -152,10 +187,12 @@ class Update:
                 raise self._diagnosis(state, doubtful)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"micro_batch": self.micro_batch}
+        return {"micro_batch": self.micro_batch, "graph": self.graph and self.graph.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.micro_batch = state["micro_batch"]
+        if self.graph is not None and state.get("graph") is not None:
+            self.graph.load_state_dict(state["graph"])
 
     def _keep(self, state: TrainState) -> Buffers:
         if not self._kept:
@@ -290,7 +327,7 @@ class Update:
                     if backward is not None:
                         backward()
             again.close(state, self.device)
-            norm = self._norm(dense_gradients(state)).item()
+            norm = total_norm(dense_gradients(state), self._engine).item()
             norm /= 1.0 if state.scaler is None else state.scaler.get_scale()
             finding = watch.finding(loss)
         except Exception as error:  # what is known already must not be lost over the search for more
@@ -301,40 +338,24 @@ class Update:
         rank, finding, norm = nonfinite.agreed(finding, norm)
         return finding.error(place, loss.item(), norm, micro_batches=len(window.batches), rank=rank)
 
-    def _doubtful(self, state: TrainState, before: Buffers, summed: Sum, late: bool) -> Doubtful:
-        progress, flag, event = state.progress, self._found, None
-        if late and flag.is_cuda:
+    def _doubtful(self, state: TrainState, before: Buffers, window: Window, summed: Any, flag: Tensor) -> Doubtful:
+        """summed: what has the loss and the weight of the update."""
+        progress, event = state.progress, None
+        if self._reads_late and flag.is_cuda:
             flag = flag.to("cpu", non_blocking=True)  # into pinned memory: nothing waits
             event = torch.cuda.current_stream(self.device).record_event()
         rate = float(state.optimizer.param_groups[0]["lr"])
         place = nonfinite.Place(progress.step, progress.epoch + 1, progress.windows, rate)
-        return Doubtful(place, before, summed.window, summed.loss, summed.weight, flag, event)
+        return Doubtful(place, before, window, summed.loss, summed.weight, flag, event)
 
     def _counts(self, summed: Sum) -> bool:
         """Whether something counts in the window, as far as that is known without waiting: else it is read at once."""
         return not self._divides_by_itself if isinstance(summed.weight, Tensor) else bool(summed.weight)
 
-    def _clip(self, state: TrainState, clip: float) -> Tensor:
-        """Clips as ``torch.nn.utils.clip_grad_norm_`` does, sparse gradients too; gives the norm before.
-
-        In the model's order, as ``clip_grad_norm_(model.parameters())`` adds up: it decides the last bits.
-        """
-        if not self._order:
-            every = (p for module in state.modules for p in module.parameters())
-            self._order = {id(p): place for place, p in enumerate(every)}
-        held = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        parameters = sorted(held, key=lambda p: self._order.get(id(p), len(self._order)))
-        norm = self._norm([dense(p.grad) for p in parameters])
-        torch.nn.utils.clip_grads_with_norm_([p for p in parameters if not p.grad.is_sparse], clip, norm)
-        coefficient = torch.clamp(clip / (norm + 1e-6), max=1.0)  # the same formula, for what torch leaves out
-        for p in parameters:
-            if p.grad.is_sparse:
-                p.grad.mul_(coefficient)
-        return norm
-
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        norm = torch.nn.utils.get_total_norm(gradients)
-        return norm if self._engine is None else self._engine.whole(norm)
+    def _of(self, state: TrainState) -> Fused:
+        if self._fused is None or self._fused.optimizer is not state.optimizer:
+            self._fused = Fused(state.optimizer)
+        return self._fused
 
     def _move_weights(self, state: TrainState, held: list[Tensor], unless_found: bool) -> bool:
         state.is_torn, applied = True, True
@@ -344,9 +365,7 @@ class Update:
             state.scaler.update()
             applied = state.scaler.get_scale() >= scale
         else:
-            if self._fused is None or self._fused.optimizer is not state.optimizer:
-                self._fused = Fused(state.optimizer)
-            self._fused(held, self._found if unless_found else None)
+            self._of(state)(held, self._found if unless_found else None)
         state.is_torn = False
         return applied
 

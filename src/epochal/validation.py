@@ -23,11 +23,15 @@ from epochal.widening import HALF_TOLERANCE, TOLERANCE, widen
 
 @dataclass(frozen=True)
 class Validation:
-    """What is evaluated, with which metrics, and how often; ``loader`` is None where there is no ``val``."""
+    """What is evaluated, with which metrics, and how often; ``loader`` is None where there is no ``val``.
+
+    is_ours: loss, metrics and data are epochal's own; only the model is somebody else's.
+    """
 
     loader: AnyLoader | None
     stream: Stream
     every: Every
+    is_ours: bool = False
 
     @property
     def is_one_batch(self) -> bool:
@@ -44,15 +48,16 @@ class Validation:
         if loader is None:
             return {}
         evaluate = partial(
-            loop.evaluate, setting.objective, setting.forward, stream=self.stream, modules=setting.modules,
-            device=setting.device, autocast=setting.autocast, shared=shared, in_step=setting.in_step,
+            loop.evaluate, setting.objective, stream=self.stream, modules=setting.modules, device=setting.device,
+            autocast=setting.autocast, shared=shared, in_step=setting.in_step,
         )  # fmt: skip
         if isinstance(loader, Loader) and loader.wide is None:
-            widen(loader, evaluate, Buffers(setting.modules, setting.device), tolerance=self._tolerance(setting))
+            plain = partial(evaluate, setting.modules[0])  # nothing is compiled for what is done once
+            widen(loader, plain, Buffers(setting.modules, setting.device), tolerance=self._tolerance(setting))
         batches: Iterable[Any] = loader.batches(epoch=0)
         if not (setting.in_step or isinstance(loader, SharedLoader)):  # else all processes take every batch
             batches = _until(is_cut_short, batches)
-        return {f"val_{name}": value for name, value in evaluate(batches).items()}
+        return {f"val_{name}": value for name, value in evaluate(setting.forward, batches).items()}
 
     @staticmethod
     def _tolerance(setting: Setting) -> float:

@@ -127,3 +127,14 @@ def _rows(part: Any, rows: slice, count: int) -> Any:
 def _one_a_sample(part: Sequence, count: int) -> bool:
     """Whether it is a list with an entry for each sample, and not a structure of parts that have them all."""
     return len(part) == count and not any(_length(value) == count for value in part)
+
+
+def detached(value: Any) -> Any:
+    """The tensors of a structure without the graph that they were computed in."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {key: detached(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(detached(part) for part in value)
+    return value

@@ -81,6 +81,11 @@ class Loader:
         return len(self.source)
 
     @property
+    def is_in_memory(self) -> bool:
+        """Whether a batch is made by an index operation, and by no code of the user's."""
+        return self._arrays is not None
+
+    @property
     def row_bytes(self) -> int | None:
         """The bytes of a sample; None where batches cannot be of any other size, as several parts make them."""
         arrays = self._arrays if self.part.size == 1 else None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from itertools import accumulate, pairwise, starmap
+from itertools import accumulate, pairwise, repeat, starmap
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,29 +40,31 @@ class Fused:
     def __init__(self, optimizer: Optimizer):
         self.optimizer = optimizer
         self._known: tuple[Any, ...] = ()  # what has to be as it was: the optimizer's own groups, states and step
-        self._weights: list[Tensor] = []
+        self.weights: list[Tensor] = []
         self._states: list[dict[str, Any]] = []
-        self._kinds: list[Any] = []
-        self._kernels: list[Any] = []
+        self.kinds: list[Kind] = []
+        self.kernels: list[Any] = []
 
     def __call__(self, gradients: list[Tensor], found: Tensor | None = None) -> None:
         """gradients: of all weights, in the order of the optimizer's groups; those that have none are left out.
         found: where it is above 0, the device leaves the update out.
         """
-        if not self._is_as_it_was(gradients):
+        if len(gradients) != len(self.weights) or not self.is_ready:
             _step(self.optimizer, found)
-            self._learn()
+            self.learn()
             return
         was_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            for kernel in self._kernels:
+            for kernel in self.kernels:
                 kernel(gradients, found)
         finally:
             torch._C._set_grad_enabled(was_enabled)
 
-    def _is_as_it_was(self, gradients: list[Tensor]) -> bool:
-        if not self._kernels or len(gradients) != len(self._weights):
+    @property
+    def is_ready(self) -> bool:
+        """Whether all is as it was at the last update, so that it can be done without ``optimizer.step()``."""
+        if not self.kernels:
             return False
         one, (groups, states, own, method) = self.optimizer, self._known
         return (
@@ -72,21 +74,21 @@ class Fused:
             and type(one).step is method
             and not (one._optimizer_step_pre_hooks or one._optimizer_step_post_hooks)
             and not (_torch._global_optimizer_pre_hooks or _torch._global_optimizer_post_hooks)
-            and _are(self._weights, [weight for group in groups for weight in group["params"]])
+            and _are(self.weights, [weight for group in groups for weight in group["params"]])
             and _are(self._states, states.values())
-            and list(map(_kind, groups)) == self._kinds
+            and list(map(_kind, groups)) == self.kinds
         )
 
-    def _learn(self) -> None:
-        """After an update by torch: what the next one can do without asking for it again."""
-        one, self._kernels = self.optimizer, []
+    def learn(self) -> None:
+        """After an update by torch, or with its state loaded: what the next one can do without asking for it again."""
+        one, self.kernels = self.optimizer, []
         own = one.__dict__.get("step")
         is_plain = own is None or hasattr(own, "_wrapped_by_lr_sched")  # a schedule wants to know of the first one
         if type(one) not in (Adam, AdamW, SGD) or not is_plain:
             return
         self._known = one.param_groups, one.state, own, type(one).step
-        self._weights = [weight for group in one.param_groups for weight in group["params"]]
-        self._states, self._kinds = list(one.state.values()), list(map(_kind, one.param_groups))
+        self.weights = [weight for group in one.param_groups for weight in group["params"]]
+        self._states, self.kinds = list(one.state.values()), list(map(_kind, one.param_groups))
         kernels: list[Any] = []
         for group, place in zip(one.param_groups, _places(one.param_groups)):
             states = [one.state[p] for p in group["params"] if p in one.state]
@@ -94,7 +96,7 @@ class Fused:
                 return
             kernels.append(_Sgd(group, place, states) if isinstance(one, SGD) else _Adam(group, place, states))
         if _are(self._states, [state for kernel in kernels for state in kernel.states]):
-            self._kernels = kernels
+            self.kernels = kernels
 
 
 def _are(known: Sequence[Any], now: Collection[Any]) -> bool:
@@ -107,18 +109,32 @@ def _places(groups: Sequence[dict[str, Any]]) -> Iterator[slice]:
     return starmap(slice, pairwise(ends))
 
 
-def _kind(group: dict[str, Any]) -> tuple[bool, ...]:
-    """Which kernel a group is for, and over which states."""
-    return group["fused"] is True and type(group["lr"]) in _NUMBERS, group.get("momentum") == 0, group.get("amsgrad") is True
+class Kind(NamedTuple):
+    """What of a group decides which operations an update has; the rest are numbers."""
+
+    can_be: bool
+    keeps_nothing: bool
+    is_amsgrad: bool
+    is_maximized: bool
+    is_nesterov: bool
+    is_decoupled: bool
+
+
+_FLAGS = ("amsgrad", "maximize", "nesterov", "decoupled_weight_decay")
+
+
+def _kind(group: dict[str, Any]) -> Kind:
+    flags = [group.get(name) is True for name in _FLAGS]
+    return Kind(group["fused"] is True and type(group["lr"]) in _NUMBERS, group.get("momentum") == 0, *flags)
 
 
 def _is_of_one_kind(group: dict[str, Any], states: Sequence[Any]) -> bool:
     """Whether one call of a kernel does for the group what ``step`` does: torch calls one for each device and type."""
     weights = group["params"]
     kinds = {(type(p), p.device, p.dtype) for p in weights}
-    can_be, keeps_nothing, _ = _kind(group)
-    is_whole = len(states) == (0 if keeps_nothing else len(weights))
-    return can_be and is_whole and len(kinds) == 1 and not weights[0].is_complex()
+    kind = _kind(group)
+    is_whole = len(states) == (0 if kind.keeps_nothing else len(weights))
+    return kind.can_be and is_whole and len(kinds) == 1 and not weights[0].is_complex()
 
 
 def _step(optimizer: Any, found: Tensor | None) -> None:
@@ -132,41 +148,83 @@ def _step(optimizer: Any, found: Tensor | None) -> None:
 
 
 class _Adam:
-    """The kernel of Adam and AdamW over one group; its settings are read at each update, for a schedule moves them."""
+    """Adam and AdamW over one group; its settings are read at each update, for a schedule moves them."""
 
     def __init__(self, group: dict[str, Any], place: slice, states: list[dict[str, Any]]):
         self.group, self.place, self.states = group, place, states
-        self._all: Tensor | None = None  # the counts of all weights, where they lie on the host
-        self._counts: list[Tensor] = []
-        if states[0]["step"].is_cpu:  # there torch adds to one after the other
-            self._all = torch.stack([state["step"] for state in states])
-            self._counts = [self._all[number] for number in range(len(states))]
-            for state, count in zip(states, self._counts):
-                state["step"] = count
+        self.counts = torch.stack([state["step"] for state in states])  # else torch adds to one after the other
+        self._counts = list(map(self.counts.select, repeat(0), range(len(states))))
+        for state, count in zip(states, self._counts):
+            state["step"] = count
+        self.time = int(self.counts[0])
+
+    @property
+    def is_traceable(self) -> bool:
+        return _are(self._counts, list(map(_COUNT, self.states))) and self.group["differentiable"] is False
+
+    @property
+    def averages(self) -> list[list[Tensor]]:
+        """What is kept of all weights, by kind."""
+        kinds = (_FIRST, _SECOND, _LARGEST) if self.group["amsgrad"] else (_FIRST, _SECOND)
+        return [list(map(kind, self.states)) for kind in kinds]
 
     def __call__(self, gradients: list[Tensor], found: Tensor | None) -> None:
-        group, states = self.group, self.states
-        counts = list(map(_COUNT, states))
-        if self._all is not None and all(map(is_, counts, self._counts)):
-            self._all.add_(1)
+        group, counts, self.time = self.group, list(map(_COUNT, self.states)), self.time + 1
+        if all(map(is_, counts, self._counts)):
+            self.counts.add_(1)
         else:
             torch._foreach_add_(counts, 1)
         kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        first, second, *largest = self.averages
         kernel(
-            group["params"], gradients[self.place], list(map(_FIRST, states)), list(map(_SECOND, states)),
-            list(map(_LARGEST, states)) if group["amsgrad"] else [], counts,
+            group["params"], gradients[self.place], first, second, largest[0] if largest else [], counts,
             lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
             eps=group["eps"], amsgrad=group["amsgrad"], maximize=group["maximize"], found_inf=found,
         )  # fmt: skip
         if found is not None:
             torch._foreach_sub_(counts, [found] * len(counts))
 
+    def numbers(self) -> list[float]:
+        """What :meth:`formula` needs for the next update; powers are taken here, where they are taken once."""
+        group, (first, second), time = self.group, self.group["betas"], self.time + 1
+        rate, decay = group["lr"] / (1 - first**time), group["weight_decay"]
+        decay *= group["lr"] if group["decoupled_weight_decay"] else 1
+        return [rate, (1 - second**time) ** 0.5, 1 - first, second, 1 - second, group["eps"], decay]
+
+    @staticmethod
+    def formula(
+        kind: Kind, weight: Tensor, gradient: Tensor, averages: Sequence[Tensor], numbers: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The weight and its averages after an update.
+
+        Source: D. Kingma, J. Ba, Adam (2015); I. Loshchilov, F. Hutter, Decoupled weight decay regularization (2019);
+        in the order of operations of torch's fused kernel.
+        """
+        rate, root, keep, second, keep_second, eps, decay = numbers
+        if kind.is_decoupled:
+            weight = weight - decay * weight
+        else:
+            gradient = gradient + decay * weight
+        mean = averages[0] + (gradient - averages[0]) * keep
+        square = averages[1] * second + gradient * gradient * keep_second
+        kept = [mean, square]
+        if kind.is_amsgrad:
+            square = torch.maximum(averages[2], square)
+            kept.append(square)
+        return weight - rate * mean / (square.sqrt() / root + eps), kept
+
 
 class _Sgd:
-    """The kernel of SGD over one group."""
+    """SGD over one group."""
+
+    is_traceable, counts, time = True, None, 0
 
     def __init__(self, group: dict[str, Any], place: slice, states: list[dict[str, Any]]):
         self.group, self.place, self.states = group, place, states
+
+    @property
+    def averages(self) -> list[list[Tensor]]:
+        return [list(map(_MOMENTUM, self.states))] if self.states else []
 
     def __call__(self, gradients: list[Tensor], found: Tensor | None) -> None:
         group = self.group
@@ -175,3 +233,19 @@ class _Sgd:
             lr=group["lr"], momentum=group["momentum"], dampening=group["dampening"], nesterov=group["nesterov"],
             weight_decay=group["weight_decay"], maximize=group["maximize"], is_first_step=False, found_inf=found,
         )  # fmt: skip
+
+    def numbers(self) -> list[float]:
+        group = self.group
+        return [group["lr"], group["momentum"], 1 - group["dampening"], group["weight_decay"]]
+
+    @staticmethod
+    def formula(
+        kind: Kind, weight: Tensor, gradient: Tensor, averages: Sequence[Tensor], numbers: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The weight and its momentum after an update, as torch's documentation of SGD has it."""
+        rate, momentum, keep, decay = numbers
+        gradient = gradient + decay * weight
+        if not averages:
+            return weight - rate * gradient, []
+        buffer = momentum * averages[0] + keep * gradient
+        return weight - rate * (gradient + momentum * buffer if kind.is_nesterov else buffer), [buffer]

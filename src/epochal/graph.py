@@ -1,0 +1,210 @@
+"""One update as one graph: forward, loss, backward, the look for what is not finite, clipping, and the optimizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from epochal.buffers import Buffers
+from epochal.data.batch import detached
+from epochal.objective import Custom, Supervised, describe_batch
+from epochal.optim.fused import Fused
+from epochal.protocols import Loss
+from epochal.runtime import compiler
+from epochal.runtime import precision as precisions
+
+SHAPES = 8  # of batches that get graphs of their own: compiling takes seconds
+TIMES = 4  # that a graph is made for the same shapes: beyond, something of the model changes with every update
+
+
+class Moved(NamedTuple):
+    """What an update leaves. ok: above 0 where loss and gradients are finite; else no weight has moved."""
+
+    loss: Tensor
+    weight: float | Tensor
+    outputs: Any
+    targets: Any
+    ok: Tensor
+    norm: Tensor | None
+
+
+class Graph:
+    """The update over one batch; None where it has to be done in the usual way.
+
+    That is so as long as the optimizer has no state, after it was changed from outside, for more than SHAPES shapes of
+    batches, and from where on the model turned out not to be compilable: a note says why. Weights and what the
+    optimizer keeps of them change where they are, and no gradient is left in ``.grad``.
+    """
+
+    def __init__(
+        self, objective: Supervised | Custom, model: nn.Module, device: torch.device, *, precision: str,
+        clip: float | None, keeps_outputs: bool, trust: compiler.Trust,
+    ):  # fmt: skip
+        self.objective, self.model, self.device, self._precision = objective, model, device, precision
+        self._settings = precision, clip, keeps_outputs
+        self._notes: list[str] = []
+        self._told = 0  # of the notes
+        self._made: dict[str, int] = {}  # how often a graph was, for each shape of batches
+        self.is_off = not compiler.can_trace_backward()
+        self._graph: compiler.Graph | None = None
+        self._fused: Any = None
+        self.trust = trust
+        self._numbers, self._array = torch.zeros(0), np.zeros(0)  # of one memory, on the host
+
+    def __call__(self, fused: Fused, batch: Any, samples: int, before: Buffers) -> Moved | None:
+        """samples: of the batch. before: what is put back where a graph cannot be made."""
+        repeat = self._graph.repeat(samples) if self._graph is not None and self.trust.is_given else None
+        if repeat is not None:  # the data are in memory: batches differ in their samples only
+            self._next(fused)  # into the tensor that is used again
+            made = repeat(_tensors(batch))
+        elif (made := self._guarded(fused, batch, samples, before)) is None:
+            self.trust.end()
+            return None
+        value, weight, ok, norm, outputs, targets = made
+        self._fused = fused
+        return Moved(*self.objective.weighed(Loss(value, weight, outputs, targets), batch, samples), ok, norm)
+
+    def _guarded(self, fused: Fused, batch: Any, samples: int, before: Buffers) -> Any:
+        if self.is_off or not (fused.is_ready and all(kernel.is_traceable for kernel in fused.kernels)):
+            return None
+        groups = [
+            (kind, kernel.group["params"], kernel.averages, kernel.counts)
+            for kind, kernel in zip(fused.kinds, fused.kernels)
+        ]
+        given = batch, groups, self._next(fused)
+        made = compiler.MISSED if self._graph is None else self._graph(*given)
+        if made is compiler.MISSED:
+            return self._compiled(fused, given, before)
+        if self._graph is not None:
+            self._graph.keep(samples, _tensors(batch), made)
+        return made
+
+    def advance(self) -> None:
+        """The update counts: the next one is a later one."""
+        for kernel in self._fused.kernels:
+            kernel.time += 1
+
+    def take_notes(self) -> list[str]:
+        """What there is to say since the last time."""
+        new, self._told = self._notes[self._told :], len(self._notes)
+        return new
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"made": dict(self._made), "is_off": self.is_off}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """A resumed run compiles what the run before it did and nothing else: the bits are not those of eager torch."""
+        self._made, self.is_off = dict(state["made"]), self.is_off or state["is_off"]
+
+    def _next(self, fused: Fused) -> Tensor:
+        """The numbers of the optimizer for the update in hand, of all groups one after the other."""
+        numbers = [number for kernel in fused.kernels for number in kernel.numbers()]
+        if self.device.type != "cpu" or len(self._numbers) != len(numbers):
+            wide = any(weight.dtype is torch.float64 for weight in fused.weights)
+            self._numbers = torch.tensor(numbers, dtype=torch.float64 if wide else torch.float32, device=self.device)
+            self._array = self._numbers.numpy() if self.device.type == "cpu" else self._array
+        else:
+            self._array[:] = numbers
+        return self._numbers
+
+    def _compiled(self, fused: Fused, given: tuple, before: Buffers) -> Any:
+        """The update by a graph that is made for it; None if it is to be done in the usual way."""
+        batch, shapes = given[0], describe_batch(given[0])
+        if shapes not in self._made and len(self._made) >= SHAPES:
+            return self._leave(f"batches have more than {SHAPES} shapes; those that came later are not compiled")
+        if self._made.get(shapes, 0) >= TIMES:
+            self.is_off = True
+            return self._leave("something of the model changes with every update, which would be compiled each time")
+        self._made[shapes] = self._made.get(shapes, 0) + 1
+        try:
+            uses_all = self._rehearse(
+                fused, batch
+            )  # raises what is wrong with model and data as it is raised elsewhere
+        finally:
+            before.put_back()
+        if not uses_all:
+            self.is_off = True
+            return self._leave("a weight has no gradient; the model alone is compiled")
+        if self._graph is None:
+            function = _update(self.objective, self.model, self.device, fused, *self._settings)
+            self._graph = compiler.Graph(function, self.trust)
+        try:
+            return self._graph.compile(*given)
+        except Exception as error:
+            before.put_back()
+            self.is_off = True
+            return self._leave(f"the update is not one graph: {compiler.reason(error)}; the model alone is compiled")
+
+    def _leave(self, why: str) -> None:
+        if (note := f"compile: {why}") not in self._notes:
+            self._notes.append(note)
+
+    def _rehearse(self, fused: Fused, batch: Any) -> bool:
+        """The passes of the update, to be taken back; whether every weight has a gradient that nothing listens to."""
+        with precisions.autocast(self._precision, self.device):
+            loss = self.objective(self.model, copy.deepcopy(batch))  # a copy, for a model may work in place
+        found = torch.autograd.grad(loss.value, fused.weights, allow_unused=True)
+        listens = any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in fused.weights)
+        return not listens and all(gradient is not None for gradient in found)
+
+
+def _tensors(batch: Any) -> Sequence[Tensor]:
+    """Of a batch of arrays."""
+    if isinstance(batch, Tensor):
+        return (batch,)
+    return tuple(batch.values()) if isinstance(batch, dict) else batch
+
+
+def _update(
+    objective: Any, model: nn.Module, device: torch.device, fused: Fused, precision: str, clip: float | None,
+    keeps_outputs: bool,
+) -> Callable[..., Any]:  # fmt: skip
+    """What is compiled."""
+    formula = fused.kernels[0].formula
+
+    def update(batch: Any, groups: Any, numbers: Tensor) -> Any:
+        with precisions.autocast(precision, device):
+            loss = objective.bare(model, batch)
+        gradients = torch.autograd.grad(loss.value, [weight for _, weights, _, _ in groups for weight in weights])
+        with torch.no_grad():
+            spoilt = [(one * 0).sum() for one in (loss.value, *gradients)]  # NaN, if one is not finite
+            ok = torch.stack([one.float() for one in spoilt]).sum() == 0
+            if isinstance(loss.weight, Tensor):
+                ok = ok & (loss.weight != 0)
+            norm = None
+            if clip is not None:
+                norm = get_total_norm(gradients)
+                factor = torch.clamp(clip / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
+                gradients = [gradient * factor for gradient in gradients]
+            _move(formula, groups, list(gradients), numbers, ok)
+        outputs = detached(loss.outputs) if keeps_outputs else None
+        targets = detached(loss.targets) if keeps_outputs else None
+        return loss.value.detach().reshape(()), loss.weight, ok, norm, outputs, targets
+
+    return update
+
+
+def _move(formula: Callable, groups: Any, gradients: list[Tensor], numbers: Tensor, ok: Tensor) -> None:
+    """Writes new weights and averages over the old ones, where ``ok``."""
+    count = len(numbers) // len(groups)
+    for number, (kind, weights, averages, counts) in enumerate(groups):
+        mine = numbers[number * count : (number + 1) * count].unbind()
+        for place, weight in enumerate(weights):
+            gradient, kept = gradients.pop(0), [average[place] for average in averages]
+            gradient = -gradient if kind.is_maximized else gradient
+            moved, new = formula(kind, _wide(weight), _wide(gradient), [_wide(one) for one in kept], mine)
+            for old, now in zip((weight, *kept), (moved, *new)):
+                old.copy_(torch.where(ok, now, old))
+        if counts is not None:
+            counts.add_(ok)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """What is kept in half precision is computed in single, as torch's fused kernels do."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -1,0 +1,237 @@
+"""torch's compiler, called with as little around it as can be: all that is private of it stands here.
+
+Between a call of a function that ``torch.compile`` gave and its kernels lie its own wrappers, which cost as much as a
+small network. So a graph's guards are evaluated by the interpreter's hook alone, and what the graph's code is handed by
+it goes to the kernels at once. Where the installed torch has other insides, its usual wrappers are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+MISSED = object()  # no graph is there for what was given
+_TRACES_BACKWARD = "trace_autograd_ops"  # an option of dynamo's: a backward pass may be part of a graph
+
+
+def can_trace_backward() -> bool:
+    """Whether the installed torch can compile forward, loss and backward into one graph."""
+    import torch._dynamo.config as dynamo
+
+    return hasattr(dynamo, _TRACES_BACKWARD)
+
+
+class Trust:
+    """Whether nothing but epochal's own code and what it has compiled runs: then no guard can have come to fail.
+
+    Guards are what torch looks at before each call of a graph: everything of the model and of the program around it
+    that decided what was compiled. is_given: by a run that nobody watches. ``end`` is called where somebody else's code
+    ran.
+    """
+
+    def __init__(self) -> None:
+        self.is_given, self.age = False, 0
+
+    def end(self) -> None:
+        self.age += 1
+
+
+class Called(NamedTuple):
+    """Kernels, what they took, and what they made."""
+
+    kernels: Callable[[list[Any]], Any]
+    taken: Sequence[Any]
+    made: Sequence[Any]
+
+
+class Graph:
+    """A function as one graph of kernels, for each kind of arguments.
+
+    Calling it gives what the function gives, or MISSED if no graph is there whose guards hold; ``compile`` makes one.
+    What the function does to tensors it was given happens to them; it must not change anything else.
+    """
+
+    def __init__(self, function: Callable[..., Any], trust: Trust):
+        def traced(*given: Any, **named: Any) -> Any:
+            if not torch.compiler.is_compiling():  # no guards held, so the interpreter runs this very line
+                return MISSED
+            return function(*given, **named)
+
+        self._traced, self._trust = traced, trust
+        self._compiled = torch.compile(traced, fullgraph=True, dynamic=False, backend=self._lowered)
+        self._set_hook = _hook()
+        self._last: Called | None = None
+        self._repeats: dict[Any, Repeat] = {}
+        self._age = 0  # of the trust in which they may be repeated
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        self._last = None
+        if self._set_hook is None:
+            return MISSED
+        before = self._set_hook(False)  # graphs that are there are run; nothing is compiled
+        try:
+            return self._traced(*given, **named)
+        finally:
+            self._set_hook(before)
+
+    def repeat(self, key: Any) -> Repeat | None:
+        """The call that was kept by this key, if nothing can have changed since."""
+        if self._age != self._trust.age:
+            self._repeats.clear()
+            self._age = self._trust.age
+        return self._repeats.get(key)
+
+    def keep(self, key: Any, given: Sequence[Tensor], gave: Any) -> None:
+        """After a call: keeps it, to be repeated with other tensors in the place of ``given``. gave: what it gave."""
+        if not self._trust.is_given:
+            return
+        made = Repeat.of(self._last, given, gave) if self._last is not None else None
+        if made is None:  # more than kernels ran: attributes may have been written
+            self._trust.end()
+        elif self.repeat(key) is None:
+            self._repeats[key] = made
+
+    def compile(self, *given: Any, **named: Any) -> Any:
+        """As a call, with a new graph. Raises whatever torch raises if there can be none."""
+        import torch._dynamo.config as dynamo
+        import torch._functorch.config as functorch
+
+        self._trust.end()
+        with ExitStack() as settings:
+            settings.enter_context(dynamo.patch({_TRACES_BACKWARD: True, "recompile_limit": 64}))
+            settings.enter_context(functorch.patch(enable_autograd_cache=False))  # it hides what is compiled inside
+            return self._compiled(*given, **named)
+
+    def _lowered(self, graph: Any, examples: Any) -> Callable[..., Any]:
+        """The backend: torch's inductor; and of what it gives the kernels alone, where nothing is done around them."""
+        from torch._guards import TracingContext
+        from torch._inductor import compile_fx, config
+
+        inner: list[Any] = []
+
+        def compiled(module: Any, inputs: Any, **options: Any) -> Any:
+            made = compile_fx.compile_fx_inner(module, inputs, **options)
+            is_bare = options.get("is_inference") is True and _has_nothing_around(TracingContext.get().fw_metadata)
+            inner.append((made, len(inputs), is_bare))
+            return made
+
+        with config.patch(cpp_wrapper=all(one.device.type == "cpu" for one in examples if isinstance(one, Tensor))):
+            whole: Any = compile_fx.compile_fx(graph, examples, inner_compile=compiled)
+        made, count, is_bare = inner[0] if len(inner) == 1 else (None, 0, False)
+        kernels = getattr(made, "current_callable", None)
+        if kernels is None or not is_bare or count != len(examples):
+            return whole
+
+        def call(*given: Any) -> Any:
+            self._last = Called(kernels, given, _without_gradients(kernels, list(given)))
+            return self._last.made
+
+        return call
+
+
+class Repeat:
+    """A call of a graph once more, of which nothing has changed but some tensors: no guard is evaluated."""
+
+    def __init__(self, kernels: Callable, taken: list[Any], places: list[int], gives: Callable[[Sequence[Any]], Any]):
+        self._kernels, self._taken, self._places, self._gives = kernels, taken, places, gives
+
+    def __call__(self, given: Sequence[Tensor]) -> Any:
+        """given: of the shapes and types that were compiled for."""
+        taken = self._taken.copy()  # the kernels empty it
+        for place, tensor in zip(self._places, given):
+            taken[place] = tensor
+        return self._gives(_without_gradients(self._kernels, taken))
+
+    @classmethod
+    def of(cls, last: Called, given: Sequence[Tensor], gave: Any) -> Repeat | None:
+        """None where what a call gave is not all that its kernels gave: then something was kept on the way."""
+        kernels, taken, made = last
+        places = [place for one in given for place, tensor in enumerate(taken) if tensor is one]
+        used: list[int | None] = []
+        gives = _giver(gave, made, used)
+        is_whole = set(used) == set(range(len(made))) and len(places) == len(given)
+        return cls(kernels, list(taken), places, gives) if is_whole else None
+
+
+def _giver(gave: Any, made: Sequence[Any], used: list[int | None]) -> Callable[[Sequence[Any]], Any]:
+    """Puts what kernels made together as ``gave`` was; used: the places of it that are taken, None is amiss."""
+    if isinstance(gave, Tensor):
+        place = next((number for number, one in enumerate(made) if one is gave), None)
+        used.append(place)
+        return itemgetter(place)
+    if type(gave) in (tuple, list):
+        parts, kind = [_giver(part, made, used) for part in gave], type(gave)
+        return lambda now: kind(part(now) for part in parts)
+    if type(gave) is dict:
+        named = {key: _giver(part, made, used) for key, part in gave.items()}
+        return lambda now: {key: part(now) for key, part in named.items()}
+    if not (gave is None or isinstance(gave, int | float | str)):
+        used.append(None)
+    return lambda _: gave
+
+
+def _without_gradients(kernels: Callable[[list[Any]], Any], given: list[Any]) -> Any:
+    was_enabled = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)
+    try:
+        return kernels(given)
+    finally:
+        torch._C._set_grad_enabled(was_enabled)
+
+
+class Forward:
+    """A model's forward pass, compiled; where torch cannot compile it, the model itself, and ``failed`` says why."""
+
+    def __init__(self, model: nn.Module, trust: Trust):
+        self._model, self._graph, self._trust = model, Graph(model, trust), trust
+        self.failed: str | None = None
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        if self.failed is None:
+            is_plain = not named and not torch.is_grad_enabled() and all(type(one) is Tensor for one in given)
+            key = tuple((one.shape, one.dtype) for one in given) if is_plain and self._trust.is_given else None
+            if key is not None and (repeat := self._graph.repeat(key)) is not None:
+                return repeat(given)
+            outputs = self._graph(*given, **named)
+            if outputs is not MISSED:
+                if key is not None:
+                    self._graph.keep(key, given, outputs)
+                return outputs
+            try:
+                return self._graph.compile(*given, **named)
+            except Exception as error:
+                failed = reason(error)
+        else:
+            failed = self.failed
+        self._trust.end()
+        outputs = self._model(*given, **named)  # raises what is wrong with the model or the batch
+        self.failed = failed
+        return outputs
+
+
+def reason(error: Exception) -> str:
+    """What torch says of why it cannot compile, in a line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = next((line for line in lines if not line.startswith("backend=")), type(error).__name__)
+    return told[:160].rstrip(".")
+
+
+def _hook() -> Callable[[Any], Any] | None:
+    try:
+        from torch._C._dynamo.eval_frame import set_eval_frame
+    except ImportError:
+        return None
+    return set_eval_frame
+
+
+def _has_nothing_around(made: Any) -> bool:
+    """Whether what is compiled takes its inputs and gives its outputs as they are: no views, no copies, no tokens."""
+    from torch._functorch._aot_autograd.schemas import OutputType
+
+    plain = all(output.output_type is OutputType.non_alias for output in made.output_info)
+    return plain and made.num_mutated_inp_runtime_indices == 0 and not made.tokens
