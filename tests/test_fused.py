@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from epochal.optim.fused import Fused
@@ -242,3 +242,13 @@ def test_copies_of_the_optimizer_and_of_its_state_stand_alone():
     saved = copy.deepcopy(pair.by_us.state_dict())
     pair.update(2)
     assert {float(state["step"]) for state in saved["state"].values()} == {3.0}
+
+
+def test_momentum_that_a_schedule_moves(steps):
+    pair = Pair("sgd_momentum")
+    schedules = [OneCycleLR(one, max_lr=0.1, total_steps=8) for one in (pair.by_torch, pair.by_us)]
+    for _ in range(8):
+        pair.update()
+        for schedule in schedules:
+            schedule.step()
+    assert steps.count(pair.by_us) == 1

@@ -13,6 +13,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as _torch
 
 _NUMBERS = (float, int)
+_ADAMS = ("fused", "amsgrad", "maximize", "decoupled_weight_decay", "differentiable")
+_SGDS = ("fused", "nesterov", "maximize", "differentiable")
 _COUNT, _FIRST, _SECOND, _LARGEST, _MOMENTUM = map(
     itemgetter, ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 )
@@ -43,6 +45,8 @@ class Fused:
         self.weights: list[Tensor] = []
         self._states: list[dict[str, Any]] = []
         self.kinds: list[Kind] = []
+        self._settings: tuple[str, ...] = ()
+        self._as_set: list[Any] = []  # the settings of all groups that decide on a kernel's operations
         self.kernels: list[Any] = []
 
     def __call__(self, gradients: list[Tensor], found: Tensor | None = None) -> None:
@@ -76,7 +80,8 @@ class Fused:
             and not (_torch._global_optimizer_pre_hooks or _torch._global_optimizer_post_hooks)
             and _are(self.weights, [weight for group in groups for weight in group["params"]])
             and _are(self._states, states.values())
-            and list(map(_kind, groups)) == self.kinds
+            and [group[name] for group in groups for name in self._settings] == self._as_set
+            and all(map(_fits, groups, self.kinds))
         )
 
     def learn(self) -> None:
@@ -89,6 +94,8 @@ class Fused:
         self._known = one.param_groups, one.state, own, type(one).step
         self.weights = [weight for group in one.param_groups for weight in group["params"]]
         self._states, self.kinds = list(one.state.values()), list(map(_kind, one.param_groups))
+        self._settings = _ADAMS if isinstance(one, Adam) else _SGDS
+        self._as_set = [group[name] for group in one.param_groups for name in self._settings]
         kernels: list[Any] = []
         for group, place in zip(one.param_groups, _places(one.param_groups)):
             states = [one.state[p] for p in group["params"] if p in one.state]
@@ -128,6 +135,10 @@ def _kind(group: dict[str, Any]) -> Kind:
     return Kind(group["fused"] is True and type(group["lr"]) in _NUMBERS, group.get("momentum") == 0, *flags)
 
 
+def _fits(group: dict[str, Any], kind: Kind) -> bool:
+    return type(group["lr"]) in _NUMBERS and (group.get("momentum") == 0) is kind.keeps_nothing
+
+
 def _is_of_one_kind(group: dict[str, Any], states: Sequence[Any]) -> bool:
     """Whether one call of a kernel does for the group what ``step`` does: torch calls one for each device and type."""
     weights = group["params"]
@@ -160,7 +171,7 @@ class _Adam:
 
     @property
     def is_traceable(self) -> bool:
-        return _are(self._counts, list(map(_COUNT, self.states))) and self.group["differentiable"] is False
+        return _are(self._counts, list(map(_COUNT, self.states)))
 
     @property
     def averages(self) -> list[list[Tensor]]:
