@@ -52,6 +52,7 @@ class Graph:
         self._told = 0  # of the notes
         self._made: dict[str, int] = {}  # how often a graph was, for each shape of batches
         self.is_off = not compiler.can_trace_backward()
+        self._waited = 0  # updates in a row that were done in the usual way
         self._graph: compiler.Graph | None = None
         self._fused: Any = None
         self.trust = trust
@@ -64,14 +65,14 @@ class Graph:
             self._next(fused)  # into the tensor that is used again
             made = repeat(_tensors(batch))
         elif (made := self._guarded(fused, batch, samples, before)) is None:
-            self.trust.end()
+            self.trust.end()  # the model is called by the interpreter
             return None
         value, weight, ok, norm, outputs, targets = made
         self._fused = fused
         return Moved(*self.objective.weighed(Loss(value, weight, outputs, targets), batch, samples), ok, norm)
 
     def _guarded(self, fused: Fused, batch: Any, samples: int, before: Buffers) -> Any:
-        if self.is_off or not (fused.is_ready and all(kernel.is_traceable for kernel in fused.kernels)):
+        if self.is_off or not self._is_ready(fused):
             return None
         groups = [
             (kind, kernel.group["params"], kernel.averages, kernel.counts)
@@ -95,12 +96,23 @@ class Graph:
         new, self._told = self._notes[self._told :], len(self._notes)
         return new
 
+    def _is_ready(self, fused: Fused) -> bool:
+        """Whether the optimizer's part is known; after one update in the usual way it should be."""
+        is_ready = fused.is_ready and all(kernel.is_traceable for kernel in fused.kernels)
+        self._waited = 0 if is_ready else self._waited + 1
+        if self._waited > 1:
+            self.is_off = True
+            kind = type(fused.optimizer).__name__
+            self._leave(f"this {kind}, or a weight without gradient, cannot be in a graph; the model alone is compiled")
+        return is_ready
+
     def state_dict(self) -> dict[str, Any]:
-        return {"made": dict(self._made), "is_off": self.is_off}
+        return {"made": dict(self._made), "is_off": self.is_off, "waited": self._waited}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """A resumed run compiles what the run before it did and nothing else: the bits are not those of eager torch."""
-        self._made, self.is_off = dict(state["made"]), self.is_off or state["is_off"]
+        self._made, self._waited = dict(state["made"]), state["waited"]
+        self.is_off = self.is_off or state["is_off"]
 
     def _next(self, fused: Fused) -> Tensor:
         """The numbers of the optimizer for the update in hand, of all groups one after the other."""
@@ -147,8 +159,14 @@ class Graph:
 
     def _rehearse(self, fused: Fused, batch: Any) -> bool:
         """The passes of the update, to be taken back; whether every weight has a gradient that nothing listens to."""
-        with precisions.autocast(self._precision, self.device):
-            loss = self.objective(self.model, copy.deepcopy(batch))  # a copy, for a model may work in place
+        attributes = [(part, part.__dict__.copy()) for part in self.model.modules()]
+        try:
+            with precisions.autocast(self._precision, self.device):
+                loss = self.objective(self.model, copy.deepcopy(batch))  # a copy, for a model may work in place
+        finally:
+            for part, before in attributes:
+                part.__dict__.clear()
+                part.__dict__.update(before)
         found = torch.autograd.grad(loss.value, fused.weights, allow_unused=True)
         listens = any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in fused.weights)
         return not listens and all(gradient is not None for gradient in found)
@@ -173,13 +191,13 @@ def _update(
             loss = objective.bare(model, batch)
         gradients = torch.autograd.grad(loss.value, [weight for _, weights, _, _ in groups for weight in weights])
         with torch.no_grad():
-            spoilt = [(one * 0).sum() for one in (loss.value, *gradients)]  # NaN, if one is not finite
-            ok = torch.stack([one.float() for one in spoilt]).sum() == 0
+            largest = torch.stack([one.abs().amax().float() for one in (loss.value, *gradients)])
+            ok = (largest < torch.inf).all()  # nor is a NaN
             if isinstance(loss.weight, Tensor):
                 ok = ok & (loss.weight != 0)
             norm = None
             if clip is not None:
-                norm = get_total_norm(gradients)
+                norm = get_total_norm(gradients, foreach=False)
                 factor = torch.clamp(clip / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
                 gradients = [gradient * factor for gradient in gradients]
             _move(formula, groups, list(gradients), numbers, ok)

@@ -355,6 +355,7 @@ class Update:
     def _of(self, state: TrainState) -> Fused:
         if self._fused is None or self._fused.optimizer is not state.optimizer:
             self._fused = Fused(state.optimizer)
+            self._fused.learn()
         return self._fused
 
     def _move_weights(self, state: TrainState, held: list[Tensor], unless_found: bool) -> bool:
