@@ -6,7 +6,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
+from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
 from epochal.data.loader import READ_FORWARD, RUNS_ON, ended_early
 from epochal.data.workers import end_workers, watched
@@ -22,6 +34,35 @@ _STREAM_RUNS_ON = (
     "a stream in workers that persist runs on: a resumed run may miss samples of it, and repeats no random numbers"
 )
 _NOT_LATER = "is not torch's own: a resumed run repeats what it draws when an epoch begins, which may not be all"
+
+
+class _Rows:
+    """In the place of what fetches the samples of a batch: all of them by one index operation."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.tensors = tensors
+
+    def fetch(self, index: Sequence[int]) -> list[Tensor]:
+        rows = torch.tensor(index)
+        return [
+            tensor[rows] for tensor in self.tensors
+        ]  # negative indices, which a sampler may give, count from the end
+
+
+def fetch_at_once(batches: Any, loader: DataLoader) -> None:
+    """Lets torch's iterator over a TensorDataset make a whole batch instead of its samples, one after the other.
+
+    Everything else is torch's still: the order, what is drawn from which generator, and when. The batches are the same
+    lists of tensors. Where anything about it is somebody else's, it is left as it is.
+    """
+    dataset = loader.dataset
+    is_plain = type(batches) is _SingleProcessDataLoaderIter and type(batches._dataset_fetcher) is _MapDatasetFetcher
+    if not is_plain or type(dataset) is not TensorDataset or loader.collate_fn is not default_collate:
+        return
+    if loader.batch_size is None and type(loader.batch_sampler) is not BatchSampler:
+        return  # it may give anything
+    if all(type(one) is Tensor and one.layout is torch.strided and not one.requires_grad for one in dataset.tensors):
+        batches._dataset_fetcher = _Rows(dataset.tensors)
 
 
 class GivenLoader:
@@ -176,6 +217,7 @@ class GivenLoader:
             if not start:
                 take_up()
             self._reading = iter(self.loader)
+            fetch_at_once(self._reading, self.loader)
             return self._reading
 
         def lose(number: int) -> None:
