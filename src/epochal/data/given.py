@@ -44,9 +44,8 @@ class _Rows:
 
     def fetch(self, index: Sequence[int]) -> list[Tensor]:
         rows = torch.tensor(index)
-        return [
-            tensor[rows] for tensor in self.tensors
-        ]  # negative indices, which a sampler may give, count from the end
+        # A sampler may give negative indices, which count from the end; and samples are stacked into a contiguous batch.
+        return [tensor[rows].contiguous() for tensor in self.tensors]
 
 
 def fetch_at_once(batches: Any, loader: DataLoader) -> None:
