@@ -44,7 +44,7 @@ class _Rows:
 
     def fetch(self, index: Sequence[int]) -> list[Tensor]:
         rows = torch.tensor(index)
-        # A sampler may give negative indices, which count from the end; and samples are stacked into a contiguous batch.
+        # A sampler may give negative indices, which count from the end; samples are stacked into a contiguous batch.
         return [tensor[rows].contiguous() for tensor in self.tensors]
 
 
