@@ -1,6 +1,8 @@
 """The update by the fused kernel alone: the same bits as ``optimizer.step()``, whatever happens between two updates."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -92,10 +94,11 @@ def test_the_same_bits_as_step(name):
 
 
 @pytest.mark.parametrize("name", DIRECT)
-def test_step_is_called_once_and_not_again(name, steps):
+def test_step_is_called_for_the_first_update_at_most(name, steps):
     pair = Pair(name)
     pair.update(7)
-    assert steps.count(pair.by_us) == 1 and steps.count(pair.by_torch) == 7
+    at_first = 1 if isinstance(pair.by_us, torch.optim.SGD) else 0  # its momentum begins with a gradient
+    assert steps.count(pair.by_us) == at_first and steps.count(pair.by_torch) == 7
 
 
 def test_a_weight_without_gradient_keeps_its_state(steps):
@@ -103,7 +106,7 @@ def test_a_weight_without_gradient_keeps_its_state(steps):
     pair.update(2)
     pair.update(2, skip=[1, 3])
     pair.update(3)
-    assert steps.count(pair.by_us) == 1 + 2 and float(pair.by_us.state_dict()["state"][1]["step"]) == 5
+    assert steps.count(pair.by_us) == 2 and float(pair.by_us.state_dict()["state"][1]["step"]) == 5
 
 
 def test_a_weight_that_never_has_a_gradient(steps):
@@ -252,3 +255,18 @@ def test_momentum_that_a_schedule_moves(steps):
         for schedule in schedules:
             schedule.step()
     assert steps.count(pair.by_us) == 1
+
+
+def test_the_first_update_does_not_import_the_compiler():
+    code = """
+import sys, torch, epochal
+X = torch.randn(40, 3)
+model = torch.nn.Linear(3, 1)
+epochal.fit(model, (X, X[:, :1]), val=0.2, loss="mse", schedule="cosine", epochs=1, observers=())
+print("torch._dynamo" in sys.modules)
+other = torch.optim.Adam(model.parameters())
+other.state_dict()
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["False", "True"], done.stderr  # what torch does is as it was

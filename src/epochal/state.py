@@ -111,13 +111,15 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, the states of the random generators too."""
+        with optimizers.without_the_compiler():
+            parts = {name: part.state_dict() for name, part in self._parts().items()}
         return {
             "progress": asdict(self.progress),
             "seed": self.seed,
             "rows": packed(self.rows),
             "stop": {"message": self.stop.message, "reason": self.stop.reason.name} if self.stop else None,
             "generators": seeding.generator_states(),
-            **{name: part.state_dict() for name, part in self._parts().items()},
+            **parts,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from itertools import accumulate, pairwise, repeat, starmap
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
@@ -53,7 +54,7 @@ class Fused:
         """gradients: of all weights, in the order of the optimizer's groups; those that have none are left out.
         found: where it is above 0, the device leaves the update out.
         """
-        if len(gradients) != len(self.weights) or not self.is_ready:
+        if not (self.is_ready or self._begin()) or len(gradients) != len(self.weights):
             _step(self.optimizer, found)
             self.learn()
             return
@@ -84,6 +85,23 @@ class Fused:
             and all(map(_fits, groups, self.kinds))
         )
 
+    def _begin(self) -> bool:
+        """Makes the state of an Adam before its first update, as its ``step`` would; True if all is known then.
+
+        (The first call of ``step`` imports torch's compiler, which takes a second.)
+        """
+        one = self.optimizer
+        if type(one) not in (Adam, AdamW) or one.state:
+            return False
+        weights = [weight for group in one.param_groups for weight in group["params"]]
+        if any(weight.grad is None or weight.grad.is_sparse for weight in weights):
+            return False
+        with suppress(TypeError):  # of another torch, whose method takes other lists
+            for group in one.param_groups:
+                one._init_group(group, [], [], [], [], [], [])
+            self.learn()
+        return self.is_ready
+
     def learn(self) -> None:
         """After an update by torch, or with its state loaded: what the next one can do without asking for it again."""
         one, self.kernels = self.optimizer, []
@@ -91,6 +109,8 @@ class Fused:
         is_plain = own is None or hasattr(own, "_wrapped_by_lr_sched")  # a schedule wants to know of the first one
         if type(one) not in (Adam, AdamW, SGD) or not is_plain:
             return
+        if own is not None:
+            one._opt_called = True  # as its wrapper notes: else a schedule warns that it moves before the optimizer
         self._known = one.param_groups, one.state, own, type(one).step
         self.weights = [weight for group in one.param_groups for weight in group["params"]]
         self._states, self.kinds = list(one.state.values()), list(map(_kind, one.param_groups))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,6 +27,7 @@ NAMES: dict[str, Callable[..., Optimizer]] = {
     "muon": torch.optim.Muon,
 }
 FUSED = frozenset({"sgd", "adam", "adamw", "adagrad"})
+_KEPT_AWAY = "__dynamo_disable"  # where torch notes what a method is called through
 FUSED_SHARDED = frozenset({"adam", "adamw"})
 
 
@@ -73,6 +76,30 @@ def _count(module: nn.Module) -> str:
 
 
 def _named(name: str, modules: Sequence[nn.Module], parameters: list[nn.Parameter], options: dict) -> Optimizer:
+    with without_the_compiler():
+        return _built(name, modules, parameters, options)
+
+
+@contextmanager
+def without_the_compiler() -> Iterator[None]:
+    """torch imports its compiler, which takes a second, to keep it away from some methods of optimizers, when the first
+    of them is called. Inside, they do not ask for it.
+    """
+    asking = Optimizer.add_param_group, Optimizer.state_dict
+    methods: list[Any] = [one.__wrapped__ for one in asking if hasattr(one, "__wrapped__")]
+    if "torch._dynamo" in sys.modules:
+        methods = []
+    methods = [one for one in methods if not hasattr(one, _KEPT_AWAY)]
+    for method in methods:
+        setattr(method, _KEPT_AWAY, method)
+    try:
+        yield
+    finally:
+        for method in methods:
+            delattr(method, _KEPT_AWAY)
+
+
+def _built(name: str, modules: Sequence[nn.Module], parameters: list[nn.Parameter], options: dict) -> Optimizer:
     if name == "muon":
         return _muon(parameters, options)
     # The fused kernels take neither sparse gradients nor complex weights; torch knows few of them for sharded ones.
