@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import epochal
 from campaigns import harness
 from campaigns.harness import Outcome, Part
+from epochal.accumulation import gradients
 from epochal.checkpoint.store import Checkpoints
 from epochal.checkpoint.weights import load_weights
 from epochal.step import Update
@@ -126,7 +127,7 @@ def bites() -> Outcome:
     """An update that does not look, and one that does not put back what it has moved."""
 
     def work(part: Part, rng: random.Random, share: int, shares: int) -> None:
-        with harness.changed(Update, _look_for_nonfinite=lambda self, state, loss: None):
+        with harness.changed(Update, _look_for_nonfinite=lambda self, state, loss: gradients(state)):
             _plant(part, rng, 3)
         seen = len(part.failures)
         with harness.changed(Update, _keep=lambda self, state: SimpleNamespace(put_back=lambda: None)):

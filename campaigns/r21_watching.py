@@ -18,6 +18,7 @@ from torch import nn
 import epochal
 from campaigns import harness
 from campaigns.harness import Outcome, Part
+from epochal.accumulation import gradients
 from epochal.observe.console import Console
 from epochal.step import Update
 
@@ -69,7 +70,7 @@ class Observing:
 @contextmanager
 def unguarded() -> Iterator[None]:
     """Updates that are not looked at; what the guard would put back is not kept either."""
-    with harness.changed(Update, _look_for_nonfinite=lambda self, state, loss: None):
+    with harness.changed(Update, _look_for_nonfinite=lambda self, state, loss: gradients(state)):
         yield
 
 

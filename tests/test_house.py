@@ -25,7 +25,7 @@ RANKS = {
     "observe": 40, "report": 40,
     "feeding": 50, "mistakes": 50, "result": 50, "ending": 50, "describe": 51, "validation": 51, "run": 52,
     "comparison": 53, "resuming": 53, "prepare": 54,
-    "plan": 55,
+    "plan": 55, "speed": 56,
     "tutorial": 60, "cli": 60, "__init__": 61, "__main__": 61,
 }  # fmt: skip
 
@@ -91,7 +91,7 @@ def lines_of_code(text):
 
 
 def test_the_package_stays_small():
-    assert sum(lines_of_code(path.read_text()) for path in FILES) < 9950
+    assert sum(lines_of_code(path.read_text()) for path in FILES) < 11700
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))

@@ -85,12 +85,17 @@ def test_precision_recall_and_f1_share_their_sums():
 def test_a_mean_is_weighted_and_costs_one_addition():
     mean, value = Mean(), torch.tensor(2.0, requires_grad=True)
     assert math.isnan(mean.compute())
-    with Recorded() as recorded:
-        mean.update(value, 3)
-    assert recorded.ops == ["detach", "add_"]
-    with Recorded():
-        mean.update(torch.tensor(4.0), torch.tensor(1))
+    mean.update(value, 3)
+    mean.update(torch.tensor(4.0), torch.tensor(1))
     assert mean.compute() == 2.5
+    elsewhere, value = (
+        Mean(),
+        torch.tensor(2.0, requires_grad=True, device="meta"),
+    )  # no device of its own, but not the host
+    elsewhere.update(value, 3)
+    with Recorded() as recorded:
+        elsewhere.update(value, 3)
+    assert recorded.ops == ["detach", "add_"]
     mean.reset()
     assert math.isnan(mean.compute())
 

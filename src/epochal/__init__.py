@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from epochal.result import predict as predict
     from epochal.run import Run as Run
     from epochal.runtime.strategy import Strategy as Strategy
+    from epochal.speed.profiling import profile as profile
+    from epochal.speed.tuning import tune_speed as tune_speed
     from epochal.state import TrainState as TrainState
 
 __version__ = "0.1.0"
@@ -77,6 +79,8 @@ _ROOMS = {
     "result": "Result evaluate predict",
     "run": "Run",
     "runtime.strategy": "Strategy",
+    "speed.profiling": "profile",
+    "speed.tuning": "tune_speed",
     "state": "TrainState",
 }
 _HOMES = dict(sorted((name, room) for room, names in _ROOMS.items() for name in names.split()))

@@ -91,12 +91,7 @@ def prepare(plan: Plan) -> Run:
     trust = Trust()
     forward = compiler.Forward(plan.model, trust) if plan.compile else plan.model
     objective = _objective(plan, loss, data, data.train_targets)
-    step = _own(plan.step, device, agreement) if plan.step else Update(
-        objective, forward, device,
-        precision=plan.precision, clip=plan.clip, skip_nonfinite=plan.nonfinite == "skip",
-        keeps_outputs=bool(metrics), agreement=agreement,
-        graph=None if world.size > 1 else _graph(plan, objective, device, trust, keeps_outputs=bool(metrics)),
-    )  # fmt: skip
+    step = _step(plan, objective, forward, device, agreement, trust, keeps_outputs=bool(metrics))
     state = TrainState(
         plan.model, optimizer, loss=loss if isinstance(loss, nn.Module) else None, seed=data.seed,
         schedule=_schedule(plan, optimizer, steps_of(data.train, plan.accumulate, limits.epochs, limits.steps), best),
@@ -105,9 +100,7 @@ def prepare(plan: Plan) -> Run:
     run = Run(
         state=state, step=step, train=data.train, accumulate=plan.accumulate, best=best,
         ending=Ending(limits, state, agreement=agreement), alike=data.alike,
-        validation=Validation(
-            data.val, Stream(metrics), Every.parse(plan.evaluate_every, where="evaluate_every"), _is_ours(plan, data)
-        ),
+        validation=_validation(plan, data, metrics),
         trust=trust,
         averages=TrainAverages(Stream(metrics)),
         setting=Setting(
@@ -124,12 +117,23 @@ def prepare(plan: Plan) -> Run:
     return run
 
 
-def _graph(plan: Plan, objective: Any, device: torch.device, trust: Trust, *, keeps_outputs: bool) -> Graph | None:
-    """The whole update as one graph, where it is done in one piece."""
-    if not plan.compile or plan.accumulate > 1 or plan.precision == "fp16":
-        return None
-    options = {"precision": plan.precision, "clip": plan.clip, "keeps_outputs": keeps_outputs, "trust": trust}
-    return Graph(objective, plan.model, device, **options)
+def _step(
+    plan: Plan, objective: Any, forward: Callable, device: torch.device, agreement: Agreement | None, trust: Trust,
+    *, keeps_outputs: bool,
+) -> Step:  # fmt: skip
+    if plan.step is not None:
+        return _own(plan.step, device, agreement)
+    options: dict[str, Any] = {"precision": plan.precision, "clip": plan.clip, "keeps_outputs": keeps_outputs}
+    graph = None
+    if plan.compile and plan.accumulate == 1 and plan.precision != "fp16" and agreement is None:
+        graph = Graph(objective, plan.model, device, trust=trust, **options)
+    skips = plan.nonfinite == "skip"
+    return Update(objective, forward, device, skip_nonfinite=skips, agreement=agreement, graph=graph, **options)
+
+
+def _validation(plan: Plan, data: Data, metrics: list) -> Validation:
+    every = Every.parse(plan.evaluate_every, where="evaluate_every")
+    return Validation(data.val, Stream(metrics), every, is_ours=_is_ours(plan, data))
 
 
 def _is_ours(plan: Plan, data: Data) -> bool:

@@ -28,6 +28,7 @@ from epochal.protocols import StepResult
 from epochal.runtime import device as devices
 from epochal.runtime import precision as precisions
 from epochal.runtime import seeding
+from epochal.runtime.compiler import Forward
 
 if TYPE_CHECKING:
     from epochal.state import TrainState
@@ -129,6 +130,8 @@ class Update:
             batch = loss = backward = None  # they hold what fills the memory
             self._make_room(state, summed.window, before, failed)
             notes += self._notes(window)
+        if isinstance(forward, Forward):
+            notes += forward.take_notes()
         if self.agreement is None:
             summed.close(state, self.device)
         else:
@@ -154,7 +157,7 @@ class Update:
         try:
             if self._moves:
                 batch = devices.move(batch, self.device)
-            moved = graph(self._of(state), batch, window.sizes[0], before)
+            moved = graph(self.fused(state), batch, window.sizes[0], before)
         except Exception as error:
             state.is_torn = False
             relocate(error, state.model, batch, f"step {state.progress.step}, batch {state.progress.windows} of train")
@@ -187,11 +190,11 @@ class Update:
                 raise self._diagnosis(state, doubtful)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"micro_batch": self.micro_batch, "graph": self.graph and self.graph.state_dict()}
+        return {"micro_batch": self.micro_batch, **({"graph": self.graph.state_dict()} if self.graph else {})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.micro_batch = state["micro_batch"]
-        if self.graph is not None and state.get("graph") is not None:
+        if self.graph is not None and "graph" in state:
             self.graph.load_state_dict(state["graph"])
 
     def _keep(self, state: TrainState) -> Buffers:
@@ -352,7 +355,8 @@ class Update:
         """Whether something counts in the window, as far as that is known without waiting: else it is read at once."""
         return not self._divides_by_itself if isinstance(summed.weight, Tensor) else bool(summed.weight)
 
-    def _of(self, state: TrainState) -> Fused:
+    def fused(self, state: TrainState) -> Fused:
+        """What moves the weights."""
         if self._fused is None or self._fused.optimizer is not state.optimizer:
             self._fused = Fused(state.optimizer)
             self._fused.learn()
@@ -366,7 +370,7 @@ class Update:
             state.scaler.update()
             applied = state.scaler.get_scale() >= scale
         else:
-            self._of(state)(held, self._found if unless_found else None)
+            self.fused(state)(held, self._found if unless_found else None)
         state.is_torn = False
         return applied
 

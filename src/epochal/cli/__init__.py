@@ -25,6 +25,8 @@ COMMANDS = {
     "train": ("train:train", "Train what a recipe plans: plan(...) in a Python file."),
     "resume": ("resume:resume", "Go on with an interrupted run, or train one further."),
     "verify-resume": ("verify:verify_resume", "Prove that a recipe can be killed and resumed to the bit."),
+    "tune-speed": ("tune:tune_speed", "Measure what would make a recipe train faster here."),
+    "profile": ("profile:profile", "Measure where the time of a recipe's updates goes."),
     "export": ("weights:export", "Write the weights of a run as one file."),
     "import-checkpoint": ("weights:import_checkpoint", "Begin a run folder with the weights of a .pt file."),
     "slurm": ("slurm:slurm", "Print a script for sbatch that trains a recipe."),
@@ -32,7 +34,7 @@ COMMANDS = {
     "runs show": ("runs:show", "Show what a run did and what it left."),
     "config show": ("config:show", "Show the value of every flag, and where it is from."),
 }
-OF_RECIPES = ("train", "verify-resume")  # their flags are those of the recipe too
+OF_RECIPES = ("train", "verify-resume", "tune-speed", "profile")  # their flags are those of the recipe too
 GROUPS = {"runs": "List run folders, or show one.", "config": "Show what a command would run with."}
 
 

@@ -10,6 +10,8 @@ from cyclopts import Parameter, validators
 
 from epochal.errors import PlanError
 
+Recipe = Annotated[Path, Parameter(help="A Python file with plan(...) -> epochal.Plan.")]
+Seconds = Annotated[float, Parameter(help="Of training for each measurement.", validator=validators.Number(gt=0))]
 Run = Annotated[Path | None, Parameter(help="The run folder, new or empty; by default the next free one in runs/.")]
 Device = Annotated[str, Parameter(help="auto takes the accelerator, if there is one; or cpu, cuda, cuda:1, mps.")]
 Seed = Annotated[
@@ -43,6 +45,11 @@ Restarts = Annotated[
     int | None,
     Parameter(help="How often all go on when one fails; by default never.", validator=validators.Number(gte=0)),
 ]
+Threads = Annotated[
+    int | None,
+    Parameter(help="Of the host, for each process; by default what torch takes.", validator=validators.Number(gte=1)),
+]
+ChannelsLast = Annotated[bool, Parameter(help="Lay images out with their channels last, which convolutions may like.")]
 Json = Annotated[bool, Parameter(help="Print JSON.")]
 
 

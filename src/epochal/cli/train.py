@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from epochal.plan import Plan
 
 PLANNED = ("device", "seed", "epochs", "precision", "strategy")  # flags that change the plan
-STARTED = ("processes", "restarts")  # those that change how it is begun
+STARTED = ("processes", "restarts", "threads", "channels_last")  # those that change how it is begun
 Set = Annotated[list[str], Parameter(name="--set", show_default=False, help="option=value of the plan; several times.")]
 
 
@@ -42,6 +42,8 @@ def train(
     changes: Set = [],  # noqa: B006  (it is only read)
     processes: Processes = None,
     restarts: Restarts = None,
+    threads: options.Threads = None,
+    channels_last: options.ChannelsLast = False,
     config: options.Config = None,
     resume: options.Resume = False,
     drawn: Annotated[int | None, Parameter(show=False)] = None,  # the seed of a run that was given none, to resume it
@@ -148,6 +150,7 @@ def flags(chosen: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 def planned(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], given: Mapping[str, Any]) -> Plan:
     """What the recipe plans, with what is chosen; what is given on top changes the plan."""
     import epochal
+    from epochal.runtime.device import set_threads, to_channels_last
     from epochal.runtime.seeding import seed_everything
 
     changed = {name: given[name] for name in ("run", *PLANNED) if given.get(name) is not None}
@@ -155,6 +158,8 @@ def planned(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], giv
     changed |= dict(_change(change) for change in given["changes"])
     drawn = given.get("drawn")
     seed = changed.get("seed", chosen.get("seed", drawn))
+    if given.get("threads") is not None:
+        set_threads(given["threads"])
     with blaming(path):
         if isinstance(seed, int):
             seed_everything(seed)  # before plan() makes the weights
@@ -164,6 +169,8 @@ def planned(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], giv
         raise RecipeError(what, where=str(path), fix="end it with: return epochal.Plan(...)")
     if plan.seed is None and "seed" not in changed and drawn is not None:
         changed["seed"] = drawn
+    if given.get("channels_last"):
+        to_channels_last(plan.model)
     return plan.replace(**changed)
 
 

@@ -148,14 +148,16 @@ class Mean:
                 self._total = self._total + value.item() * float(weight)  # a float32 would stop counting at 2**24
                 self._weight = self._weight + float(weight)
             return
-        value = value.detach().to(widest_float(value.device))
+        value = value.detach()
+        if not isinstance(self._total, Tensor) or self._total.device != value.device:
+            self._total = torch.full((), float(self._total), dtype=widest_float(value.device), device=value.device)
         if isinstance(weight, Tensor):
-            weight = weight.detach().to(value)
-            value = torch.where(weight == 0, 0, value)  # 0 * nan would be nan
-        elif not weight:
-            return
-        self._total = value * weight + self._total
-        self._weight = self._weight + weight
+            weight = weight.detach().to(self._total)
+            self._total.addcmul_(torch.where(weight == 0, 0, value), weight)  # 0 * nan would be nan
+            self._weight = weight + self._weight
+        elif weight:
+            self._total.add_(value, alpha=float(weight))
+            self._weight = self._weight + float(weight)
 
     def together(self) -> Mean:
         """The mean of what all processes have counted; in a world of one, this."""
@@ -175,10 +177,12 @@ class Mean:
         self._total = self._weight = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total": self._total, "weight": self._weight}
+        total = self._total.clone() if isinstance(self._total, Tensor) else self._total
+        return {"total": total, "weight": self._weight}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._total, self._weight = state["total"], state["weight"]
+        total, self._weight = state["total"], state["weight"]
+        self._total = total.clone() if isinstance(total, Tensor) and not total.is_cpu else float(total)
 
 
 class Stream:

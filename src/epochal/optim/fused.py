@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW
 from torch.optim import optimizer as _torch
 
 _NUMBERS = (float, int)
@@ -40,7 +40,7 @@ class Fused:
     tensor([0., 0.])
     """
 
-    def __init__(self, optimizer: Optimizer):
+    def __init__(self, optimizer: Any):
         self.optimizer = optimizer
         self._known: tuple[Any, ...] = ()  # what has to be as it was: the optimizer's own groups, states and step
         self.weights: list[Tensor] = []

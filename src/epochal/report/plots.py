@@ -10,7 +10,7 @@ import functools
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,16 +95,38 @@ def draw(rows: Sequence[Row], *, best: Best | None = None, title: str | None = N
     return figure
 
 
+def draw_parts(milliseconds: Mapping[str, float], title: str) -> Figure:
+    """What the parts of an update take, as bars one below the other."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    with _style():
+        figure = Figure(figsize=(6.2, 0.32 * len(milliseconds) + 0.9), dpi=150, layout=ConstrainedLayoutEngine())
+        axes = figure.add_subplot()
+        bars = axes.barh(list(milliseconds), list(milliseconds.values()), color=VAL, height=0.62)
+        axes.bar_label(bars, [f"{took:.3f}" for took in milliseconds.values()], padding=4, color=FAINT)
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.margins(x=0.12)
+        axes.set(title=title, xlabel="milliseconds")
+    return figure
+
+
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes the figure as its suffix says: ``.png``, ``.svg`` or ``.pdf``.
 
     Raises ``UnknownNameError`` (a ``PlanError``) for another suffix, ``FileError`` where the file
     cannot be written.
     """
+    replace_bytes(path, _picture(figure, kind_of(path)))
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """The kind of picture that a path asks for; raises ``UnknownNameError`` for another one than SUFFIXES."""
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise UnknownNameError.of_name("suffix of a picture", suffix, SUFFIXES, where=os.fspath(path))
-    replace_bytes(path, _picture(figure, suffix[1:]))
+    return suffix[1:]
 
 
 def _picture(figure: Figure, kind: str) -> bytes:

@@ -187,33 +187,46 @@ def _without_gradients(kernels: Callable[[list[Any]], Any], given: list[Any]) ->
 
 
 class Forward:
-    """A model's forward pass, compiled; where torch cannot compile it, the model itself, and ``failed`` says why."""
+    """A model's forward pass, compiled into one graph; or else in parts, as torch can; or else the model itself."""
 
     def __init__(self, model: nn.Module, trust: Trust):
         self._model, self._graph, self._trust = model, Graph(model, trust), trust
-        self.failed: str | None = None
+        self._call: Callable[..., Any] | None = None  # what is called instead of the graph, where there is none
+        self._notes: list[str] = []
 
     def __call__(self, *given: Any, **named: Any) -> Any:
-        if self.failed is None:
-            is_plain = not named and not torch.is_grad_enabled() and all(type(one) is Tensor for one in given)
-            key = tuple((one.shape, one.dtype) for one in given) if is_plain and self._trust.is_given else None
-            if key is not None and (repeat := self._graph.repeat(key)) is not None:
-                return repeat(given)
-            outputs = self._graph(*given, **named)
-            if outputs is not MISSED:
-                if key is not None:
-                    self._graph.keep(key, given, outputs)
-                return outputs
-            try:
-                return self._graph.compile(*given, **named)
-            except Exception as error:
-                failed = reason(error)
-        else:
-            failed = self.failed
+        if self._call is None:
+            return self._by_graph(given, named)
         self._trust.end()
-        outputs = self._model(*given, **named)  # raises what is wrong with the model or the batch
-        self.failed = failed
-        return outputs
+        if self._call is self._model:
+            return self._model(*given, **named)
+        try:
+            return self._call(*given, **named)
+        except Exception as error:
+            outputs = self._model(*given, **named)  # raises what is wrong with the model or the batch
+            self._call = self._model
+            self._notes.append(f"compile: the model is not compiled: {reason(error)}")
+            return outputs
+
+    def take_notes(self) -> list[str]:
+        """What there is to say since the last time."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    def _by_graph(self, given: tuple, named: dict[str, Any]) -> Any:
+        is_plain = not named and not torch.is_grad_enabled() and all(type(one) is Tensor for one in given)
+        key = tuple((one.shape, one.dtype) for one in given) if is_plain and self._trust.is_given else None
+        if key is not None and (repeat := self._graph.repeat(key)) is not None:
+            return repeat(given)
+        if (outputs := self._graph(*given, **named)) is not MISSED:
+            if key is not None:
+                self._graph.keep(key, given, outputs)
+            return outputs
+        try:
+            return self._graph.compile(*given, **named)
+        except Exception:
+            self._call = torch.compile(self._model)
+            return self(*given, **named)
 
 
 def reason(error: Exception) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from epochal.errors import PlanError
 
@@ -48,6 +48,18 @@ def describe(device: torch.device) -> str:
         threads = torch.get_num_threads()
         return f"cpu ({threads} thread{'s' if threads != 1 else ''})"
     return str(device)
+
+
+def set_threads(count: int) -> None:
+    """How many threads torch's operations use on the host."""
+    torch.set_num_threads(count)
+
+
+def to_channels_last(model: nn.Module) -> None:
+    """Lays the weights of convolutions out with their channels last; what they compute is laid out so, too."""
+    for weight in model.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def move(batch: Any, device: torch.device) -> Any:

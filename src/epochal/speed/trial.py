@@ -1,0 +1,138 @@
+"""A plan tried out for some updates: on copies, and afterwards everything is as it was."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from epochal.data.given import GivenLoader
+from epochal.errors import ModelError
+from epochal.events import StepDone
+from epochal.feeding import steps_of
+from epochal.runtime import device as devices
+from epochal.runtime.seeding import generator_states, own_states, set_generator_states, set_own_states
+
+if TYPE_CHECKING:
+    from epochal.plan import Plan
+    from epochal.run import Run
+
+COPIED = ("model", "loss", "objective", "optimizer", "schedule", "step", "metrics")  # together, as one may hold another
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What some updates took. milliseconds: of an update, the median. samples: of an update. first: seconds until the
+    first updates were done, with whatever was compiled for them. megabytes: of memory at its peak, above what there was
+    before. loss: the training's, over the updates. planned: updates of the whole plan, None where that is not known.
+    """
+
+    milliseconds: float
+    samples: float
+    first: float
+    megabytes: float
+    loss: float
+    planned: int | None
+
+    @property
+    def samples_a_second(self) -> float:
+        return 1000 * self.samples / self.milliseconds
+
+
+@contextmanager
+def untouched(plan: Plan) -> Iterator[None]:
+    """Inside, generators, threads and the place of a DataLoader may change; afterwards they are as before."""
+    states, threads = generator_states(), torch.get_num_threads()
+    given = [data for data in (plan.train, plan.val) if isinstance(data, Dataset)]
+    drawn = [own_states(data) for data in given]
+    loaders = [GivenLoader(data) for data in (plan.train, plan.val) if isinstance(data, DataLoader)]
+    places = [loader.state_dict() for loader in loaders]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for loader, place in zip(loaders, places):
+            loader.load_state_dict(place)
+        for data, states_of in zip(given, drawn):
+            set_own_states(data, states_of)
+        set_generator_states(states)
+
+
+def copied(plan: Plan, *, channels_last: bool = False, **changes: Any) -> Plan:
+    """The plan over copies of its model and of all that belongs to it; it writes nothing, and nobody watches."""
+    try:
+        parts = copy.deepcopy({name: getattr(plan, name) for name in COPIED})
+    except Exception as error:
+        what = f"the model, or what belongs to it, cannot be copied: {error}."
+        raise ModelError(what, where="the plan", fix="let copy.deepcopy copy it: it is tried out on a copy") from error
+    if channels_last:
+        devices.to_channels_last(parts["model"])
+    silent = {"run": None, "resume": False, "save": None, "observers": (), "strategy": "auto", "early_stopping": None}
+    return plan.replace(**parts, **silent, patience=None, **changes)
+
+
+def tried(plan: Plan, *, seconds: float, warm_up: int = 3, **changes: Any) -> Trial:
+    """Trains a copy of the plan for about ``seconds``, and at least for ten updates.
+
+    warm_up: updates that are not counted; what is compiled, is compiled in them.
+    """
+    endless = {"epochs": None, "max_steps": 10**9, "max_time": None, "val": None, "monitor": None}
+    given, plan = plan, copied(plan, **endless, evaluate_every="1000000000 steps", **changes)
+    ends: list[float] = []
+    total = seen = 0.0
+    began = time.perf_counter()
+    with _peak(plan) as peak, plan.prepare() as run:
+        for event in run:
+            if not isinstance(event, StepDone):
+                continue
+            _wait_for(run)
+            ends.append(time.perf_counter())
+            total, seen = total + event.result.loss.item(), event.samples
+            counted = len(ends) - warm_up
+            if counted >= 10 and ends[-1] - ends[warm_up - 1] >= seconds:
+                break
+    times = [later - earlier for earlier, later in zip(ends[warm_up - 1 :], ends[warm_up:])]
+    middle = sorted(times)[len(times) // 2]
+    first, planned = ends[warm_up - 1] - began, steps_of(run.train, plan.accumulate, given.epochs, given.max_steps)
+    return Trial(1000 * middle, seen / len(ends), first, peak[0] / 2**20, total / len(ends), planned)
+
+
+def _wait_for(run: Run) -> None:
+    if devices.moves(run.setting.device):
+        torch.accelerator.synchronize(run.setting.device)
+
+
+@contextmanager
+def _peak(plan: Plan) -> Iterator[list[float]]:
+    """The bytes of memory at its peak, above what there was before: of the device, or of this process."""
+    device = devices.choose(plan.device)
+    found = [0.0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield found
+        found[0] = torch.cuda.max_memory_allocated(device) - before
+        return
+    process, over = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not over.wait(0.005):
+            with suppress(psutil.Error):
+                found[0] = max(found[0], process.memory_info().rss - before)
+
+    thread = threading.Thread(target=watch, daemon=True, name="memory")
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()

@@ -1,0 +1,205 @@
+"""What would make a plan train faster on this machine, measured on its own model and data."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from epochal.errors import EpochalError
+from epochal.speed.trial import Trial, tried, untouched
+
+if TYPE_CHECKING:
+    from epochal.plan import Plan
+
+WORTH = 0.95  # of the time before: what saves less is not suggested
+EXACT = "the same numbers but for the order in which they are added (the last bits)"
+BF16 = "products are rounded to 3 digits (bf16): look whether the metric is as good as before"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is tried: options of the plan, the threads of the host, and whether images lie with their channels last."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    threads: int | None = None
+    channels_last: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = [f"{self.threads} thread{'s' if self.threads != 1 else ''}"] if self.threads else []
+        parts += ["channels last"] if self.channels_last else []
+        parts += [name if value is True else f"{name} {value}" for name, value in self.options.items()]
+        return ", ".join(parts) or "as planned"
+
+    @property
+    def price(self) -> str:
+        return BF16 if self.options.get("precision") == "bf16" else EXACT
+
+    def also(self, other: Setting) -> Setting:
+        """Both together; where they say something of the same, the other one counts."""
+        return Setting(
+            {**self.options, **other.options}, other.threads or self.threads, self.channels_last or other.channels_last
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting, what came of it (None: it cannot be, and ``why`` says why), and the seconds that the whole run would
+    take with it, None where the number of its updates is not known.
+    """
+
+    setting: Setting
+    trial: Trial | None
+    projected: float | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """rows: all that was tried, the plan as it is first. best: the row that is suggested; the first one, if nothing is
+    worth it.
+    """
+
+    rows: list[Row]
+    best: Row
+
+    @property
+    def factor(self) -> float:
+        """How many times as fast an update is with what is suggested."""
+        before, after = self.rows[0].trial, self.best.trial
+        return before.milliseconds / after.milliseconds if before and after else 1.0
+
+    def code(self) -> list[str]:
+        """The suggestion as lines of Python."""
+        setting = self.best.setting
+        lines = [f"torch.set_num_threads({setting.threads})"] if setting.threads else []
+        if setting.channels_last:
+            lines.append("model.to(memory_format=torch.channels_last)")
+        if setting.options:
+            given = ", ".join(f"{name}={value!r}" for name, value in setting.options.items())
+            lines.append(f"epochal.fit(..., {given})")
+        return lines
+
+    def __str__(self) -> str:
+        head = f"{'':40}{'ms a step':>10}{'samples/s':>11}{'peak MB':>9}{'start s':>9}{'whole run':>11}{'loss':>10}"
+        lines = [head, *map(_line, self.rows), ""]
+        if self.best is self.rows[0]:
+            return "\n".join([*lines, "nothing that was tried is worth it: leave it as planned"])
+        lines.append(f"suggested: {self.best.setting.name}, {self.factor:.2f} times as fast")
+        lines.append(f"its price: {self.best.setting.price}")
+        return "\n".join([*lines, *(f"    {line}" for line in self.code())])
+
+
+def _line(row: Row) -> str:
+    if (trial := row.trial) is None:
+        return f"{row.setting.name[:39]:40}{'cannot be: ' + row.why:.78}"
+    whole = _duration(row.projected)
+    return (
+        f"{row.setting.name[:39]:40}{trial.milliseconds:10.3f}{trial.samples_a_second:11.0f}{trial.megabytes:9.0f}"
+        f"{trial.first:9.1f}{whole:>11}{trial.loss:10.4g}"
+    )
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 100
+        else f"{seconds / 60:.1f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def tune_speed(plan: Plan, *, seconds: float = 1.0, tell: Callable[[Row], Any] | None = None) -> Tuning:
+    """Measures what would make ``plan`` train faster on this machine: threads, memory layout, precision, compiling,
+    workers. Nothing of it is changed; it decides nothing, and what it suggests costs what ``Tuning.best`` says.
+
+    Each setting trains a copy of the model on the plan's own data. What saves at least 5 % is kept while the next
+    thing is tried. seconds: of training for each, after a few updates that do not count. tell: called with each
+    row as it is done.
+
+    >>> import epochal
+    >>> X = torch.randn(64, 3)
+    >>> plan = epochal.Plan(nn.Linear(3, 1), (X, X[:, :1]), loss="mse", epochs=1, compile=True)
+    >>> tune_speed(plan, seconds=0.01).rows[0].setting.name
+    'as planned'
+    """
+    rows: list[Row] = []
+
+    def measure(setting: Setting) -> Row:
+        rows.append(_measured(plan, setting, seconds))
+        if tell is not None:
+            tell(rows[-1])
+        return rows[-1]
+
+    with untouched(plan):
+        best = measure(Setting())
+        if best.trial is None:
+            raise EpochalError(
+                f"the plan cannot be trained: {best.why}.", where="tune_speed", fix="mend the plan first"
+            )
+        for candidates in _dimensions(plan):
+            found = [measure(best.setting.also(candidate)) for candidate in candidates]
+            fastest = min(found, key=_cost, default=best)
+            if _cost(fastest) < WORTH * _cost(best):
+                best = fastest
+    return Tuning(rows, best)
+
+
+def _cost(row: Row) -> float:
+    """The seconds of the whole run, or of an update where that is not known."""
+    if row.trial is None:
+        return math.inf
+    return row.projected if row.projected is not None else row.trial.milliseconds
+
+
+def _measured(plan: Plan, setting: Setting, seconds: float) -> Row:
+    threads = torch.get_num_threads()
+    try:
+        if setting.threads is not None:
+            torch.set_num_threads(setting.threads)
+        options = {"channels_last": setting.channels_last, **setting.options}
+        trial = tried(plan, seconds=seconds, warm_up=5, **options)
+    except Exception as error:
+        return Row(setting, None, why=next(iter(str(error).splitlines()), type(error).__name__))
+    finally:
+        torch.set_num_threads(threads)
+    if trial.planned is None:
+        return Row(setting, trial)
+    return Row(setting, trial, trial.first + trial.planned * trial.milliseconds / 1000)
+
+
+def _dimensions(plan: Plan) -> Iterator[list[Setting]]:
+    """What there is to choose, one thing after the other; what is chosen in one holds in the next."""
+    on_host = torch.device("cpu") == _device(plan)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if on_host:
+        counts = {2**power for power in range(cores.bit_length()) if 2**power <= cores} | {cores}
+        yield [Setting(threads=count) for count in sorted(counts - {torch.get_num_threads()})]
+    if _has_images(plan.model):
+        yield [Setting(channels_last=True)]
+    if plan.precision == "fp32" and plan.step is None:
+        yield [Setting({"precision": "bf16"})]
+    if not plan.compile and plan.step is None:
+        yield [Setting({"compile": True})]
+    if not isinstance(plan.train, DataLoader | Tensor | tuple | dict | str):
+        yield [Setting({"workers": count}) for count in (1, 2, 4) if count <= cores and count != (plan.workers or 0)]
+
+
+def _device(plan: Plan) -> torch.device:
+    from epochal.runtime.device import choose
+
+    return choose(plan.device)
+
+
+def _has_images(model: nn.Module) -> bool:
+    return any(isinstance(part, nn.Conv2d) for part in model.modules())
