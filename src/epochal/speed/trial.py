@@ -25,19 +25,21 @@ if TYPE_CHECKING:
     from epochal.plan import Plan
     from epochal.run import Run
 
+LOOKED_AT = 20  # updates of which the loss is compared
 COPIED = ("model", "loss", "objective", "optimizer", "schedule", "step", "metrics")  # together, as one may hold another
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What some updates took. milliseconds: of an update, the median. samples: of an update. first: seconds until the
-    first updates were done, with whatever was compiled for them. megabytes: of memory at its peak, above what there was
-    before. loss: the training's, over the updates. planned: updates of the whole plan, None where that is not known.
+    """What some updates took. milliseconds: of an update, the median. samples: of an update. start: seconds that the
+    first updates took longer than later ones, as when something is compiled for them. megabytes: of memory at its peak,
+    above what there was before. loss: the training's, over the first LOOKED_AT updates. planned: updates of the whole
+    plan, None where that is not known.
     """
 
     milliseconds: float
     samples: float
-    first: float
+    start: float
     megabytes: float
     loss: float
     planned: int | None
@@ -87,7 +89,7 @@ def tried(plan: Plan, *, seconds: float, warm_up: int = 3, **changes: Any) -> Tr
     endless = {"epochs": None, "max_steps": 10**9, "max_time": None, "val": None, "monitor": None}
     given, plan = plan, copied(plan, **endless, evaluate_every="1000000000 steps", **changes)
     ends: list[float] = []
-    total = seen = 0.0
+    losses, seen = [], 0
     began = time.perf_counter()
     with _peak(plan) as peak, plan.prepare() as run:
         for event in run:
@@ -95,14 +97,17 @@ def tried(plan: Plan, *, seconds: float, warm_up: int = 3, **changes: Any) -> Tr
                 continue
             _wait_for(run)
             ends.append(time.perf_counter())
-            total, seen = total + event.result.loss.item(), event.samples
-            counted = len(ends) - warm_up
-            if counted >= 10 and ends[-1] - ends[warm_up - 1] >= seconds:
+            seen = event.samples
+            if len(losses) < LOOKED_AT:
+                losses.append(event.result.loss.item())
+            if len(ends) >= max(LOOKED_AT, warm_up + 10) and ends[-1] - ends[warm_up - 1] >= seconds:
                 break
     times = [later - earlier for earlier, later in zip(ends[warm_up - 1 :], ends[warm_up:])]
     middle = sorted(times)[len(times) // 2]
-    first, planned = ends[warm_up - 1] - began, steps_of(run.train, plan.accumulate, given.epochs, given.max_steps)
-    return Trial(1000 * middle, seen / len(ends), first, peak[0] / 2**20, total / len(ends), planned)
+    start = max(0.0, ends[warm_up - 1] - began - warm_up * middle)
+    planned = steps_of(run.train, plan.accumulate, given.epochs, given.max_steps)
+    loss = sum(losses) / len(losses)
+    return Trial(1000 * middle, seen / len(ends), start, peak[0] / 2**20, loss, planned)
 
 
 def _wait_for(run: Run) -> None:

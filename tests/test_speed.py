@@ -1,0 +1,337 @@
+"""``tune_speed`` and ``profile`` measure, and change nothing; what an update costs in operations and calls."""
+
+import collections
+import copy
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+import tomllib
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import epochal
+from epochal.speed import profiling, tuning
+
+torch.manual_seed(0)
+X, Y = torch.randn(200, 4), torch.randn(200, 1)
+
+
+def model():
+    return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 1))
+
+
+class Drawing(Dataset):
+    """Draws from a generator of its own."""
+
+    def __init__(self, pause=0.0):
+        self.generator, self.pause = torch.Generator().manual_seed(3), pause
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        time.sleep(self.pause)
+        return torch.randn(4, generator=self.generator), Y[index]
+
+
+class State:
+    """All that must be as it was."""
+
+    def __init__(self, plan):
+        self.weights = copy.deepcopy(plan.model.state_dict())
+        self.optimizer = (
+            copy.deepcopy(plan.optimizer.state_dict()) if isinstance(plan.optimizer, torch.optim.Optimizer) else None
+        )
+        self.training = [part.training for part in plan.model.modules()]
+        self.threads, self.generator = torch.get_num_threads(), torch.get_rng_state()
+        self.own = plan.train.generator.get_state() if isinstance(plan.train, Drawing) else None
+
+    def __eq__(self, other):
+        tensors = all(torch.equal(*pair) for pair in zip(self.weights.values(), other.weights.values(), strict=True))
+        own = (self.own is None and other.own is None) or torch.equal(self.own, other.own)
+        plain = (self.training, self.threads, str(self.optimizer)) == (
+            other.training,
+            other.threads,
+            str(other.optimizer),
+        )
+        return tensors and own and plain and torch.equal(self.generator, other.generator)
+
+
+def with_an_optimizer():
+    net = model()
+    return epochal.Plan(
+        net, (X, Y), loss="mse", optimizer=torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), epochs=2
+    )
+
+
+PLANS = {
+    "arrays": lambda: epochal.Plan(
+        model(), (X, Y), val=0.2, loss="mse", metrics=["mae"], patience=3, epochs=2, compile=True
+    ),
+    "optimizer": with_an_optimizer,
+    "loader": lambda: epochal.Plan(model(), DataLoader(TensorDataset(X, Y), 16, shuffle=True), loss="mse", epochs=2),
+    "own_generator": lambda: epochal.Plan(model(), Drawing(), loss="mse", max_steps=30, workers=0),
+    "schedule": lambda: epochal.Plan(model(), (X, Y), loss="mse", schedule="cosine", accumulate=2, clip=1.0, epochs=2),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("measure", [tuning.tune_speed, profiling.profile])
+def test_nothing_is_changed(name, measure, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = PLANS[name]()
+    before, batches = State(plan), None
+    if isinstance(plan.train, DataLoader):
+        torch.manual_seed(1)
+        batches = list(plan.train)
+        torch.manual_seed(1)
+        before = State(plan)
+    if measure is tuning.tune_speed:
+        plan = plan.replace(compile=True) if not plan.compile else plan  # not to compile in each of these tests
+        plan = plan.replace(precision="bf16")
+    measure(plan.replace(compile=False) if measure is profiling.profile else plan, seconds=0.0)
+    assert State(plan) == before and os.listdir() == []
+    if batches is not None:
+        assert all(torch.equal(one[0], other[0]) for one, other in zip(batches, plan.train))
+
+
+def test_what_is_tried_and_suggested(monkeypatch):
+    """With given times: what saves at least 5 % is kept while the next thing is tried."""
+    took = {
+        "as planned": 10.0,
+        "1 thread": 9.8,
+        "2 threads": 8.0,
+        "2 threads, precision bf16": 7.9,
+        "2 threads, compile": 5.0,
+    }
+    threads = torch.get_num_threads()
+
+    def tried(plan, *, seconds, warm_up, channels_last, **options):
+        now = torch.get_num_threads()
+        setting = tuning.Setting(options, now if now != threads else None, channels_last)
+        return tuning.Trial(took[setting.name], 32.0, 3.0 if "compile" in options else 0.0, 1.0, 0.5, 1000)
+
+    monkeypatch.setattr(tuning, "tried", tried)
+    monkeypatch.setattr(tuning.os, "sched_getaffinity", lambda _: {0, 1})
+    torch.set_num_threads(4)
+    threads = 4
+    try:
+        told = []
+        plan = epochal.Plan(model(), (X, Y), loss="mse", epochs=10)
+        found = tuning.tune_speed(plan, tell=told.append)
+    finally:
+        torch.set_num_threads(1)
+    assert [row.setting.name for row in found.rows] == list(took) and told == found.rows
+    # 1000 updates in 5 ms and 3 seconds of compiling are 8 s, as long as without it
+    assert found.best.setting.name == "2 threads" and found.factor == 1.25
+    assert found.code() == ["torch.set_num_threads(2)"] and "2 threads, 1.25 times as fast" in str(found)
+    took["2 threads, compile"], took["2 threads, precision bf16"] = 1.0, 6.0
+    took["2 threads, precision bf16, compile"] = 1.0
+    torch.set_num_threads(4)
+    try:
+        found = tuning.tune_speed(plan)
+    finally:
+        torch.set_num_threads(1)
+    assert found.best.setting.name == "2 threads, precision bf16, compile"
+    assert found.code()[-1] == "epochal.fit(..., precision='bf16', compile=True)" and "bf16" in found.best.setting.price
+
+
+def test_a_setting_that_cannot_be_is_a_row(monkeypatch):
+    class Fp32Only(nn.Linear):
+        def forward(self, x):
+            if torch.is_autocast_enabled("cpu"):
+                raise RuntimeError("no bf16 here")
+            return super().forward(x)
+
+    found = tuning.tune_speed(epochal.Plan(Fp32Only(4, 1), (X, Y), loss="mse", epochs=1, compile=True), seconds=0.0)
+    (row,) = [row for row in found.rows if row.trial is None]
+    assert "bf16" in row.setting.name and row.why == "no bf16 here" and "cannot be: no bf16 here" in str(found)
+
+
+def test_a_plan_that_cannot_be_trained_is_told():
+    with pytest.raises(epochal.EpochalError, match="cannot be trained: the loss is computed over tensors of different"):
+        epochal.tune_speed(epochal.Plan(model(), (X, Y[:, 0]), loss="mse", epochs=1), seconds=0.0)
+
+
+def test_a_profile_names_what_bounds_an_update():
+    slow = epochal.profile(epochal.Plan(model(), Drawing(pause=0.001), loss="mse", epochs=1), seconds=0.0)
+    assert slow.bound == "data" and slow.milliseconds["data"] > 30 and "workers=" in str(slow)
+    small = epochal.profile(epochal.Plan(model(), (X, Y), loss="mse", epochs=1, batch_size=2), seconds=0.1)
+    assert small.bound == "launches" and "compile=True" in str(small)
+    wide = nn.Sequential(nn.Linear(4, 1500), nn.ReLU(), nn.Linear(1500, 1500), nn.ReLU(), nn.Linear(1500, 1))
+    large = epochal.profile(epochal.Plan(wide, (X, Y), loss="mse", epochs=1, batch_size=100), seconds=0.2)
+    assert large.bound == "arithmetic" and large.growth > 1.4
+    assert large.milliseconds["forward"] + large.milliseconds["backward"] > large.whole / 2
+
+
+def test_watchers_are_measured_and_a_trace_is_written(tmp_path):
+    def slow(event):
+        time.sleep(0.002)
+
+    plan = epochal.Plan(model(), (X, Y), loss="mse", epochs=1, observers=[slow])
+    found = epochal.profile(plan, seconds=0.0, trace=tmp_path / "trace.json")
+    assert found.milliseconds["watchers"] >= 2
+    assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
+    with pytest.raises(epochal.PlanError, match="the parts of a step of your own are not known"):
+        epochal.profile(epochal.Plan(model(), (X, Y), step=lambda state, window: None, epochs=1))
+
+
+RECIPE = """
+import torch, epochal
+
+def plan(width: int = 8) -> epochal.Plan:
+    X = torch.randn(100, 4)
+    model = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Linear(width, 1))
+    return epochal.Plan(model, (X, X[:, :1]), loss="mse", epochs=2, compile=True)
+"""
+
+
+def command(*arguments, cwd):
+    done = subprocess.run(
+        [sys.executable, "-m", "epochal", *arguments], capture_output=True, text=True, cwd=cwd, timeout=250,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_commands(tmp_path):
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    code, out, err = command(
+        "tune-speed", "recipe.py", "--seconds", "0.01", "--width", "4", "--set", "compile=false", "--precision", "bf16",
+        "--write", "fast.toml", "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["rows"][0]["name"] == "as planned" and "written: fast.toml" in err
+    flags = tomllib.loads((tmp_path / "fast.toml").read_text())
+    assert flags == found["suggested"]["flags"]
+    (tmp_path / "fast.toml").write_text('threads = 1\nchannels-last = true\nset = ["batch_size=50"]\n')
+    code, out, err = command(
+        "train", "recipe.py", "--set", "compile=false", "--config", "fast.toml", "--run", "r", cwd=tmp_path
+    )
+    assert code == 0 and "cpu (1 thread)" in err, err
+    code, out, err = command("profile", "recipe.py", "--seconds", "0.01", "--picture", "parts.png", cwd=tmp_path)
+    assert code == 0 and "forward" in out and (tmp_path / "parts.png").stat().st_size > 5000, err
+    code, out, err = command("profile", "recipe.py", "--picture", "parts.gif", cwd=tmp_path)
+    assert code == 2 and "suffix of a picture" in err and "Traceback" not in err
+    code, out, err = command("tune-speed", "recipe.py", "--write", "fast.yaml", cwd=tmp_path)
+    assert code == 2 and "name a file that ends in .toml" in err
+    code, out, err = command("tune-speed", "nothing.py", cwd=tmp_path)
+    assert code == 1 and "no such recipe" in err and "Traceback" not in err
+
+
+# -- What an update costs, counted and not timed -------------------------------------------------------------
+
+
+class Counted(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def seeds_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
+
+
+DATA = torch.randn(96, 10), torch.randn(96, 1)
+
+
+def operations_of_an_update(**options):
+    """What the second epoch of three batches runs, divided by its updates."""
+    with (
+        Counted() as counted,
+        epochal.Plan(seeds_model(), DATA, loss="mse", epochs=3, observers=(), **options).prepare() as run,
+    ):
+        for event in run:
+            if isinstance(event, epochal.StepDone):
+                if event.step == 4:
+                    counted.operations.clear()
+                if event.step == 6:
+                    break
+    return collections.Counter(counted.operations)
+
+
+def test_an_update_runs_the_bare_operations_and_few_more():
+    found, model, index = operations_of_an_update(), seeds_model(), torch.arange(32)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    with Counted() as counted:
+        for update in range(3):
+            if update == 1:
+                counted.operations.clear()
+            x, y = (part.index_select(0, index) for part in DATA)
+            for weight in model.parameters():
+                weight.grad = None
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+    bare = collections.Counter(counted.operations)
+    # Of an update: the order's slice, the loss without its graph, the look for what is not finite, its flag and the
+    # loss as numbers, the counts of the optimizer as one tensor; and none of three that torch's own wrappers run.
+    more = {
+        "slice": 2,
+        "detach": 2,
+        "_amp_foreach_non_finite_check_and_unscale_": 2,
+        "_local_scalar_dense": 4,
+        "add_": 2,
+    }
+    assert found - bare <= collections.Counter(more), found - bare
+    assert sum(found.values()) <= sum(bare.values()) + 4, (found - bare, bare - found)
+
+
+def calls_of_an_update(**options):
+    """Python functions of epochal's that are called in an update, and all of Python's and C's."""
+    ours = everything = 0
+    watched = False
+
+    def watch(frame, kind, argument):
+        nonlocal ours, everything
+        if watched and kind in ("call", "c_call"):
+            everything += 1
+            ours += kind == "call" and "/epochal/" in frame.f_code.co_filename
+
+    with epochal.Plan(seeds_model(), DATA, loss="mse", epochs=4, observers=(), **options).prepare() as run:
+        for event in run:
+            if isinstance(event, epochal.StepDone):
+                if event.step == 7:
+                    sys.setprofile(watch)
+                    watched = True
+                if event.step == 8:
+                    watched = False
+                    sys.setprofile(None)
+                    break
+    return ours, everything
+
+
+def test_an_update_makes_few_calls():
+    ours, everything = calls_of_an_update()
+    assert ours <= 75 and everything <= 330, (ours, everything)
+
+
+def test_an_update_leaves_nothing_to_the_garbage_collector():
+    collected = []
+
+    def note(phase, info):
+        collected.append(info["generation"])
+
+    with epochal.Plan(
+        seeds_model(), DATA, loss="mse", epochs=400, observers=(), evaluate_every="10000 steps"
+    ).prepare() as run:
+        for event in run:
+            if isinstance(event, epochal.StepDone) and event.step == 30:
+                gc.collect()
+                gc.callbacks.append(note)
+            if isinstance(event, epochal.StepDone) and event.step == 1030:
+                gc.callbacks.remove(note)
+                break
+    assert len(collected) <= 2  # where each update left a cycle of objects, it would be hundreds
