@@ -455,3 +455,52 @@ def test_without_a_compiler_a_line_says_so_and_it_trains(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=bare, timeout=250)
     assert done.returncode == 0, done.stderr
     assert "compile: the update is not one graph: " in done.stdout and "Traceback" not in done.stderr
+
+
+# -- A CUDA graph --------------------------------------------------------------------------------------------
+
+
+def test_a_cuda_graph_needs_a_cuda_device():
+    with pytest.raises(epochal.PlanError, match="a CUDA graph needs a CUDA device"):
+        epochal.fit(mlp(), (X, Y), loss="mse", epochs=1, device="cpu", compile="graph")
+    with pytest.raises(epochal.PlanError, match='compile must be True, False or "graph"'):
+        epochal.Plan(mlp(), (X, Y), loss="mse", epochs=1, compile="yes")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "options", [{}, {"clip": 0.1, "schedule": "cosine"}, {"precision": "bf16"}, {"metrics": ["mae"]}]
+)
+def test_a_cuda_graph_moves_the_weights_as_an_eager_update_does(options):
+    given = {"loss": "mse", "epochs": 6, "batch_size": 16, "seed": 3, "device": "cuda", "observers": (), **options}
+    eager = epochal.fit(mlp(), (X, Y), **given)
+    for compile in (True, "graph"):
+        result = epochal.fit(mlp(), (X, Y), compile=compile, **given)
+        for one, other in zip(eager.model.parameters(), result.model.parameters()):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 if "precision" not in options else 1e-2)
+        assert result.history.train_loss == pytest.approx(eager.history.train_loss, rel=2e-2)
+
+
+@pytest.mark.cuda
+def test_a_cuda_graph_draws_anew_and_is_repeated_by_the_seed():
+    given = {
+        "loss": "mse",
+        "epochs": 6,
+        "batch_size": 16,
+        "seed": 3,
+        "device": "cuda",
+        "observers": (),
+        "compile": "graph",
+    }
+    one, two = (epochal.fit(resumable(), (X, Y), **given) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(one.model.state_dict().values(), two.model.state_dict().values()))
+    assert len(set(one.history.train_loss)) == 6
+
+
+@pytest.mark.cuda
+def test_a_nan_in_a_cuda_graph_is_named():
+    spoilt = X.clone()
+    spoilt[37] = torch.nan
+    given = {"loss": "mse", "epochs": 6, "batch_size": 16, "shuffle": False, "device": "cuda", "compile": "graph"}
+    with pytest.raises(epochal.NonFiniteError, match="the inputs hold a value that is not finite"):
+        epochal.fit(mlp(), (spoilt, Y), observers=(), **given)

@@ -44,7 +44,7 @@ class Graph:
 
     def __init__(
         self, objective: Supervised | Custom, model: nn.Module, device: torch.device, *, precision: str,
-        clip: float | None, keeps_outputs: bool, trust: compiler.Trust,
+        clip: float | None, keeps_outputs: bool, trust: compiler.Trust, captures: bool = False,
     ):  # fmt: skip
         self.objective, self.model, self.device, self._precision = objective, model, device, precision
         self._settings = precision, clip, keeps_outputs
@@ -55,7 +55,7 @@ class Graph:
         self._waited = 0  # updates in a row that were done in the usual way
         self._graph: compiler.Graph | None = None
         self._fused: Any = None
-        self.trust = trust
+        self.trust, self._captures = trust, captures
         self._numbers, self._array = torch.zeros(0), np.zeros(0)  # of one memory, on the host
 
     def __call__(self, fused: Fused, batch: Any, samples: int, before: Buffers) -> Moved | None:
@@ -117,10 +117,12 @@ class Graph:
     def _next(self, fused: Fused) -> Tensor:
         """The numbers of the optimizer for the update in hand, of all groups one after the other."""
         numbers = [number for kernel in fused.kernels for number in kernel.numbers()]
-        if self.device.type != "cpu" or len(self._numbers) != len(numbers):
+        if len(self._numbers) != len(numbers):
             wide = any(weight.dtype is torch.float64 for weight in fused.weights)
             self._numbers = torch.tensor(numbers, dtype=torch.float64 if wide else torch.float32, device=self.device)
             self._array = self._numbers.numpy() if self.device.type == "cpu" else self._array
+        elif self.device.type != "cpu":
+            self._numbers.copy_(torch.tensor(numbers))  # from memory that is not pinned: copied before this returns
         else:
             self._array[:] = numbers
         return self._numbers
@@ -145,7 +147,7 @@ class Graph:
             return self._leave("a weight has no gradient; the model alone is compiled")
         if self._graph is None:
             function = _update(self.objective, self.model, self.device, fused, *self._settings)
-            self._graph = compiler.Graph(function, self.trust)
+            self._graph = compiler.Graph(function, self.trust, captures=self._captures)
         try:
             return self._graph.compile(*given)
         except Exception as error:

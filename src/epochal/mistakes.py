@@ -70,7 +70,11 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "clip": (_is_above_zero, ABOVE_ZERO, "try clip=1.0"),
     "early_stopping": (_a(EarlyStopping), "an EarlyStopping", "give patience=10, or epochal.EarlyStopping(...)"),
     "restore_best": (_a(bool), CHOICE, "give restore_best=True"),
-    "compile": (_a(bool), CHOICE, "give compile=True"),
+    "compile": (
+        lambda given: isinstance(given, bool) or given == "graph",
+        'True, False or "graph"',
+        "give compile=True",
+    ),
     "seed": (_whole(0, 2**63), "an integer from 0 to 2**63 - 1", "try 0"),
     "resume": (_a(bool), CHOICE, "give resume=True"),
     "observers": (_are_functions, "functions that take an event", "give a list of callables"),

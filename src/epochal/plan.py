@@ -63,7 +63,7 @@ class Plan:
     monitor: str | None = None
     device: str | torch.device = "auto"
     precision: str = "fp32"
-    compile: bool = False
+    compile: bool | str = False
     strategy: str | Strategy = "auto"
     seed: int | None = None
     run: str | Path | None = None
@@ -192,7 +192,8 @@ def fit(*arguments: Any, **options: Any) -> Result:
         ``"1 epoch"``, ``"500 steps"``. observers: callables that take an event and may answer ``Stop``; by
         default the console, ``()`` for silence.
     Where
-        device (``"auto"``), precision (``fp32 bf16 fp16``), compile. strategy: how several processes (of torchrun,
+        device (``"auto"``), precision (``fp32 bf16 fp16``), compile: the whole update as one graph of torch's compiler;
+        ``"graph"``: replayed by a CUDA device itself. strategy: how several processes (of torchrun,
         srun or ``epochal train --processes``) train one model: ``"auto"``, ``"ddp"``, ``"fsdp"``, or
         ``epochal.Strategy(...)``. seed: seeds python, numpy and
         torch at the start. run: a folder for everything; resume: continue it; save: ``epochal.Saving(...)``.

@@ -73,6 +73,8 @@ def prepare(plan: Plan) -> Run:
         module.to(device)
     mistakes, notes = Mistakes(), []
     with mistakes:
+        _refuse_capture(plan, device)
+    with mistakes:
         if plan.save is not None and plan.run is None:  # not before: the command line gives a recipe's plan its folder
             raise PlanError("save needs a run folder.", where=f"save={plan.save!r}, run=None", fix='give run="runs/x"')
     with mistakes:
@@ -117,6 +119,12 @@ def prepare(plan: Plan) -> Run:
     return run
 
 
+def _refuse_capture(plan: Plan, device: torch.device) -> None:
+    if plan.compile == "graph" and device.type != "cuda":
+        fix = "give compile=True: on the host little more than its kernels is called then"
+        raise PlanError("a CUDA graph needs a CUDA device.", where=f'compile="graph", device={device}', fix=fix)
+
+
 def _step(
     plan: Plan, objective: Any, forward: Callable, device: torch.device, agreement: Agreement | None, trust: Trust,
     *, keeps_outputs: bool,
@@ -126,7 +134,7 @@ def _step(
     options: dict[str, Any] = {"precision": plan.precision, "clip": plan.clip, "keeps_outputs": keeps_outputs}
     graph = None
     if plan.compile and plan.accumulate == 1 and plan.precision != "fp16" and agreement is None:
-        graph = Graph(objective, plan.model, device, trust=trust, **options)
+        graph = Graph(objective, plan.model, device, trust=trust, captures=plan.compile == "graph", **options)
     skips = plan.nonfinite == "skip"
     return Update(objective, forward, device, skip_nonfinite=skips, agreement=agreement, graph=graph, **options)
 

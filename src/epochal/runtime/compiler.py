@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 MISSED = object()  # no graph is there for what was given
 _TRACES_BACKWARD = "trace_autograd_ops"  # an option of dynamo's: a backward pass may be part of a graph
@@ -56,7 +57,7 @@ class Graph:
     What the function does to tensors it was given happens to them; it must not change anything else.
     """
 
-    def __init__(self, function: Callable[..., Any], trust: Trust):
+    def __init__(self, function: Callable[..., Any], trust: Trust, *, captures: bool = False):
         def traced(*given: Any, **named: Any) -> Any:
             if not torch.compiler.is_compiling():  # no guards held, so the interpreter runs this very line
                 return MISSED
@@ -64,11 +65,11 @@ class Graph:
 
         # torch keeps graphs by the code that they were made of: one of its own, so that they are not taken for others'
         traced.__code__ = traced.__code__.replace()
-        self._traced, self._trust = traced, trust
+        self._traced, self._trust, self._captures = traced, trust, captures
         self._compiled = torch.compile(traced, fullgraph=True, dynamic=False, backend=self._lowered)
         self._set_hook = _hook()
         self._last: Called | None = None
-        self._repeats: dict[Any, Repeat] = {}
+        self._repeats: dict[Any, Repeat | Captured] = {}
         self._age = 0  # of the trust in which they may be repeated
 
     def __call__(self, *given: Any, **named: Any) -> Any:
@@ -81,7 +82,7 @@ class Graph:
         finally:
             self._set_hook(before)
 
-    def repeat(self, key: Any) -> Repeat | None:
+    def repeat(self, key: Any) -> Repeat | Captured | None:
         """The call that was kept by this key, if nothing can have changed since."""
         if self._age != self._trust.age:
             self._repeats.clear()
@@ -96,7 +97,9 @@ class Graph:
         if made is None:  # more than kernels ran: attributes may have been written
             self._trust.end()
         elif self.repeat(key) is None:
-            self._repeats[key] = made
+            # What comes seldom (the ragged last batch) is not worth a capture: the first that comes is the usual one.
+            captures = self._captures and not self._repeats
+            self._repeats[key] = Captured(made, given) if captures else made
 
     def compile(self, *given: Any, **named: Any) -> Any:
         """As a call, with a new graph. Raises whatever torch raises if there can be none."""
@@ -158,6 +161,26 @@ class Repeat:
         gives = _giver(gave, made, used)
         is_whole = set(used) == set(range(len(made))) and len(places) == len(given)
         return cls(kernels, list(taken), places, gives) if is_whole else None
+
+
+class Captured:
+    """A call that a CUDA device repeats by itself (a CUDA graph): the host launches all of its kernels at once.
+
+    Inputs are copied to where they were when it was recorded, and what it makes is copied from where it lies, for the
+    next time writes there again. Recording runs nothing; torch registers its generators with it, so that each time
+    draws anew.
+    """
+
+    def __init__(self, repeat: Repeat, given: Sequence[Tensor]):
+        self._given = [tensor.clone() for tensor in given]
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._gave = repeat(self._given)
+
+    def __call__(self, given: Sequence[Tensor]) -> Any:
+        torch._foreach_copy_(self._given, list(given))
+        self._graph.replay()
+        return tree_map(lambda one: one.clone() if isinstance(one, Tensor) else one, self._gave)
 
 
 def _giver(gave: Any, made: Sequence[Any], used: list[int | None]) -> Callable[[Sequence[Any]], Any]:

@@ -21,33 +21,41 @@ if TYPE_CHECKING:
 
 WORTH = 0.95  # of the time before: what saves less is not suggested
 EXACT = "the same numbers but for the order in which they are added (the last bits)"
+TF32 = "factors are rounded to 3 digits before they are multiplied (TF32): look whether the metric is as good as before"
 BF16 = "products are rounded to 3 digits (bf16): look whether the metric is as good as before"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is tried: options of the plan, the threads of the host, and whether images lie with their channels last."""
+    """What is tried: options of the plan, the threads of the host, whether images lie with their channels last, and
+    whether a CUDA device multiplies in TF32.
+    """
 
     options: dict[str, Any] = field(default_factory=dict)
     threads: int | None = None
     channels_last: bool = False
+    tf32: bool = False
 
     @property
     def name(self) -> str:
         parts = [f"{self.threads} thread{'s' if self.threads != 1 else ''}"] if self.threads else []
         parts += ["channels last"] if self.channels_last else []
+        parts += ["tf32"] if self.tf32 else []
         parts += [name if value is True else f"{name} {value}" for name, value in self.options.items()]
         return ", ".join(parts) or "as planned"
 
     @property
     def price(self) -> str:
-        return BF16 if self.options.get("precision") == "bf16" else EXACT
+        if self.options.get("precision") == "bf16":
+            return BF16
+        return TF32 if self.tf32 else EXACT
 
     def also(self, other: Setting) -> Setting:
         """Both together; where they say something of the same, the other one counts."""
         return Setting(
-            {**self.options, **other.options}, other.threads or self.threads, self.channels_last or other.channels_last
-        )
+            {**self.options, **other.options}, other.threads or self.threads,
+            self.channels_last or other.channels_last, self.tf32 or other.tf32,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,8 @@ class Tuning:
         """The suggestion as lines of Python."""
         setting = self.best.setting
         lines = [f"torch.set_num_threads({setting.threads})"] if setting.threads else []
+        if setting.tf32:
+            lines.append('torch.set_float32_matmul_precision("high")')
         if setting.channels_last:
             lines.append("model.to(memory_format=torch.channels_last)")
         if setting.options:
@@ -165,8 +175,10 @@ def _cost(row: Row) -> float:
 
 
 def _measured(plan: Plan, setting: Setting, seconds: float) -> Row:
-    threads, states = torch.get_num_threads(), generator_states()
+    threads, states, precision = torch.get_num_threads(), generator_states(), torch.get_float32_matmul_precision()
     try:
+        if setting.tf32:
+            torch.set_float32_matmul_precision("high")
         if setting.threads is not None:
             torch.set_num_threads(setting.threads)
         options = {"channels_last": setting.channels_last, **setting.options}
@@ -175,6 +187,7 @@ def _measured(plan: Plan, setting: Setting, seconds: float) -> Row:
         return Row(setting, None, why=next(iter(str(error).splitlines()), type(error).__name__))
     finally:
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
         set_generator_states(states)  # each begins alike
     if trial.planned is None:
         return Row(setting, trial)
@@ -190,10 +203,12 @@ def _dimensions(plan: Plan) -> Iterator[list[Setting]]:
         yield [Setting(threads=count) for count in sorted(counts - {torch.get_num_threads()})]
     if _has_images(plan.model):
         yield [Setting(channels_last=True)]
+    if not on_host and plan.precision == "fp32":
+        yield [Setting(tf32=True)]
     if plan.precision == "fp32" and plan.step is None:
         yield [Setting({"precision": "bf16"})]
     if not plan.compile and plan.step is None:
-        yield [Setting({"compile": True})]
+        yield [Setting({"compile": True}), *([Setting({"compile": "graph"})] if not on_host else [])]
     if not isinstance(plan.train, DataLoader | Tensor | tuple | dict | str):
         yield [Setting({"workers": count}) for count in (1, 2, 4) if count <= cores and count != (plan.workers or 0)]
 
