@@ -1,6 +1,6 @@
 """Training the same model on the same data by several loops, in one process, in turns.
 
-    python -m benchmarks.speed WORK... [--arms seed hand bare epochal] [--rounds 9] [--threads 1]
+    python -m benchmarks.speed WORK... [--arms seed hand bare epochal] [--rounds 9] [--threads 1] [--usual]
 
 In each round every arm trains once, in an order that turns round from one round to the next. What counts of it is the
 median time of its epochs, validation included, without the first (the start, and whatever is compiled). An arm is
@@ -58,9 +58,11 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["seed", "hand", "bare", "epochal"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--usual", action="store_true", help="other trainers as in their documentation; see peers.py")
     parser.add_argument("--json", help="where to write the times of all rounds")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    peers.usual = options.usual
     known = {**ARMS, **peers.ARMS}
     kept = {}
     for name in options.works:

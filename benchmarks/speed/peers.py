@@ -1,10 +1,10 @@
 """Other trainers, each as its own documentation has it for data in memory on the CPU, set up to be quick.
 
 What is optional and takes time is off: progress bars, loggers, checkpoints, summaries, sanity checks, and the losses
-of single batches where a trainer need not look at them. Two things are on that a beginner would not have written: a
+of single batches where a trainer need not look at them. Two things are on that are in no trainer's documentation: a
 fused optimizer, wherever an optimizer of torch can be given, and a validation in batches of 1,024 samples, as by hand.
-So what is compared is the trainer, not how well its user knows torch. The loss over all of the validation data is found
-after every epoch, by what the trainer has for it.
+So what is compared is the trainer, not how well its user knows torch; with ``--usual`` both are as documented.
+The loss over all of the validation data is found after every epoch, by what the trainer has for it.
 
 Nothing of these packages is needed to train with the others: each is imported by its own arm.
 """
@@ -26,16 +26,23 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from .works import Work
 
 Clock = Callable[[], None]
-VALIDATED = 1024  # samples in a batch of the validation
+usual = (
+    False  # as in the documentation: an optimizer that is not fused, and a validation in the batches of the training
+)
+
+
+def _validated(work: Work) -> int:
+    """Samples in a batch of the validation."""
+    return work.batch_size if usual else 1024
 
 
 def _loaders(work: Work) -> tuple[DataLoader, DataLoader]:
     train = DataLoader(TensorDataset(*work.train), batch_size=work.batch_size, shuffle=work.shuffle)
-    return train, DataLoader(TensorDataset(*work.val), batch_size=VALIDATED)
+    return train, DataLoader(TensorDataset(*work.val), batch_size=_validated(work))
 
 
 def _adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    return torch.optim.Adam(model.parameters(), lr=1e-3, fused=not usual)
 
 
 def lightning(work: Work, clock: Clock) -> None:
@@ -107,10 +114,10 @@ def transformers(work: Work, clock: Clock) -> None:
         model = _WithLoss(work)
         arguments = TrainingArguments(
             folder, num_train_epochs=work.epochs, per_device_train_batch_size=work.batch_size,
-            per_device_eval_batch_size=VALIDATED, lr_scheduler_type="constant", max_grad_norm=0, eval_strategy="epoch",
-            prediction_loss_only=True, remove_unused_columns=False, dataloader_pin_memory=False, use_cpu=True,
-            train_sampling_strategy="random" if work.shuffle else "sequential", disable_tqdm=True, report_to="none",
-            save_strategy="no", logging_strategy="no", logging_nan_inf_filter=False,
+            per_device_eval_batch_size=_validated(work), eval_strategy="epoch", lr_scheduler_type="constant",
+            max_grad_norm=0, prediction_loss_only=True, remove_unused_columns=False, dataloader_pin_memory=False,
+            use_cpu=True, train_sampling_strategy="random" if work.shuffle else "sequential", disable_tqdm=True,
+            report_to="none", save_strategy="no", logging_strategy="no", logging_nan_inf_filter=False,
         )  # fmt: skip
         trainer = Trainer(
             model, arguments, train_dataset=_Samples(work.train), eval_dataset=_Samples(work.val),
@@ -156,9 +163,9 @@ def skorch(work: Work, clock: Clock) -> None:
             clock()
 
     net = NeuralNet(
-        work.model(), work.criterion(), optimizer=torch.optim.Adam, optimizer__fused=True, lr=1e-3,
+        work.model(), work.criterion(), optimizer=torch.optim.Adam, optimizer__fused=not usual, lr=1e-3,
         max_epochs=work.epochs, batch_size=work.batch_size, iterator_train__shuffle=work.shuffle,
-        iterator_valid__batch_size=VALIDATED, train_split=predefined_split(Samples(*work.val)),
+        iterator_valid__batch_size=_validated(work), train_split=predefined_split(Samples(*work.val)),
         callbacks=[("epochs", Epochs())], callbacks__print_log=None, verbose=0, device="cpu",
     )  # fmt: skip
     net.fit(*work.train)
@@ -193,7 +200,7 @@ def keras(work: Work, clock: Clock) -> None:
         model.compile(optimizer=keras.optimizers.Adam(1e-3, epsilon=1e-8), loss=loss)
         model.fit(
             *work.train, batch_size=work.batch_size, epochs=work.epochs, shuffle=work.shuffle, verbose=0,
-            validation_data=work.val, validation_batch_size=VALIDATED,
+            validation_data=work.val, validation_batch_size=_validated(work),
             callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: clock())],
         )  # fmt: skip
 
