@@ -57,6 +57,8 @@ The complete training loop for PyTorch.
 │ train              Train what a recipe plans: plan(...) in a Python file.    │
 │ resume             Go on with an interrupted run, or train one further.      │
 │ verify-resume      Prove that a recipe can be killed and resumed to the bit. │
+│ tune-speed         Measure what would make a recipe train faster.            │
+│ profile            Measure where the time of a recipe's updates goes.        │
 │ export             Write the weights of a run as one file.                   │
 │ import-checkpoint  Begin a run folder with the weights of a .pt file.        │
 │ slurm              Print a script for sbatch that trains a recipe.           │
@@ -100,7 +102,7 @@ def test_version(command):
             ["fti"],
             """\
 PlanError: Unknown command "fti". Did you mean "fit"? Available commands: demo, fit, predict, eval, train, resume, \
-verify-resume, export, ...
+verify-resume, tune-speed, ...
   where: epochal
   fix:   epochal --help shows what can be given
 """,

@@ -101,6 +101,8 @@ def test_help_shows_the_parameters_of_the_recipe_and_the_flags_of_epochal(comman
         "--set",
         "--processes",
         "--restarts",
+        "--threads",
+        "--channels-last",
         "--config",
         "--resume",
     ]

@@ -397,6 +397,7 @@ def resumable_without_dropout():
 # -- What cannot be compiled ---------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's, of its own doing
 def test_a_model_that_is_not_one_graph_is_told_and_trained():
     class Deciding(nn.Module):
         def __init__(self):

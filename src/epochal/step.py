@@ -104,7 +104,7 @@ class Update:
         self._one, self._found = torch.ones((), device=device), torch.zeros((), device=device)
 
     def __call__(self, state: TrainState, window: Window) -> StepResult:
-        before, notes, batch = self._keep(state), [], None
+        before, notes, room, batch = self._keep(state), [], [], None
         if self.graph is not None:
             if (done := self._at_once(self.graph, state, window, before)) is not None:
                 return done
@@ -126,12 +126,14 @@ class Update:
                         backward()
                 break
             except Exception as error:
+                if isinstance(forward, Forward) and forward.gives_up(error):
+                    before.put_back()
+                    continue
                 failed = self._out_of_memory(error, state, batch)  # raises any other error again
             batch = loss = backward = None  # they hold what fills the memory
             self._make_room(state, summed.window, before, failed)
-            notes += self._notes(window)
-        if isinstance(forward, Forward):
-            notes += forward.take_notes()
+            room = self._notes(window)  # the last time says it all
+        notes += room if not isinstance(forward, Forward) else [*forward.take_notes(), *room]
         if self.agreement is None:
             summed.close(state, self.device)
         else:

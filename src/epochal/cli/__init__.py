@@ -25,7 +25,7 @@ COMMANDS = {
     "train": ("train:train", "Train what a recipe plans: plan(...) in a Python file."),
     "resume": ("resume:resume", "Go on with an interrupted run, or train one further."),
     "verify-resume": ("verify:verify_resume", "Prove that a recipe can be killed and resumed to the bit."),
-    "tune-speed": ("tune:tune_speed", "Measure what would make a recipe train faster here."),
+    "tune-speed": ("tune:tune_speed", "Measure what would make a recipe train faster."),
     "profile": ("profile:profile", "Measure where the time of a recipe's updates goes."),
     "export": ("weights:export", "Write the weights of a run as one file."),
     "import-checkpoint": ("weights:import_checkpoint", "Begin a run folder with the weights of a .pt file."),

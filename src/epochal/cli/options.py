@@ -49,7 +49,9 @@ Threads = Annotated[
     int | None,
     Parameter(help="Of the host, for each process; by default what torch takes.", validator=validators.Number(gte=1)),
 ]
-ChannelsLast = Annotated[bool, Parameter(help="Lay images out with their channels last, which convolutions may like.")]
+ChannelsLast = Annotated[
+    bool | None, Parameter(help="Lay images out with their channels last, which convolutions may like.")
+]
 Json = Annotated[bool, Parameter(help="Print JSON.")]
 
 

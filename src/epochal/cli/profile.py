@@ -29,10 +29,11 @@ def profile(
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Measure where the time of a recipe's updates goes: data, transfer, forward, backward, optimizer, and the rest.
+    """Measure where the time of a recipe's updates goes.
 
-    Says whether it is bound by its data, by launching operations or by arithmetic, and what to try first. Nothing of
-    the recipe is changed. The parameters of plan() are flags too.
+    Into data, transfer, forward, backward, optimizer, or the rest. Says whether it is bound by its data, by launching
+    operations or by arithmetic, and what to try first. Nothing of the recipe is changed. The parameters of plan() are
+    flags too.
     """
     given = {name: value for name, value in locals().items() if name != "recipe"}
     carry_out(recipe, load(recipe), {}, given)

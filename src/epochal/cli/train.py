@@ -43,7 +43,7 @@ def train(
     processes: Processes = None,
     restarts: Restarts = None,
     threads: options.Threads = None,
-    channels_last: options.ChannelsLast = False,
+    channels_last: options.ChannelsLast = None,
     config: options.Config = None,
     resume: options.Resume = False,
     drawn: Annotated[int | None, Parameter(show=False)] = None,  # the seed of a run that was given none, to resume it

@@ -34,11 +34,11 @@ def tune_speed(
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Measure what would make a recipe train faster on this machine.
+    """Measure what would make a recipe train faster.
 
-    Threads, memory layout, precision, compiling and workers are tried on copies of its model, on its own data; nothing
-    of the recipe is changed. Prints what each takes, and what is worth it, with its price. The parameters of plan() are
-    flags too.
+    On this machine: threads, memory layout, precision, compiling and workers are tried on copies of its model, on its
+    own data; nothing of the recipe is changed. Prints what each takes, and what is worth it, with its price. The
+    parameters of plan() are flags too.
     """
     given = {name: value for name, value in locals().items() if name != "recipe"}
     carry_out(recipe, load(recipe), {}, given)

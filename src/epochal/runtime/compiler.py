@@ -7,8 +7,9 @@ it goes to the kernels at once. Where the installed torch has other insides, its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -110,6 +111,7 @@ class Graph:
         with ExitStack() as settings:
             settings.enter_context(dynamo.patch({_TRACES_BACKWARD: True, "recompile_limit": 64}))
             settings.enter_context(functorch.patch(enable_autograd_cache=False))  # it hides what is compiled inside
+            settings.enter_context(_quiet())  # what cannot be compiled is told in a line
             return self._compiled(*given, **named)
 
     def _lowered(self, graph: Any, examples: Any) -> Callable[..., Any]:
@@ -224,12 +226,24 @@ class Forward:
         if self._call is self._model:
             return self._model(*given, **named)
         try:
-            return self._call(*given, **named)
+            with _quiet():
+                return self._call(*given, **named)
         except Exception as error:
             outputs = self._model(*given, **named)  # raises what is wrong with the model or the batch
             self._call = self._model
             self._notes.append(f"compile: the model is not compiled: {reason(error)}")
             return outputs
+
+    def gives_up(self, error: Exception) -> bool:
+        """Whether an error is the compiler's, as from a backward pass, which it compiles when it is needed: then the
+        model is called as it is from here on.
+        """
+        is_its_own = type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))
+        if self._call is self._model or not is_its_own:
+            return False
+        self._call = self._model
+        self._notes.append(f"compile: the model is not compiled: {reason(error)}")
+        return True
 
     def take_notes(self) -> list[str]:
         """What there is to say since the last time."""
@@ -250,6 +264,17 @@ class Forward:
         except Exception:
             self._call = torch.compile(self._model)
             return self(*given, **named)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("torch._dynamo")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def reason(error: Exception) -> str:
