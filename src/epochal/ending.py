@@ -117,8 +117,10 @@ class Ending:
         return self.seconds() if self.agreement is None else self.agreement.seconds
 
     def is_here(self) -> bool:
-        is_asked = self.is_stopped or self.signal is not None
-        return is_asked or self.limits.reached(self.state.progress, self.now()) is not None
+        if self.is_stopped or self.signal is not None:
+            return True
+        seconds = 0.0 if self.limits.seconds is None else self.now()
+        return self.limits.reached(self.state.progress, seconds) is not None
 
     def reason(self) -> tuple[StopReason, str]:
         if (stop := self.state.stop) is not None:

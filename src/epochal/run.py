@@ -219,8 +219,10 @@ class Run:
             self.state.schedule.after_step()
 
     def _evaluation_is_due(self, at_epoch_end: bool) -> bool:
-        progress, since = self.state.progress, self.ending.now() - self._last_evaluation
-        every = self.validation.every
+        progress, every = self.state.progress, self.validation.every
+        if every.unit == "epoch" and not at_epoch_end:  # as after nearly every update
+            return False
+        since = self.ending.now() - self._last_evaluation
         due = every.due(step=progress.step, epoch=progress.epoch, at_epoch_end=at_epoch_end, seconds=since)
         return due and progress.evaluated != progress.step
 

@@ -92,7 +92,7 @@ def _trained(plan: Plan, command: Sequence[str], files: Mapping[str, str | bytes
                 # A run that is continued keeps what it was begun with, but for the flags: it may be asked for more.
                 if not (has_begun and (folder / name).exists()) or name in FLAGS.values():
                     replace_bytes(folder / name, text.encode() if isinstance(text, str) else text)
-            for _ in run:
+            for _ in run.alone():
                 pass
     except KeyboardInterrupt as error:
         if run is not None:  # a second one: nothing more is done

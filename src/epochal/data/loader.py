@@ -102,12 +102,16 @@ class Loader:
         A stream is read forward to there, unless its data set has ``state_dict`` and was put to its place by
         :meth:`load_state_dict`. Raises WorkerError if a worker dies or hangs.
         """
+        if self._arrays is not None and not self.shuffle and self.part.size == 1:
+            size = self.wide or self.batch_size
+            starts, stops = range(start * size, len(self._arrays), size), count((start + 1) * size, size)
+            return map(self._arrays.between, starts, stops)
         if self._arrays is not None:
             device = self._arrays.tensors[0].device
             order = epoch_order(len(self._arrays), seed=self.seed, epoch=epoch, shuffle=self.shuffle).to(device)
             if self.part.size > 1:
                 return map(partial(self._share, order), range(start, len(self)))
-            return map(self._arrays.take, batch_indices(order, self.wide or self.batch_size, start))
+            return map(self._arrays.take, batch_indices(order, self.batch_size, start))
         batches = self._read(epoch, start)
         if self.part.size == 1:
             return batches

@@ -40,6 +40,11 @@ class Arrays:
         rows = [part.index_select(0, index) for part in self.tensors]
         return tuple(rows) if type(self.parts) is tuple else _in_form_of(self.parts, rows)
 
+    def between(self, start: int, stop: int) -> Any:
+        """The batch of the rows from ``start`` to before ``stop``: copies too, and quicker than by an index."""
+        rows = [part[start:stop].clone(memory_format=torch.contiguous_format) for part in self.tensors]
+        return tuple(rows) if type(self.parts) is tuple else _in_form_of(self.parts, rows)
+
     def to(self, device: torch.device) -> Arrays:
         return self.map(lambda part: part.to(device))
 
