@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import epochal
+from epochal.speed.tuning import Setting
 
 from .works import Work
 
@@ -154,7 +158,34 @@ def compiled(work: Work, clock: Callable[[], None]) -> None:
     by_epochal(work, clock, compile=True)
 
 
+def tuned(work: Work, clock: Callable[..., None]) -> None:
+    """With what ``tune_speed`` suggests for 200 epochs, asked once, with as many threads as it is measured with."""
+    setting = _suggested(work, torch.get_num_threads())
+    layout = {"memory_format": torch.channels_last} if setting.channels_last else {}
+    arrays = [
+        tuple(part.contiguous(**layout) if part.dim() == 4 else part for part in pair)
+        for pair in (work.train, work.val)
+    ]
+    made = replace(work, model=lambda: work.model().to(**layout), train=arrays[0], val=arrays[1])
+    by_epochal(made, clock, **setting.options)
+
+
+@cache
+def _suggested(work: Work, threads: int) -> Setting:
+    plan = epochal.Plan(
+        work.model(), work.train, loss=work.loss, optimizer="adam", batch_size=work.batch_size, epochs=200, device="cpu"
+    )
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(list(cores)[:threads]))  # else more threads would be tried
+    try:
+        found = epochal.tune_speed(plan, seconds=2.0)
+    finally:
+        os.sched_setaffinity(0, cores)
+    print(f"{work.name}: suggested {found.best.setting.name}")
+    return replace(found.best.setting, threads=None)
+
+
 ARMS: dict[str, Arm] = {
     "seed": seeds_loop, "hand": by_hand, "bare": bare, "bare_graph": bare_graph, "epochal": by_epochal,
-    "compiled": compiled,
+    "compiled": compiled, "tuned": tuned,
 }  # fmt: skip
