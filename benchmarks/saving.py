@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from seed_example import SimpleModel
+from speed.works import SimpleModel
 
 import epochal
 
