@@ -425,7 +425,7 @@ def test_a_weight_without_gradient_is_told_and_trained():
     eager, compiled = both(Unused)
     alike(eager, compiled)
     (note,) = compiled.seen.notes
-    assert note.startswith("compile: this Adam, or a weight without gradient, cannot be in a graph")
+    assert note.startswith("compile: this Adam, or a weight without gradient or with a hook, cannot be in a graph")
 
 
 def test_accumulated_micro_batches_and_other_optimizers_compile_the_model_alone(graphs):
@@ -456,6 +456,175 @@ def test_without_a_compiler_a_line_says_so_and_it_trains(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=bare, timeout=250)
     assert done.returncode == 0, done.stderr
     assert "compile: the update is not one graph: " in done.stdout and "Traceback" not in done.stderr
+
+
+# -- What a model or a program may do beside ----------------------------------------------------------------
+
+
+def trained(make, compile, data=(X, Y), before=None, **options):
+    """The weights that a training that nobody watches leaves."""
+    model = make()
+    given = {"loss": "mse", "epochs": 5, "batch_size": 16, "seed": 3, "observers": (), "device": "cpu", **options}
+    if before is not None:
+        given.update(before(model))
+    epochal.fit(model, data, compile=compile, **given)
+    return model
+
+
+def same(make, tolerance=2e-6, **options):
+    eager, compiled = trained(make, False, **options), trained(make, True, **options)
+    for (name, one), other in zip(eager.state_dict().items(), compiled.state_dict().values()):
+        torch.testing.assert_close(
+            one, other, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    return compiled
+
+
+class Turning(nn.Module):
+    """Writes an attribute in every forward pass; each of its values leads to a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.turn = mlp(), 0
+
+    def forward(self, x):
+        self.turn = (self.turn + 1) % 3
+        return self.layer(x) * (1 + self.turn)
+
+
+class TurningInEval(Turning):
+    def forward(self, x):
+        if not self.training:
+            self.turn = (self.turn + 1) % 3
+        return self.layer(x) * (1 + self.turn)
+
+
+def test_what_a_model_writes_is_heeded_where_nobody_watches():
+    same(Turning, epochs=8)
+    same(TurningInEval, val=(X[:30], Y[:30]), epochs=8)
+    same(TurningInEval, val={"x": X[:30], "y": Y[:30]}, data={"x": X, "y": Y}, epochs=8)
+
+
+def test_what_a_users_schedule_or_metric_writes_is_heeded():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = mlp(), 1.0
+
+        def forward(self, x):
+            return self.layer(x) * self.scale
+
+    models = []
+
+    def make():
+        models.append(Scaled())
+        return models[-1]
+
+    def rate(step):
+        models[-1].scale = 1.0 if step < 8 else 0.5
+        return 1.0
+
+    same(make, schedule=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, rate))
+
+    def metric(outputs, targets):
+        models[-1].scale = 0.5
+        return 1.0
+
+    same(make, metrics={"own": metric})
+
+
+def test_counts_of_updates_that_differ_or_are_reset():
+    def uneven(model):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
+        weights = list(model.parameters())
+        for update in range(50):
+            for place, weight in enumerate(weights):
+                weight.grad = torch.ones_like(weight) * 0.01 if update == 0 or place > 1 else None
+            optimizer.step()
+        return {"optimizer": optimizer}
+
+    same(mlp, before=uneven)
+
+    def reset(model):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
+
+        def watch(event):
+            if isinstance(event, epochal.StepDone) and event.step == 9:
+                for state in optimizer.state.values():
+                    state["step"].zero_()
+
+        return {"optimizer": optimizer, "observers": [watch]}
+
+    same(mlp, before=reset)
+
+
+def test_hooks_that_come_later():
+    def on_a_module(model):
+        def watch(event):
+            if isinstance(event, epochal.StepDone) and event.step == 10:
+                model[0].register_forward_hook(lambda module, given, output: output * 0.1)
+
+        return {"observers": [watch]}
+
+    def on_a_weight(model):
+        def watch(event):
+            if isinstance(event, epochal.StepDone) and event.step == 10:
+                model[0].weight.register_hook(lambda gradient: gradient * 0)
+
+        return {"observers": [watch]}
+
+    same(mlp, before=on_a_module)
+    same(mlp, before=on_a_weight)
+
+
+def test_frozen_weights_and_gradients_that_are_left():
+    def frozen(model):
+        model[0].requires_grad_(False)
+        return {"optimizer": torch.optim.SGD(model.parameters(), lr=0.01, fused=True)}
+
+    same(mlp, before=frozen)
+    assert all(weight.grad is None for weight in same(mlp).parameters())
+
+
+def test_a_buffer_that_is_changed_in_place_is_put_back():
+    class Averaging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = mlp()
+            self.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(x.mean() * 0.1)
+            return self.layer(x) - self.mean
+
+    spoilt = X.clone()
+    spoilt[37] = torch.nan
+    compiled = same(Averaging, data=(spoilt, Y), nonfinite="skip", shuffle=False, optimizer="sgd")
+    assert compiled.mean.isfinite()
+
+
+def test_a_run_that_is_cut_again_and_again_stays_compiled(tmp_path):
+    notes = []
+
+    def note(event):
+        if isinstance(event, epochal.Noted):
+            notes.append(event.message)
+
+    given = {"loss": "mse", "batch_size": 16, "seed": 3, "compile": True, "observers": [note], "optimizer": "adam"}
+    whole = epochal.fit(mlp(), (X, Y), epochs=7, **given)
+    for epochs in range(1, 8):
+        again = epochal.fit(mlp(), (X, Y), epochs=epochs, run=tmp_path / "run", resume=epochs > 1, **given)
+    assert all(torch.equal(*pair) for pair in zip(whole.model.parameters(), again.model.parameters()))
+    assert not [text for text in notes if text.startswith("compile")]
+
+
+def test_errors_in_a_later_batch_are_those_of_torch():
+    labels = CLASSES.clone()
+    labels[60] = 7
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, labels), batch_size=10)
+    with pytest.raises(IndexError, match="Target 7 is out of bounds"):
+        epochal.fit(mlp(3), loader, loss="cross_entropy", epochs=1, compile=True, observers=())
 
 
 # -- A CUDA graph --------------------------------------------------------------------------------------------

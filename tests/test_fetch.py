@@ -27,7 +27,7 @@ class Backwards(Sampler):
 
 class Numpys(Sampler):
     def __iter__(self):
-        return iter(np.arange(23))
+        return iter(np.arange(23, dtype=np.int16))
 
     def __len__(self):
         return 23

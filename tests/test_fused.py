@@ -1,8 +1,10 @@
 """The update by the fused kernel alone: the same bits as ``optimizer.step()``, whatever happens between two updates."""
 
 import copy
+import functools
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import epochal
 from epochal.optim.fused import Fused
 
 SETTINGS = {
@@ -72,19 +75,25 @@ class Pair:
                 assert value is states[1][number][name] is None or torch.equal(value, states[1][number][name]), name
 
 
+class Steps(list):
+    """The first weight of each call of torch's own update, which ``step`` calls once for a group."""
+
+    def of(self, optimizer):
+        return sum(one is optimizer.param_groups[0]["params"][0] for one in self)
+
+
 @pytest.fixture
 def steps(monkeypatch):
-    """How often torch's own ``step`` of these optimizers is called."""
-    counted = []
-    for kind in (torch.optim.Adam, torch.optim.SGD):  # AdamW has Adam's
-        own = kind.step
+    """How often torch's own ``step`` of these optimizers did an update."""
+    counted = Steps()
+    for module, name in ((sys.modules["torch.optim.adam"], "adam"), (sys.modules["torch.optim.sgd"], "sgd")):
+        own = getattr(module, name)
 
-        def step(self, *given, own=own, **named):
-            counted.append(self)
-            return own(self, *given, **named)
+        def update(weights, *given, own=own, **named):
+            counted.append(weights[0])
+            return own(weights, *given, **named)
 
-        step.hooked = True
-        monkeypatch.setattr(kind, "step", step)
+        monkeypatch.setattr(module, name, update)
     return counted
 
 
@@ -98,7 +107,7 @@ def test_step_is_called_for_the_first_update_at_most(name, steps):
     pair = Pair(name)
     pair.update(7)
     at_first = 1 if isinstance(pair.by_us, torch.optim.SGD) else 0  # its momentum begins with a gradient
-    assert steps.count(pair.by_us) == at_first and steps.count(pair.by_torch) == 7
+    assert steps.of(pair.by_us) == at_first and steps.of(pair.by_torch) == 7
 
 
 def test_a_weight_without_gradient_keeps_its_state(steps):
@@ -106,13 +115,13 @@ def test_a_weight_without_gradient_keeps_its_state(steps):
     pair.update(2)
     pair.update(2, skip=[1, 3])
     pair.update(3)
-    assert steps.count(pair.by_us) == 2 and float(pair.by_us.state_dict()["state"][1]["step"]) == 5
+    assert steps.of(pair.by_us) == 2 and float(pair.by_us.state_dict()["state"][1]["step"]) == 5
 
 
 def test_a_weight_that_never_has_a_gradient(steps):
     pair = Pair("adam")
     pair.update(3, skip=[5])
-    assert steps.count(pair.by_us) == 3
+    assert steps.of(pair.by_us) == 3
 
 
 def test_settings_are_read_at_each_update():
@@ -221,7 +230,7 @@ def test_mixed_types_are_left_to_torch(steps):
         pair.by_torch.step()
         pair.move([p.grad for p in pair.ours.parameters()])
         pair.compare()
-    assert steps.count(pair.by_us) == 3
+    assert steps.of(pair.by_us) == 3
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd_momentum"])
@@ -254,7 +263,7 @@ def test_momentum_that_a_schedule_moves(steps):
         pair.update()
         for schedule in schedules:
             schedule.step()
-    assert steps.count(pair.by_us) == 1
+    assert steps.of(pair.by_us) == 1
 
 
 def test_the_first_update_does_not_import_the_compiler():
@@ -270,3 +279,75 @@ print("torch._dynamo" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=100)
     assert done.stdout.split() == ["False", "True"], done.stderr  # what torch does is as it was
+
+
+def test_a_step_that_was_replaced_before_is_called():
+    for when in ("before a schedule", "after it", "the class's"):
+        pair, called = Pair("adam"), []
+        one = pair.by_us
+        own = one.step
+
+        @functools.wraps(own)
+        def step(*given, own=own, called=called):
+            called.append(1)
+            return own()
+
+        if when == "the class's":
+            kind = type(one)
+            kept = kind.step
+            kind.step = lambda self, kept=kept, called=called: (called.append(1), kept(self))[1]
+            try:
+                pair.update(3)
+            finally:
+                kind.step = kept
+            assert len(called) == 6  # both of the pair
+            continue
+        if when == "after it":
+            StepLR(one, step_size=2)
+            own = one.step
+        one.step = step if when == "after it" else types.MethodType(lambda self: step(), one)
+        if when == "before a schedule":
+            StepLR(one, step_size=2)
+            StepLR(pair.by_torch, step_size=2)
+        pair.update(3)
+        assert len(called) == 3, when
+
+
+def test_a_momentum_that_is_none_is_left_to_torch():
+    pair = Pair("sgd_momentum")
+    for one in (pair.by_torch, pair.by_us):
+        for group in one.param_groups:
+            for weight in group["params"]:
+                one.state[weight]["momentum_buffer"] = None
+    pair.move.learn()
+    pair.update(3)
+
+
+def test_a_gradient_that_is_changed_in_place_is_the_users():
+    """By a function or a hook, under torch's eyes or not: by hand and by fit."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            gradient.numpy()[...] *= 2
+            return gradient
+
+    X, Y = torch.randn(64, 3), torch.randn(64, 1)
+
+    def loss(outputs, targets):
+        return Doubled.apply(((outputs - targets) ** 2).mean())
+
+    one, two = model(), model()
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.01)
+    for _ in range(3):
+        for x, y in zip(X.split(16), Y.split(16)):
+            optimizer.zero_grad()
+            loss(one(x), y).backward()
+            optimizer.step()
+    given = {"loss": loss, "epochs": 3, "batch_size": 16, "shuffle": False, "observers": ()}
+    epochal.fit(two, (X, Y), optimizer=lambda p: torch.optim.SGD(p, lr=0.01), **given)
+    assert all(torch.equal(*pair) for pair in zip(one.parameters(), two.parameters()))

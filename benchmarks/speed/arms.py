@@ -173,7 +173,13 @@ def tuned(work: Work, clock: Callable[..., None]) -> None:
 @cache
 def _suggested(work: Work, threads: int) -> Setting:
     plan = epochal.Plan(
-        work.model(), work.train, loss=work.loss, optimizer="adam", batch_size=work.batch_size, epochs=2000, device="cpu"
+        work.model(),
+        work.train,
+        loss=work.loss,
+        optimizer="adam",
+        batch_size=work.batch_size,
+        epochs=2000,
+        device="cpu",
     )
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, set(list(cores)[:threads]))  # else more threads would be tried

@@ -124,6 +124,7 @@ class Sum:
 def _backward(value: Tensor, one: Tensor) -> Callable[[], object]:
     """``value.backward``, to be called at once; of a plain tensor without what torch asks and makes for any other."""
     if type(value) is Tensor and value.dtype is one.dtype and value.get_device() == one.get_device():
+        one = one.clone()  # what is computed of it may be computed in place
         return partial(_run_backward, (value,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
     return value.backward
 

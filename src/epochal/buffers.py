@@ -30,7 +30,7 @@ class Buffers:
     and numpy's, which hardly a model uses, are not.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], device: torch.device):
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device, *, copies_always: bool = False):
         parts = [part for module in modules for part in module.modules()]
         places = [(part, name) for part in parts for name in part._buffers if part._buffers[name] is not None]
         self._norms = [(part._buffers, name) for part, name in places if isinstance(part, _NormBase)]
@@ -38,6 +38,7 @@ class Buffers:
         self._statistics: list[Tensor] = []
         self._kept: dict[int, Kept] = {}
         self._device, self._home = device, seeding.accelerators().get(device.type)
+        self._copies_always = copies_always  # a graph's kernels leave no new version, either
         self._host_state = self._device_state = torch.empty(0)
 
     def keep(self) -> None:
@@ -81,7 +82,9 @@ class Buffers:
 
     def _is_kept(self, number: int, now: Tensor) -> bool:
         kept = self._kept.get(number)
-        return kept is not None and kept.tensor is now and kept.version == _version(now) >= 0
+        return (
+            not self._copies_always and kept is not None and kept.tensor is now and kept.version == _version(now) >= 0
+        )
 
 
 def _version(tensor: Tensor) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,7 +49,8 @@ class Graph:
         self._settings = precision, clip, keeps_outputs
         self._notes: list[str] = []
         self._told = 0  # of the notes
-        self._made: dict[str, int] = {}  # how often a graph was, for each shape of batches
+        self._seen: list[str] = []  # shapes of batches
+        self._made: dict[str, int] = {}  # how often a graph was made for them, in this process
         self.is_off = not compiler.can_trace_backward()
         self._waited = 0  # updates in a row that were done in the usual way
         self._graph: compiler.Graph | None = None
@@ -72,13 +72,18 @@ class Graph:
         return Moved(*self.objective.weighed(Loss(value, weight, outputs, targets), batch, samples), ok, norm)
 
     def _guarded(self, fused: Fused, batch: Any, samples: int, before: Buffers) -> Any:
-        if self.is_off or not self._is_ready(fused):
+        if self.is_off:
+            return None
+        if not self._is_ready(fused):
+            self._see(batch)
             return None
         groups = [
             (kind, kernel.group["params"], kernel.averages, kernel.counts)
             for kind, kernel in zip(fused.kinds, fused.kernels)
         ]
         given = batch, groups, self._next(fused)
+        for weight in fused.weights:
+            weight.grad = None  # that of an update before, which was not this one's kind
         made = compiler.MISSED if self._graph is None else self._graph(*given)
         if made is compiler.MISSED:
             return self._compiled(fused, given, before)
@@ -97,21 +102,29 @@ class Graph:
         return new
 
     def _is_ready(self, fused: Fused) -> bool:
-        """Whether the optimizer's part is known; after one update in the usual way it should be."""
-        is_ready = fused.is_ready and all(kernel.is_traceable for kernel in fused.kernels)
-        self._waited = 0 if is_ready else self._waited + 1
+        """Whether the optimizer's part is known; after an update in the usual way that has moved weights it is."""
+        is_ready = (
+            fused.is_ready
+            and all(kernel.is_traceable for kernel in fused.kernels)
+            and all(weight.requires_grad for weight in fused.weights)
+            and not any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in fused.weights)
+        )
+        has_moved = bool(fused.optimizer.state) or any(
+            group.get("momentum") == 0 for group in fused.optimizer.param_groups
+        )
+        self._waited = 0 if is_ready else self._waited + has_moved
         if self._waited > 1:
             self.is_off = True
-            kind = type(fused.optimizer).__name__
-            self._leave(f"this {kind}, or a weight without gradient, cannot be in a graph; the model alone is compiled")
+            what = f"this {type(fused.optimizer).__name__}, or a weight without gradient or with a hook,"
+            self._leave(f"{what} cannot be in a graph; the model alone is compiled")
         return is_ready
 
     def state_dict(self) -> dict[str, Any]:
-        return {"made": dict(self._made), "is_off": self.is_off, "waited": self._waited}
+        return {"seen": list(self._seen), "is_off": self.is_off, "waited": self._waited}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """A resumed run compiles what the run before it did and nothing else: the bits are not those of eager torch."""
-        self._made, self._waited = dict(state["made"]), state["waited"]
+        self._seen, self._waited = list(state["seen"]), state["waited"]
         self.is_off = self.is_off or state["is_off"]
 
     def _next(self, fused: Fused) -> Tensor:
@@ -128,26 +141,20 @@ class Graph:
         return self._numbers
 
     def _compiled(self, fused: Fused, given: tuple, before: Buffers) -> Any:
-        """The update by a graph that is made for it; None if it is to be done in the usual way."""
-        batch, shapes = given[0], describe_batch(given[0])
-        if shapes not in self._made and len(self._made) >= SHAPES:
-            return self._leave(f"batches have more than {SHAPES} shapes; those that came later are not compiled")
-        if self._made.get(shapes, 0) >= TIMES:
+        """The update by a graph that is made for it; None if it is to be done in the usual way.
+
+        So is the first one of each shape of batches: what is wrong with model or data is told then as it always is.
+        """
+        if self._see(given[0]):
+            return None
+        shapes = describe_batch(given[0])
+        self._made[shapes] = self._made.get(shapes, 0) + 1
+        if self._made[shapes] > TIMES:
             self.is_off = True
             return self._leave("something of the model changes with every update, which would be compiled each time")
-        self._made[shapes] = self._made.get(shapes, 0) + 1
-        try:
-            uses_all = self._rehearse(
-                fused, batch
-            )  # raises what is wrong with model and data as it is raised elsewhere
-        finally:
-            before.put_back()
-        if not uses_all:
-            self.is_off = True
-            return self._leave("a weight has no gradient; the model alone is compiled")
         if self._graph is None:
             function = _update(self.objective, self.model, self.device, fused, *self._settings)
-            self._graph = compiler.Graph(function, self.trust, captures=self._captures)
+            self._graph = compiler.Graph(function, self.trust, [self.model], captures=self._captures)
         try:
             return self._graph.compile(*given)
         except Exception as error:
@@ -155,23 +162,19 @@ class Graph:
             self.is_off = True
             return self._leave(f"the update is not one graph: {compiler.reason(error)}; the model alone is compiled")
 
+    def _see(self, batch: Any) -> bool:
+        """Whether these shapes are new, or come after too many others."""
+        if (shapes := describe_batch(batch)) in self._seen:
+            return False
+        if len(self._seen) >= SHAPES:
+            self._leave(f"batches have more than {SHAPES} shapes; those that came later are not compiled")
+        else:
+            self._seen.append(shapes)
+        return True
+
     def _leave(self, why: str) -> None:
         if (note := f"compile: {why}") not in self._notes:
             self._notes.append(note)
-
-    def _rehearse(self, fused: Fused, batch: Any) -> bool:
-        """The passes of the update, to be taken back; whether every weight has a gradient that nothing listens to."""
-        attributes = [(part, part.__dict__.copy()) for part in self.model.modules()]
-        try:
-            with precisions.autocast(self._precision, self.device):
-                loss = self.objective(self.model, copy.deepcopy(batch))  # a copy, for a model may work in place
-        finally:
-            for part, before in attributes:
-                part.__dict__.clear()
-                part.__dict__.update(before)
-        found = torch.autograd.grad(loss.value, fused.weights, allow_unused=True)
-        listens = any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in fused.weights)
-        return not listens and all(gradient is not None for gradient in found)
 
 
 def _tensors(batch: Any) -> Sequence[Tensor]:

@@ -145,10 +145,11 @@ def _validation(plan: Plan, data: Data, metrics: list) -> Validation:
 
 
 def _is_ours(plan: Plan, data: Data) -> bool:
-    """Whether an evaluation runs no code of the user's but the model."""
+    """Whether updates and evaluations run no code of the user's but the model."""
     names = [plan.metrics] if isinstance(plan.metrics, str) else plan.metrics or ()
     in_memory = data.val is None or (isinstance(data.val, Loader) and data.val.is_in_memory)
-    return in_memory and isinstance(plan.loss, str) and all(isinstance(name, str) for name in names)
+    named = isinstance(plan.loss, str) and all(isinstance(name, str) for name in names)
+    return in_memory and named and (plan.schedule is None or isinstance(plan.schedule, str | schedules.Schedule))
 
 
 def _agreement(plan: Plan, strategy: Strategy, modules: list[nn.Module], device: torch.device) -> Agreement:
@@ -210,7 +211,7 @@ def _of_all(result: StepResult, agreement: Agreement) -> StepResult:
     told = [value.item() * weight for value in (result.loss, *result.values.values())]
     missed, total, *sums = agreement.exchange(float(not result.applied), weight, *told)
     loss, *values = [torch.tensor(one / total if total else math.nan) for one in sums]
-    return result._replace(loss=loss, weight=total, applied=not missed, values=dict(zip(result.values, values)))
+    return replace(result, loss=loss, weight=total, applied=not missed, values=dict(zip(result.values, values)))
 
 
 def _optimizer(plan: Plan, modules: Sequence[nn.Module]) -> Any:

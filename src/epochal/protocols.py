@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ class Loss(NamedTuple):
     targets: Any = None
 
 
-class StepResult(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class StepResult:
     """What one optimizer update hands to the watchers: device tensors, so nothing waits.
 
     loss: scalar, the weighted mean over the window. weight: its weight. seen: the (outputs, targets)
@@ -36,7 +37,7 @@ class StepResult(NamedTuple):
     loss: Tensor
     weight: float | Tensor = 1.0
     seen: Sequence[tuple[Any, Any]] = ()
-    values: Mapping[str, Tensor] = MappingProxyType({})
+    values: Mapping[str, Tensor] = field(default_factory=dict)
     grad_norm: Tensor | None = None
     applied: bool = True
     notes: Sequence[str] = ()

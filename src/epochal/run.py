@@ -111,8 +111,9 @@ class Run:
 
     def alone(self) -> Iterator[Event]:
         """As ``iter(run)``, for who does nothing with the events: what cannot change then is not looked at again."""
-        ours = all(isinstance(observer, Console | Recorder | EarlyStopping) for observer in self.observers)
-        self.trust.is_given = ours and isinstance(self.train, Loader) and self.train.is_in_memory
+        ours = all(type(observer) in (Console, Recorder, EarlyStopping) for observer in self.observers)
+        in_memory = isinstance(self.train, Loader) and self.train.is_in_memory
+        self.trust.is_given = ours and in_memory and self.validation.is_ours
         return iter(self)
 
     def __enter__(self) -> Run:
@@ -261,8 +262,6 @@ class Run:
                 self.ending.agree_on_signal()
                 is_whole = before is None or self.ending.signal is None
             finally:
-                if not validation.is_ours:
-                    self.trust.end()
                 if not is_whole:
                     progress.reopen_epoch(at_epoch_end)
                 if not is_whole and before is not None:

@@ -160,9 +160,9 @@ class Update:
             if self._moves:
                 batch = devices.move(batch, self.device)
             moved = graph(self.fused(state), batch, window.sizes[0], before)
-        except Exception as error:
-            state.is_torn = False
-            relocate(error, state.model, batch, f"step {state.progress.step}, batch {state.progress.windows} of train")
+        except Exception:
+            before.put_back()
+            moved = None  # in the usual way it is told as it always is
         state.is_torn = False
         if moved is None:
             return None
@@ -203,7 +203,9 @@ class Update:
         if not self._kept:
             parts = (part for module in state.modules for part in module.modules())
             self._batch_norm = any(isinstance(part, _BatchNorm) for part in parts)
-            self._kept.extend(Buffers(state.modules, self.device) for _ in range(2 if self._reads_late else 1))
+            always = self.graph is not None
+            count = 2 if self._reads_late else 1
+            self._kept.extend(Buffers(state.modules, self.device, copies_always=always) for _ in range(count))
         if self._reads_late:
             self._kept.rotate()
         before = self._kept[0]
@@ -211,8 +213,6 @@ class Update:
         return before
 
     def _sum(self, state: TrainState, window: Window, agreement: Agreement | None = None) -> Sum:
-        if self._one._version:  # a hook of the user's changed the gradient of a loss in place
-            self._one = torch.ones((), device=self.device)
         divides, keeps = self._divides_by_itself, self.keeps_outputs
         return Sum(window, state.scaler, self._one, divides_by_itself=divides, keeps_outputs=keeps, agreement=agreement)
 

@@ -18,7 +18,7 @@ from epochal.data.shared import SharedLoader
 from epochal.feeding import AnyLoader
 from epochal.metrics.metric import Stream
 from epochal.result import Setting
-from epochal.widening import HALF_TOLERANCE, TOLERANCE, widen
+from epochal.widening import HALF_TOLERANCE, TOLERANCE, Noting, could_be_wider, widen
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,22 @@ class Validation:
         if loader is None:
             return {}
         evaluate = partial(
-            loop.evaluate, setting.objective, stream=self.stream, modules=setting.modules, device=setting.device,
+            loop.evaluate, stream=self.stream, modules=setting.modules, device=setting.device,
             autocast=setting.autocast, shared=shared, in_step=setting.in_step,
         )  # fmt: skip
-        if isinstance(loader, Loader) and loader.wide is None:
-            plain = partial(evaluate, setting.modules[0])  # nothing is compiled for what is done once
-            widen(loader, plain, Buffers(setting.modules, setting.device), tolerance=self._tolerance(setting))
         batches: Iterable[Any] = loader.batches(epoch=0)
         if not (setting.in_step or isinstance(loader, SharedLoader)):  # else all processes take every batch
             batches = _until(is_cut_short, batches)
-        return {f"val_{name}": value for name, value in evaluate(setting.forward, batches).items()}
+        if not (isinstance(loader, Loader) and could_be_wider(loader, setting.modules)):
+            found = evaluate(setting.objective, setting.forward, batches)
+        else:  # the first one, for which nothing is compiled
+            noted, plain = Noting(setting.objective), setting.modules[0]
+            found = evaluate(noted, plain, batches)
+            if not is_cut_short():
+                again, buffers = partial(evaluate, setting.objective, plain), Buffers(setting.modules, setting.device)
+                tolerance = self._tolerance(setting)
+                widen(loader, found, noted, again, setting.modules, buffers, tolerance=tolerance)
+        return {f"val_{name}": value for name, value in found.items()}
 
     @staticmethod
     def _tolerance(setting: Setting) -> float:

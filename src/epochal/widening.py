@@ -3,48 +3,81 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from torch import nn
+
 from epochal.buffers import Buffers
-from epochal.data.batch import pieces
 from epochal.data.loader import Loader
+from epochal.metrics.metric import first_tensor
+from epochal.protocols import Loss
 from epochal.runtime import seeding
 
 BYTES = 2**18  # of inputs and targets in a batch: more is not quicker, as a processor's caches are not larger
-MOST = 4096  # samples: what a model makes of them on its way may be far larger than they are
+MADE = 2**22  # of outputs; what a model makes of a sample may be far larger than the sample
+MOST = 4096  # samples
 TOLERANCE = 1e-5  # between means over the same samples, in fp32
 HALF_TOLERANCE = 2e-3
 
 
+class Noting:
+    """An objective that notes how many bytes the outputs of a sample have, at most; None where they are not given."""
+
+    def __init__(self, objective: Callable[..., Loss]):
+        self.objective, self.bytes = objective, 0.0
+        self.is_known = True
+
+    def __call__(self, forward: Callable, batch: Any) -> Loss:
+        loss = self.objective(forward, batch)
+        outputs = first_tensor(loss.outputs)
+        if outputs is None or not outputs.dim():
+            self.is_known = False
+        else:
+            self.bytes = max(self.bytes, outputs.nbytes / max(1, len(outputs)))
+        return loss
+
+
+def could_be_wider(loader: Loader, modules: Sequence[nn.Module]) -> bool:
+    """Whether it is still to be found out; hooks may count or keep what passes, so models with some are left alone."""
+    hooks = (part._forward_hooks or part._forward_pre_hooks for module in modules for part in module.modules())
+    return loader.wide is None and loader.row_bytes is not None and not any(hooks)
+
+
 def widen(
-    loader: Loader, evaluate: Callable[[Iterable[Any]], dict[str, Any]], buffers: Buffers, *, tolerance: float
-) -> None:
-    """Lets a loader of data in memory give larger batches, if the first one of them is evaluated as its pieces are.
+    loader: Loader, found: dict[str, Any], noted: Noting, evaluate: Callable[[Iterable[Any]], dict[str, Any]],
+    modules: Sequence[nn.Module], buffers: Buffers, *, tolerance: float,
+) -> None:  # fmt: skip
+    """After a validation in the usual batches: larger ones from now on, if all of the data give the same in them.
 
-    evaluate: the loss and the metrics over some batches, by name. buffers: of what is evaluated; nothing remains of it.
+    found, noted: what that validation said. evaluate: the loss and the metrics over some batches, by name.
 
-    A model or a loss in which the samples of a batch meet (batch norm without running statistics, a contrastive loss, a
-    metric that is a mean over batches) says something else then, as does one that draws random numbers: they keep their
-    batches. So does what raises, for a model may want batches of one size.
+    A model or a loss in which the samples of a batch meet (batch norm without running statistics, padding to the
+    longest sample, a contrastive loss, a metric that is a mean over batches) says something else then, as does one that
+    draws random numbers: they keep their batches. So does what raises, for a model may want batches of one size.
+    Buffers, generators and attributes of the modules are as they were afterwards.
     """
     small, row_bytes = loader.batch_size, loader.row_bytes
     loader.wide = small
-    wide = min(MOST, BYTES // row_bytes, loader.samples or 0) if row_bytes else 0
+    if not row_bytes or not noted.is_known:
+        return
+    wide = int(min(MOST, BYTES // row_bytes, MADE // max(1.0, noted.bytes), loader.samples or 0))
     if wide < 2 * small:
         return
-    before = seeding.generator_states()
+    generators = seeding.generator_states()
+    attributes = [(part, part.__dict__.copy()) for module in modules for part in module.modules()]
     buffers.keep()
     try:
         loader.wide = wide
-        first = next(loader.batches(epoch=0))
-        narrow = evaluate(pieces(first, small, loader.target) or [])
-        is_same = _are_close(narrow, evaluate([first]), tolerance)
-    except Exception:  # the validation itself says what is wrong, if anything is
+        is_same = _are_close(found, evaluate(loader.batches(epoch=0)), tolerance)
+    except Exception:
         is_same = False
     finally:
+        for part, before in attributes:
+            part.__dict__.clear()
+            part.__dict__.update(before)
         buffers.put_back()
-        seeding.set_generator_states(before)
+        seeding.set_generator_states(generators)
     if not is_same:
         loader.wide = small
 

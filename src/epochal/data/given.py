@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -39,11 +40,13 @@ _NOT_LATER = "is not torch's own: a resumed run repeats what it draws when an ep
 class _Rows:
     """In the place of what fetches the samples of a batch: all of them by one index operation."""
 
-    def __init__(self, tensors: Sequence[Tensor]):
-        self.tensors = tensors
+    def __init__(self, tensors: Sequence[Tensor], fetcher: Any):
+        self.tensors, self._fetcher = tensors, fetcher
 
     def fetch(self, index: Sequence[int]) -> list[Tensor]:
-        rows = torch.tensor(index)
+        if type(index[0]) is bool or not isinstance(index[0], int | np.integer):
+            return self._fetcher.fetch(index)  # a slice, say: a sampler may give anything that the data set takes
+        rows = torch.tensor(index, dtype=torch.int64)
         # A sampler may give negative indices, which count from the end; samples are stacked into a contiguous batch.
         return [tensor[rows].contiguous() for tensor in self.tensors]
 
@@ -61,7 +64,7 @@ def fetch_at_once(batches: Any, loader: DataLoader) -> None:
     if loader.batch_size is None and type(loader.batch_sampler) is not BatchSampler:
         return  # it may give anything
     if all(type(one) is Tensor and one.layout is torch.strided and not one.requires_grad for one in dataset.tensors):
-        batches._dataset_fetcher = _Rows(dataset.tensors)
+        batches._dataset_fetcher = _Rows(dataset.tensors, batches._dataset_fetcher)
 
 
 class GivenLoader:

@@ -149,13 +149,15 @@ class Loader:
             "own": self._began if reads_forward else own_states(self._dataset),
             "place": self._asked.state_dict() if self._asked is not None else None,
             "is_over": self._asked is not None and self._epoch.is_over,
-            "wide": self.wide,
+            "wide": self.wide and [self.wide, self.batch_size],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what :meth:`state_dict` gave; the next :meth:`batches` goes on from there."""
         set_own_states(self._dataset, state["own"])
-        self._began, self.wide = None, state.get("wide")
+        self._began, self.wide = None, None
+        if state.get("wide") and state["wide"][1] == self.batch_size:
+            self.wide = state["wide"][0]
         if self._asked is not None and state["place"] is not None:
             self._asked.load_state_dict(state["place"])
             self._was_put, self._epoch.is_over = True, state["is_over"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from itertools import accumulate, pairwise, repeat, starmap
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 from torch.optim import optimizer as _torch
 
-_NUMBERS = (float, int)
+_HOME = os.path.dirname(torch.__file__)
 _ADAMS = ("fused", "amsgrad", "maximize", "decoupled_weight_decay", "differentiable")
 _SGDS = ("fused", "nesterov", "maximize", "differentiable")
 _COUNT, _FIRST, _SECOND, _LARGEST, _MOMENTUM = map(
@@ -106,8 +107,7 @@ class Fused:
         """After an update by torch, or with its state loaded: what the next one can do without asking for it again."""
         one, self.kernels = self.optimizer, []
         own = one.__dict__.get("step")
-        is_plain = own is None or hasattr(own, "_wrapped_by_lr_sched")  # a schedule wants to know of the first one
-        if type(one) not in (Adam, AdamW, SGD) or not is_plain:
+        if type(one) not in (Adam, AdamW, SGD) or not (_is_torchs(own) and _is_torchs(type(one).step)):
             return
         if own is not None:
             one._opt_called = True  # as its wrapper notes: else a schedule warns that it moves before the optimizer
@@ -124,6 +124,16 @@ class Fused:
             kernels.append(_Sgd(group, place, states) if isinstance(one, SGD) else _Adam(group, place, states))
         if _are(self._states, [state for kernel in kernels for state in kernel.states]):
             self.kernels = kernels
+
+
+def _is_torchs(method: Any) -> bool:
+    """Whether a method, and all that it wraps, is torch's own code; a schedule wraps ``step`` to count its calls."""
+    while method is not None:
+        code = getattr(getattr(method, "__func__", method), "__code__", None)
+        if code is None or not code.co_filename.startswith(_HOME):
+            return False
+        method = getattr(method, "__wrapped__", None)
+    return True
 
 
 def _are(known: Sequence[Any], now: Collection[Any]) -> bool:
@@ -152,11 +162,11 @@ _FLAGS = ("amsgrad", "maximize", "nesterov", "decoupled_weight_decay")
 
 def _kind(group: dict[str, Any]) -> Kind:
     flags = [group.get(name) is True for name in _FLAGS]
-    return Kind(group["fused"] is True and type(group["lr"]) in _NUMBERS, group.get("momentum") == 0, *flags)
+    return Kind(group["fused"] is True and isinstance(group["lr"], float | int), group.get("momentum") == 0, *flags)
 
 
 def _fits(group: dict[str, Any], kind: Kind) -> bool:
-    return type(group["lr"]) in _NUMBERS and (group.get("momentum") == 0) is kind.keeps_nothing
+    return isinstance(group["lr"], float | int) and (group.get("momentum") == 0) is kind.keeps_nothing
 
 
 def _is_of_one_kind(group: dict[str, Any], states: Sequence[Any]) -> bool:
@@ -164,7 +174,9 @@ def _is_of_one_kind(group: dict[str, Any], states: Sequence[Any]) -> bool:
     weights = group["params"]
     kinds = {(type(p), p.device, p.dtype) for p in weights}
     kind = _kind(group)
+    keeps = ("momentum_buffer",) if "momentum" in group else ("step", "exp_avg", "exp_avg_sq")
     is_whole = len(states) == (0 if kind.keeps_nothing else len(weights))
+    is_whole = is_whole and all(isinstance(state.get(name), Tensor) for state in states for name in keeps)
     return kind.can_be and is_whole and len(kinds) == 1 and not weights[0].is_complex()
 
 
@@ -187,11 +199,18 @@ class _Adam:
         self._counts = list(map(self.counts.select, repeat(0), range(len(states))))
         for state, count in zip(states, self._counts):
             state["step"] = count
-        self.time = int(self.counts[0])
+        self._read_counts()
+
+    def _read_counts(self) -> None:
+        self.time, self._is_even = int(self.counts[0]), bool((self.counts == self.counts[0]).all())
+        self._version = self.counts._version
 
     @property
     def is_traceable(self) -> bool:
-        return _are(self._counts, list(map(_COUNT, self.states)))
+        """Whether all weights have been moved equally often, and the counts are those that are known."""
+        if self.counts._version != self._version:  # somebody has written to them; a graph leaves no trace
+            self._read_counts()
+        return self._is_even and _are(self._counts, list(map(_COUNT, self.states)))
 
     @property
     def averages(self) -> list[list[Tensor]]:
@@ -202,7 +221,9 @@ class _Adam:
     def __call__(self, gradients: list[Tensor], found: Tensor | None) -> None:
         group, counts, self.time = self.group, list(map(_COUNT, self.states)), self.time + 1
         if all(map(is_, counts, self._counts)):
+            is_known = self.counts._version == self._version
             self.counts.add_(1)
+            self._version = self.counts._version if is_known else -1
         else:
             torch._foreach_add_(counts, 1)
         kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_

@@ -10,14 +10,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+SHAPES = 8  # of a model's inputs that are compiled for, each of which takes seconds
 MISSED = object()  # no graph is there for what was given
+_SKIPS_HOOKS = "skip_nnmodule_hook_guards"  # hooks that were added later would not be seen
 _TRACES_BACKWARD = "trace_autograd_ops"  # an option of dynamo's: a backward pass may be part of a graph
 
 
@@ -58,7 +60,9 @@ class Graph:
     What the function does to tensors it was given happens to them; it must not change anything else.
     """
 
-    def __init__(self, function: Callable[..., Any], trust: Trust, *, captures: bool = False):
+    def __init__(
+        self, function: Callable[..., Any], trust: Trust, modules: Sequence[nn.Module], *, captures: bool = False
+    ):
         def traced(*given: Any, **named: Any) -> Any:
             if not torch.compiler.is_compiling():  # no guards held, so the interpreter runs this very line
                 return MISSED
@@ -66,7 +70,8 @@ class Graph:
 
         # torch keeps graphs by the code that they were made of: one of its own, so that they are not taken for others'
         traced.__code__ = traced.__code__.replace()
-        self._traced, self._trust, self._captures = traced, trust, captures
+        self._traced, self._trust, self._captures, self._modules = traced, trust, captures, modules
+        self._attributes: list[dict[str, Any]] = []  # of the modules, before the last call
         self._compiled = torch.compile(traced, fullgraph=True, dynamic=False, backend=self._lowered)
         self._set_hook = _hook()
         self._last: Called | None = None
@@ -77,6 +82,8 @@ class Graph:
         self._last = None
         if self._set_hook is None:
             return MISSED
+        if self._trust.is_given:
+            self._attributes = self._now()
         before = self._set_hook(False)  # graphs that are there are run; nothing is compiled
         try:
             return self._traced(*given, **named)
@@ -90,12 +97,24 @@ class Graph:
             self._age = self._trust.age
         return self._repeats.get(key)
 
+    def _now(self) -> list[dict[str, Any]]:
+        return [part.__dict__.copy() for module in self._modules for part in module.modules()]
+
+    def _has_written(self) -> bool:
+        """Whether the last call has changed an attribute of a module."""
+        now = self._now()
+        same = len(now) == len(self._attributes) and all(
+            one.keys() == other.keys() and all(map(is_, one.values(), other.values()))
+            for one, other in zip(now, self._attributes)
+        )
+        return not same
+
     def keep(self, key: Any, given: Sequence[Tensor], gave: Any) -> None:
         """After a call: keeps it, to be repeated with other tensors in the place of ``given``. gave: what it gave."""
         if not self._trust.is_given:
             return
         made = Repeat.of(self._last, given, gave) if self._last is not None else None
-        if made is None:  # more than kernels ran: attributes may have been written
+        if made is None or self._has_written():  # more than kernels ran
             self._trust.end()
         elif self.repeat(key) is None:
             # What comes seldom (the ragged last batch) is not worth a capture: the first that comes is the usual one.
@@ -109,7 +128,7 @@ class Graph:
 
         self._trust.end()
         with ExitStack() as settings:
-            settings.enter_context(dynamo.patch({_TRACES_BACKWARD: True, "recompile_limit": 64}))
+            settings.enter_context(dynamo.patch({_TRACES_BACKWARD: True, "recompile_limit": 64, _SKIPS_HOOKS: False}))
             settings.enter_context(functorch.patch(enable_autograd_cache=False))  # it hides what is compiled inside
             settings.enter_context(_quiet())  # what cannot be compiled is told in a line
             return self._compiled(*given, **named)
@@ -215,7 +234,8 @@ class Forward:
     """A model's forward pass, compiled into one graph; or else in parts, as torch can; or else the model itself."""
 
     def __init__(self, model: nn.Module, trust: Trust):
-        self._model, self._graph, self._trust = model, Graph(model, trust), trust
+        self._model, self._graph, self._trust = model, Graph(model, trust, [model]), trust
+        self._shapes = 0  # that were compiled for
         self._call: Callable[..., Any] | None = None  # what is called instead of the graph, where there is none
         self._notes: list[str] = []
 
@@ -258,7 +278,13 @@ class Forward:
         if (outputs := self._graph(*given, **named)) is not MISSED:
             if key is not None:
                 self._graph.keep(key, given, outputs)
+            else:
+                self._trust.end()
             return outputs
+        self._trust.end()
+        if self._shapes >= SHAPES:
+            return self._model(*given, **named)
+        self._shapes += 1
         try:
             return self._graph.compile(*given, **named)
         except Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from epochal.events import StepDone
 from epochal.observe.console import Console
 from epochal.protocols import StepResult
 from epochal.runtime import device as devices
-from epochal.speed.trial import Trial, copied, tried, untouched
+from epochal.speed.trial import ENDLESS, Trial, copied, refuse_own_step, tried, untouched
 from epochal.step import Update
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def profile(plan: Plan, *, seconds: float = 1.0, trace: str | Path | None = None
     seconds: for each of the two measurements, of the parts and of the whole. trace: where to write what torch's
     profiler saw of some updates, as JSON for https://ui.perfetto.dev.
 
-    Raises PlanError for a plan with a step of its own, whose parts only it knows.
+    Raises PlanError for a plan with a step of its own, whose parts only it knows. A plan that compiles is looked at
+    as it is without.
 
     >>> import epochal
     >>> X = torch.randn(64, 3)
@@ -84,9 +86,10 @@ def profile(plan: Plan, *, seconds: float = 1.0, trace: str | Path | None = None
     >>> list(found.milliseconds)
     ['data', 'transfer', 'forward', 'backward', 'optimizer', 'epochal', 'watchers']
     """
-    if plan.step is not None:
-        what = "the parts of a step of your own are not known."
-        raise PlanError(what, where="step=", fix="profile it with torch.profiler, or give loss= or objective=")
+    refuse_own_step(plan)
+    if trace is not None and not Path(trace).parent.is_dir():
+        raise PlanError("there is no such folder.", where=f"trace={trace}", fix="name a file in a folder that exists")
+    plan = plan.replace(compile=False)  # the parts of a graph cannot be told apart
     with untouched(plan):
         whole = tried(plan, seconds=seconds)
         parts, saving, growth = _parts(plan, seconds)
@@ -110,8 +113,7 @@ def _bound(parts: dict[str, float], total: float, growth: float | None) -> str |
 
 def _parts(plan: Plan, seconds: float) -> tuple[dict[str, float], tuple[float, float], float | None]:
     times: dict[str, list[float]] = {name: [] for name in PARTS[:5]}
-    endless = {"epochs": None, "max_steps": 10**9, "max_time": None, "val": None, "monitor": None, "compile": False}
-    with copied(plan, **endless, evaluate_every="1000000000 steps").prepare() as run:
+    with copied(plan, **ENDLESS).prepare() as run:
         clock, last = _Clock(run.setting.device), None
         windows, began = _windows(run), time.perf_counter()
         while len(times["data"]) < 12 or time.perf_counter() - began < seconds:
@@ -185,8 +187,11 @@ def _growth(run: Run, window: Window | None, clock: _Clock) -> float | None:
     for _ in range(12):
         for number, one in ((1, batch), (2, twice)):
             clock.start()
-            with step.autocast:
-                step.objective(run.state.model, one).value.backward()
+            try:
+                with step.autocast:
+                    step.objective(run.state.model, one).value.backward()
+            except Exception:  # it wants batches of one size
+                return None
             clock.stop(times[number])
     return statistics.median(times[2][2:]) / statistics.median(times[1][2:])
 
@@ -211,23 +216,26 @@ def _saving(run: Run) -> tuple[float, float]:
         _, tensors = codec.encode(run.state.state_dict())
         copies = [tensor.clone() for tensor in tensors.values()]
         times.append(time.perf_counter() - began)
-    return 1000 * min(times), sum(copy.nbytes for copy in copies) / 2**20
+    return 1000 * min(times), sum(one.nbytes for one in copies) / 2**20
 
 
 def _watchers(plan: Plan, whole: Trial) -> float:
-    """What the plan's own observers take of an update. The console, which is there by default, writes to a terminal at
-    most ten times a second, whatever an update takes."""
-    observers = [one for one in plan.observers or () if not isinstance(one, Console)]
-    if not observers:
-        return 0.0
+    """What copies of the plan's own observers take of an update; 0 for what cannot be copied, or wants to know more.
+
+    The console, which is there by default, writes to a terminal ten times a second at most, whatever an update takes.
+    """
     result, times = StepResult(torch.tensor(whole.loss), whole.samples), []
-    for step in range(1, 13):
-        event = StepDone(step, 1, int(step * whole.samples), result)
-        began = time.perf_counter()
-        for observer in observers:
-            observer(event)
-        times.append(time.perf_counter() - began)
-    return 1000 * statistics.median(times)
+    try:
+        observers = copy.deepcopy([one for one in plan.observers or () if not isinstance(one, Console)])
+        for step in range(1, 13):
+            event = StepDone(step, 1, int(step * whole.samples), result)
+            began = time.perf_counter()
+            for observer in observers:
+                observer(event)
+            times.append(time.perf_counter() - began)
+    except Exception:
+        return 0.0
+    return 1000 * statistics.median(times) if observers else 0.0
 
 
 def _trace(plan: Plan, path: Path, updates: int = 10) -> None:
@@ -236,8 +244,7 @@ def _trace(plan: Plan, path: Path, updates: int = 10) -> None:
     from torch.profiler import profile as profiled
 
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
-    endless = {"epochs": None, "max_steps": 10**9, "max_time": None, "val": None, "monitor": None}
-    with copied(plan, **endless, evaluate_every="1000000000 steps").prepare() as run:
+    with copied(plan, **ENDLESS).prepare() as run:
         events = (event for event in run if isinstance(event, StepDone))
         for _ in range(10):
             next(events)

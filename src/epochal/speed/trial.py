@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from epochal.data.given import GivenLoader
-from epochal.errors import ModelError
+from epochal.data.workers import end_workers
+from epochal.errors import ModelError, PlanError
 from epochal.events import StepDone
 from epochal.feeding import steps_of
+from epochal.protocols import Stateful
 from epochal.runtime import device as devices
 from epochal.runtime.seeding import generator_states, own_states, set_generator_states, set_own_states
 
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from epochal.plan import Plan
     from epochal.run import Run
 
+ENDLESS: dict[str, Any] = {
+    "epochs": 10**6, "max_steps": None, "max_time": None, "evaluate_every": "1000000000 steps",
+}  # fmt: skip
 LOOKED_AT = 20  # updates of which the loss is compared
 COPIED = ("model", "loss", "objective", "optimizer", "schedule", "step", "metrics")  # together, as one may hold another
 
@@ -49,23 +55,56 @@ class Trial:
         return 1000 * self.samples / self.milliseconds
 
 
+class _Held:
+    """A module as it is: an objective may hold it, and not take the copy that it is given."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.state = module, copy.deepcopy(module.state_dict())
+        self.gradients = [(p, p.grad) for p in module.parameters()]
+
+    def put_back(self) -> None:
+        now = self.module.state_dict()
+        if any(not torch.equal(now[name], value) for name, value in self.state.items() if isinstance(value, Tensor)):
+            self.module.load_state_dict(self.state)
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+
+
 @contextmanager
 def untouched(plan: Plan) -> Iterator[None]:
     """Inside, generators, threads and the place of a DataLoader may change; afterwards they are as before."""
     states, threads = generator_states(), torch.get_num_threads()
     given = [data for data in (plan.train, plan.val) if isinstance(data, Dataset)]
     drawn = [own_states(data) for data in given]
+    stateful = [(data, data.state_dict()) for data in given if isinstance(data, Stateful)]
+    held = [_Held(module) for module in (plan.model, plan.loss) if isinstance(module, nn.Module)]
+    persistent = [data for data in (plan.train, plan.val) if getattr(data, "persistent_workers", False)]
+    persistent = [data for data in persistent if data._iterator is None]
     loaders = [GivenLoader(data) for data in (plan.train, plan.val) if isinstance(data, DataLoader)]
     places = [loader.state_dict() for loader in loaders]
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        for data in persistent:  # workers that were started here end here
+            end_workers(data._iterator)
+            data._iterator = None
+        for data, state in stateful:
+            data.load_state_dict(state)
+        for one in held:
+            one.put_back()
         for loader, place in zip(loaders, places):
             loader.load_state_dict(place)
         for data, states_of in zip(given, drawn):
             set_own_states(data, states_of)
         set_generator_states(states)
+
+
+def refuse_own_step(plan: Plan) -> None:
+    """A step of the user's may hold its model and optimizer, and would train them."""
+    if plan.step is not None:
+        what = "a step of your own cannot be tried out on a copy, and its parts are not known."
+        raise PlanError(what, where="step=", fix="measure it with torch.profiler, or give loss= or objective=")
 
 
 def copied(plan: Plan, *, channels_last: bool = False, **changes: Any) -> Plan:
@@ -86,8 +125,7 @@ def tried(plan: Plan, *, seconds: float, warm_up: int = 3, **changes: Any) -> Tr
 
     warm_up: updates that are not counted; what is compiled, is compiled in them.
     """
-    endless = {"epochs": None, "max_steps": 10**9, "max_time": None, "val": None, "monitor": None}
-    given, plan = plan, copied(plan, **endless, evaluate_every="1000000000 steps", **changes)
+    given, plan = plan, copied(plan, **ENDLESS, **changes)
     ends: list[float] = []
     losses, seen = [], 0
     began = time.perf_counter()

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
 
 from epochal.errors import EpochalError
 from epochal.runtime.seeding import generator_states, set_generator_states
-from epochal.speed.trial import Trial, tried, untouched
+from epochal.speed.trial import Trial, refuse_own_step, tried, untouched
 
 if TYPE_CHECKING:
     from epochal.plan import Plan
@@ -144,6 +144,7 @@ def tune_speed(plan: Plan, *, seconds: float = 1.0, tell: Callable[[Row], Any] |
     >>> tune_speed(plan, seconds=0.01).rows[0].setting.name
     'as planned'
     """
+    refuse_own_step(plan)
     rows: list[Row] = []
 
     def measure(setting: Setting) -> Row:
@@ -205,11 +206,11 @@ def _dimensions(plan: Plan) -> Iterator[list[Setting]]:
         yield [Setting(channels_last=True)]
     if not on_host and plan.precision == "fp32":
         yield [Setting(tf32=True)]
-    if plan.precision == "fp32" and plan.step is None:
+    if plan.precision == "fp32":
         yield [Setting({"precision": "bf16"})]
-    if not plan.compile and plan.step is None:
+    if not plan.compile:
         yield [Setting({"compile": True}), *([Setting({"compile": "graph"})] if not on_host else [])]
-    if not isinstance(plan.train, DataLoader | Tensor | tuple | dict | str):
+    if isinstance(plan.train, Dataset) and type(plan.train) is not TensorDataset:
         yield [Setting({"workers": count}) for count in (1, 2, 4) if count <= cores and count != (plan.workers or 0)]
 
 
