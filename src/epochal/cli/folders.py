@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from epochal.errors import RunFolderError
+from epochal.errors import PlanError, RunFolderError
 from epochal.observe.console import aligned, is_terminal, number, painter, terminal_width
 
 RUNS = Path("runs")
@@ -39,6 +39,13 @@ def existing(folder: Path) -> Path:
     near = difflib.get_close_matches(folder.name, beside, n=1)
     fix = f"did you mean {folder.with_name(near[0])}?" if near else "epochal runs ls FOLDER lists those in a folder"
     raise RunFolderError("there is no such run folder.", where=str(folder), fix=fix)
+
+
+def refuse_missing_folder(path: Path, flag: str) -> None:
+    """Before anything is measured for a file that could not be written."""
+    if not path.parent.is_dir():
+        fix = "make the folder first, or name a file in another one"
+        raise PlanError("the folder does not exist.", where=f"{flag} {path}", fix=fix)
 
 
 def held(folder: Path) -> list[str]:

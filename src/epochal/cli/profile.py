@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from epochal.cli.folders import refuse_missing_folder
 from epochal.cli.options import Config, Device, Json, Precision, Recipe, Seconds, Seed
 from epochal.cli.train import Set, blaming, load, planned
 
@@ -45,6 +46,7 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
 
     if (picture := given.get("picture")) is not None:
         plots.kind_of(picture)
+        refuse_missing_folder(picture, "--picture")
     plan = planned(path, make, chosen, given)
     with blaming(path):
         found = profiling.profile(plan, seconds=given.get("seconds") or 1.0, trace=given.get("trace"))

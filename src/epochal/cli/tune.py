@@ -13,6 +13,7 @@ import tomlkit
 from cyclopts import Parameter
 
 from epochal.checkpoint.files import replace_bytes
+from epochal.cli.folders import refuse_missing_folder
 from epochal.cli.options import Config, Device, Json, Precision, Recipe, Seconds, Seed
 from epochal.cli.train import Set, blaming, load, planned
 from epochal.errors import PlanError
@@ -51,6 +52,8 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
     if write is not None and write.suffix != ".toml":
         fix = "name a file that ends in .toml"
         raise PlanError("the suggestion is written as TOML.", where=f"--write {write}", fix=fix)
+    if write is not None:
+        refuse_missing_folder(write, "--write")
     plan = planned(path, make, chosen, given)
 
     def tell(row: Row) -> None:
