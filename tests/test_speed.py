@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import epochal
 from epochal.speed import profiling, tuning
 
+pytestmark = pytest.mark.timeout(300)
+
 torch.manual_seed(0)
 X, Y = torch.randn(200, 4), torch.randn(200, 1)
 
