@@ -92,7 +92,8 @@ class Run:
             if result is not None:
                 self._account_for(result)
                 yield self._tell(StepDone(progress.step, progress.epoch + 1, progress.samples, result))
-                yield from map(self._note, result.notes)
+                if result.notes:
+                    yield from map(self._note, result.notes)
             due = self._evaluation_is_due(at_epoch_end)
             evaluated = self._evaluate(at_epoch_end) if due else None
             if due and evaluated is None:  # a signal came: it is made when the run is resumed

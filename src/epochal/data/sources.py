@@ -27,7 +27,7 @@ class Arrays:
     encoding: Any = None  # how a table became these arrays
 
     def __len__(self) -> int:
-        return len(self.tensors[0])
+        return self.tensors[0].size(0)
 
     @cached_property
     def tensors(self) -> list[Tensor]:

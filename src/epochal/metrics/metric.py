@@ -207,9 +207,13 @@ class Stream:
         self._is_empty = True
         self._device: torch.device | None = None
 
-    @torch.no_grad()
     def update(self, outputs: Any, targets: Any) -> None:
         """Counts one batch: what the model gave and what it should have given, detached, on one device."""
+        if self._metrics:
+            self._count(outputs, targets)
+
+    @torch.no_grad()
+    def _count(self, outputs: Any, targets: Any) -> None:
         tensor = first_tensor((outputs, targets))
         if tensor is not None and tensor.device != self._device:
             self._move(tensor.device)

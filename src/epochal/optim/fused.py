@@ -199,6 +199,7 @@ class _Adam:
         self._counts = list(map(self.counts.select, repeat(0), range(len(states))))
         for state, count in zip(states, self._counts):
             state["step"] = count
+        self._one = torch.ones_like(self.counts[0])  # a number would be made a tensor, at every update
         self._read_counts()
 
     def _read_counts(self) -> None:
@@ -222,7 +223,7 @@ class _Adam:
         group, counts, self.time = self.group, list(map(_COUNT, self.states)), self.time + 1
         if all(map(is_, counts, self._counts)):
             is_known = self.counts._version == self._version
-            self.counts.add_(1)
+            self.counts.add_(self._one)
             self._version = self.counts._version if is_known else -1
         else:
             torch._foreach_add_(counts, 1)
