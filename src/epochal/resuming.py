@@ -14,6 +14,7 @@ from epochal.cadence import amount
 from epochal.checkpoint.store import Checkpoints, Found
 from epochal.checkpoint.weights import IMPORTED, load_into, load_weights
 from epochal.data.fingerprint import fingerprint
+from epochal.data.loader import Loader
 from epochal.describe import config
 from epochal.errors import CheckpointError, RunFolderError
 from epochal.events import StopReason
@@ -32,6 +33,7 @@ UNTOLD = {"run", "resume", "save"}  # options that say nothing of the training
 LENGTHS = ("epochs", "max_steps", "max_time")
 # What may change without a bit of an update changing.
 HARMLESS = {*LENGTHS, "patience", "early_stopping", "epochal", "git_commit", "cores", "workers"}
+INEXACT = "no longer exact, as these have changed"
 KEPT = {"lr", "weight_decay", "seed"}  # as the settings of an optimizer, they are in the state
 
 
@@ -97,7 +99,10 @@ def resume(run: Run, folder: Path, checkpoints: Checkpoints) -> Iterator[str]:
         seeding.diverge(checkpoints.group.rank, seeding.derive(state.seed, state.progress.step))
     run.keep_as_saved()
     yield f"resumed from {found.path.name}, after {counted(run.state.progress.step, 'step')}."
-    yield from _changes(recorded, run.about)
+    changes = _changes(recorded, run.about)
+    yield from (f"{meaning}: {', '.join(lines)}." for meaning, lines in sorted(changes.items()))
+    if INEXACT in changes and isinstance(run.validation.loader, Loader):
+        run.validation.loader.wide = None  # in larger batches other metrics, say, may be something else
     if "val" in run.about["plan"] and recorded["data"].get("val") != run.about["data"]["val"]:
         yield "rows of val may have been trained on: val is another part of train, unless only their values changed."
     if (schedule := run.state.schedule) is not None and schedule.length != (old := found.state["schedule"]["length"]):
@@ -179,8 +184,8 @@ def _misfit(found: Found, why: str) -> CheckpointError:
     return CheckpointError("the checkpoint does not fit the plan.", where=f"{found.path}; {why}", fix=fix)
 
 
-def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """A short list of what differs; what it means stands before each part of it."""
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[str]]:
+    """A short list of what differs, by what it means."""
     changed = {
         name: f"{name} {_text(before.get(name))} {'instead of' if _stays(name) else '→'} {_text(after.get(name))}"
         for section in ("plan", "settings", "data", "environment")
@@ -191,14 +196,14 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     told = defaultdict(list)
     for name, line in changed.items():
         told[_meaning(name)].append(line)
-    yield from (f"{meaning}: {', '.join(lines)}." for meaning, lines in sorted(told.items()))
+    return told
 
 
 def _meaning(name: str) -> str:
     """What it means that an entry has changed."""
     if name.partition(" ")[0] in HARMLESS:
         return "changed since"
-    return "the checkpoint's own goes on" if _stays(name) else "no longer exact, as these have changed"
+    return "the checkpoint's own goes on" if _stays(name) else INEXACT
 
 
 def _stays(name: str) -> bool:

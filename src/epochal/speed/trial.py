@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -83,7 +84,10 @@ def untouched(plan: Plan) -> Iterator[None]:
     loaders = [GivenLoader(data) for data in (plan.train, plan.val) if isinstance(data, DataLoader)]
     places = [loader.state_dict() for loader in loaders]
     try:
-        yield
+        with warnings.catch_warnings():
+            # A schedule marks the step of its optimizer, and a copy of the optimizer does not have the mark.
+            warnings.filterwarnings("ignore", message=r"Seems like `optimizer\.step\(\)` has been overridden")
+            yield
     finally:
         torch.set_num_threads(threads)
         for data in persistent:  # workers that were started here end here

@@ -163,9 +163,16 @@ def tune_speed(plan: Plan, *, seconds: float = 1.0, tell: Callable[[Row], Any] |
         for candidates in _dimensions(plan):
             found = [measure(best.setting.also(candidate)) for candidate in candidates]
             fastest = min(found, key=_cost, default=best)
-            if _cost(fastest) < WORTH * _cost(best):
+            if _is_worth_it(fastest, best):
                 best = fastest
     return Tuning(rows, best)
+
+
+def _is_worth_it(row: Row, best: Row) -> bool:
+    """Of the whole run and of an update: in a short run the start alone may differ by chance."""
+    if row.trial is None or best.trial is None or _cost(row) >= WORTH * _cost(best):
+        return False
+    return row.trial.milliseconds < WORTH * best.trial.milliseconds
 
 
 def _cost(row: Row) -> float:
