@@ -85,7 +85,8 @@ def by_hand(kind, rows, **options):
     model.eval()
     with torch.no_grad():
         total = sum(
-            nn.functional.mse_loss(model(x), y).item() * len(x) for x, y in zip(X[:40].split(SMALL), Y[:40].split(SMALL))
+            nn.functional.mse_loss(model(x), y).item() * len(x)
+            for x, y in zip(X[:40].split(SMALL), Y[:40].split(SMALL))
         )
     return total / 40
 

@@ -3,13 +3,14 @@
     python -m benchmarks.speed.growth [--rounds 7]
 
 The seed's network on 10^3 to 10^6 rows of 10 numbers, batches of 32, one epoch or 2,000 updates, in turns; and a run of
-10^5 updates over 10^3 rows, its first thousand (after a hundred) against its last. What is printed are ratios to the
-smallest one, the medians over the rounds.
+10^5 updates over 10^3 rows, its first thousand (after a hundred) against its last, and how often Python's garbage
+collector ran meanwhile. What is printed are ratios to the smallest one, the medians over the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from itertools import pairwise
@@ -51,9 +52,14 @@ def main() -> None:
     for rows, times in found.items():
         ratio = statistics.median(one / first for one, first in zip(times, found[sizes[0]]))
         print(f"{rows:>10,} rows  {statistics.median(times):8.1f} µs an update  {ratio:6.3f}")
+    collected: list[int] = []
+    gc.callbacks.append(lambda phase, told: collected.append(told["generation"]) if phase == "stop" else None)
     parts = microseconds(10**3, 100_100, parts=100)
     for name, part in (("first", parts[0]), ("middle", parts[50]), ("last", parts[-1])):
         print(f"{name:>10} 1,000 of 100,000 updates  {part:8.1f} µs  {part / parts[0]:6.3f}")
+    print(
+        f"{len(collected)} garbage collections, {sum(map(bool, collected))} of them of more than the youngest objects"
+    )
 
 
 if __name__ == "__main__":
