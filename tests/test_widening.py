@@ -1,5 +1,7 @@
 """Validation in larger batches than training: only where a row of the history says the same."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -14,16 +16,17 @@ X, Y = torch.randn(90, 4), torch.randn(90, 1)
 SMALL = 8
 
 
-class Model(nn.Module):
-    """Notes the sizes of the batches that it is given in eval mode, outside of itself."""
+SIZES = []  # of the batches in eval mode, noted where no model keeps them
 
-    def __init__(self, sizes):
+
+class Model(nn.Module):
+    def __init__(self):
         super().__init__()
-        self.layer, self._sizes = nn.Linear(4, 1), sizes
+        self.layer = nn.Linear(4, 1)
 
     def forward(self, inputs):
         if not self.training:
-            self._sizes.append(len(inputs))
+            SIZES.append(len(inputs))
         return self.layer(inputs)
 
 
@@ -49,30 +52,58 @@ class Fixed(Model):
 
 
 class Counting(Model):
-    """Keeps a number and a buffer of what has passed, and looks at neither."""
+    """Trains with what it has counted, in evaluations too."""
 
-    def __init__(self, sizes):
-        super().__init__(sizes)
+    def __init__(self):
+        super().__init__()
         self.calls = 0
-        self.register_buffer("passed", torch.zeros(()))
 
     def forward(self, inputs):
         self.calls += 1
-        self.passed += len(inputs)
-        return super().forward(inputs)
+        return super().forward(inputs) * (1 + self.calls / 100)
+
+
+class CountingInside(Model):
+    def __init__(self):
+        super().__init__()
+        self.kept = {"of": [types.SimpleNamespace(calls=0)]}
+
+    def forward(self, inputs):
+        self.kept["of"][0].calls += 1
+        return super().forward(inputs) * (1 + self.kept["of"][0].calls / 100)
+
+
+class CountingInABuffer(Model):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, inputs):
+        self.calls += 1
+        return super().forward(inputs) * (1 + self.calls / 100)
+
+
+class DrawingItself(Model):
+    def __init__(self):
+        super().__init__()
+        self.drawn = torch.Generator().manual_seed(1)
+
+    def forward(self, inputs):
+        return super().forward(inputs) + 0.1 * torch.rand(1, generator=self.drawn)
 
 
 def trained(kind, *, epochs=3, before=lambda model: None, **options):
     """The sizes of the batches of each validation, and the model and the rows."""
     torch.manual_seed(0)
-    sizes, validations = [], []
+    SIZES.clear()
+    validations = []
 
     def watch(event):
         if isinstance(event, Evaluated):
-            validations.append(sizes.copy())
-            sizes.clear()
+            validations.append(SIZES.copy())
+            SIZES.clear()
 
-    model = kind(sizes)
+    model = kind()
     before(model)
     options = {"loss": "mse", "val": (X[:40], Y[:40]), "batch_size": SMALL, "restore_best": False, **options}
     result = epochal.fit(model, (X, Y), epochs=epochs, observers=[watch], device="cpu", **options)
@@ -137,6 +168,24 @@ def test_an_objective_in_which_samples_meet_keeps_its_batches():
     assert trained(Model, loss=None, objective=contrastive)[0][1:] == [[8] * 5, [8] * 5]
 
 
+def hits(outputs, targets):
+    """Nothing is hit in any batch at first, however large it is."""
+    found = outputs > 0.9
+    return (found & (targets > 0)).sum() / found.sum().clamp(min=1)
+
+
+def test_a_metric_of_the_users_is_computed_over_the_usual_batches():
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X[:40], Y[:40]), batch_size=SMALL)
+    options = {"metrics": [hits], "optimizer": "sgd", "lr": 0.5}
+    rows, others = (trained(Model, **options, **given)[2] for given in ({}, {"val": loader}))
+    assert [row["val_hits"] for row in rows] == [row["val_hits"] for row in others]
+
+
+@pytest.mark.parametrize("loss", ["huber", nn.HuberLoss(), nn.functional.smooth_l1_loss])
+def test_a_known_loss_may_be_given_in_any_way(loss):
+    assert trained(Model, loss=loss)[0][1:] == [[40], [40]]
+
+
 def largest(outputs, targets):
     return (outputs - targets).abs().max()
 
@@ -146,10 +195,17 @@ def test_a_metric_that_is_a_mean_over_batches_keeps_its_batches():
     assert trained(Model, metrics=["mae"])[0][1:] == [[40], [40]]
 
 
+@pytest.mark.parametrize("kind", [Counting, CountingInside, CountingInABuffer, DrawingItself])
+def test_a_model_that_keeps_something_of_its_calls_has_the_bits_of_the_plain_loop(kind):
+    """A DataLoader's batches are taken as they are."""
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X[:40], Y[:40]), batch_size=SMALL)
+    _, model, rows = trained(kind)
+    _, other, others = trained(kind, val=loader)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), other.parameters()))
+    assert [row["val_loss"] for row in rows] == [row["val_loss"] for row in others]
+
+
 def test_finding_it_out_leaves_no_trace():
-    _, model, _ = trained(Counting, epochs=1)
-    assert model.calls == 12 + 5  # of training and of the first validation
-    assert model.passed == 90 + 40
     states = []
     for before in (lambda model: None, lambda model: model.register_forward_hook(lambda *given: None)):  # left alone
         trained(Drawing, epochs=1, before=before)
@@ -188,28 +244,31 @@ def test_a_resumed_run_goes_on_in_larger_batches_with_the_same_bits(tmp_path):
 def test_with_another_metric_it_is_found_out_anew(tmp_path):
     trained(Model, epochs=2, run=tmp_path / "run")
     validations, _, _ = trained(Model, epochs=4, run=tmp_path / "run", resume=True, metrics=[largest])
-    assert validations == [[8] * 5 + [40], [8] * 5]
+    assert validations == [[8] * 5, [8] * 5]
+    validations, _, _ = trained(Model, epochs=6, run=tmp_path / "run", resume=True, metrics=["mae"])
+    assert validations == [[8] * 5 + [40], [40]]
 
 
 def test_a_signal_within_the_first_validation_leaves_it_to_the_next(tmp_path):
     """What was measured then does not count, and says nothing of larger batches."""
+    SIZES.clear()
     with epochal.Plan(
-        Model(sizes := []), (X, Y), val=(X[:40], Y[:40]), loss="mse", batch_size=SMALL, epochs=1, observers=()
+        Model(), (X, Y), val=(X[:40], Y[:40]), loss="mse", batch_size=SMALL, epochs=1, observers=()
     ).prepare() as run:
         for event in run:
             if isinstance(event, StepDone):
-                found = run.validation.measured(run.setting, shared=False, is_cut_short=lambda: len(sizes) >= 2)
+                found = run.validation.measured(run.setting, shared=False, is_cut_short=lambda: len(SIZES) >= 2)
                 assert run.validation.loader.wide is None and "val_loss" in found
                 break
-    assert sizes == [8, 8]
+    assert SIZES == [8, 8]
 
 
 def test_evaluating_by_itself_is_in_the_usual_batches():
     """``loop.evaluate`` over batches that are given takes them as they are."""
-    sizes = []
-    model, objective = Model(sizes), lambda model, batch: Loss(nn.functional.mse_loss(model(batch[0]), batch[1]), 8)
+    SIZES.clear()
+    model, objective = Model(), lambda model, batch: Loss(nn.functional.mse_loss(model(batch[0]), batch[1]), 8)
     batches = list(zip(X[:16].split(8), Y[:16].split(8)))
     evaluate(
         objective, model, batches, Stream([]), modules=[model], device=torch.device("cpu"), autocast=torch.no_grad()
     )
-    assert sizes == [8, 8]
+    assert SIZES == [8, 8]

@@ -18,9 +18,6 @@ from epochal.protocols import Loss
 from epochal.runtime import compiler
 from epochal.runtime import precision as precisions
 
-SHAPES = 8  # of batches that get graphs of their own: compiling takes seconds
-TIMES = 4  # that a graph is made for the same shapes: beyond, something of the model changes with every update
-
 
 class Moved(NamedTuple):
     """What an update leaves. ok: above 0 where loss and gradients are finite; else no weight has moved."""
@@ -50,7 +47,7 @@ class Graph:
         self._notes: list[str] = []
         self._told = 0  # of the notes
         self._seen: list[str] = []  # shapes of batches
-        self._made: dict[str, int] = {}  # how often a graph was made for them, in this process
+        self._tally = compiler.Tally()
         self.is_off = not compiler.can_trace_backward()
         self._waited = 0  # updates in a row that were done in the usual way
         self._graph: compiler.Graph | None = None
@@ -88,13 +85,21 @@ class Graph:
         if made is compiler.MISSED:
             return self._compiled(fused, given, before)
         if self._graph is not None:
-            self._graph.keep(samples, _tensors(batch), made)
+            self._tally.has_fitted = True
+            kept = [tensor for _, _, averages, _ in groups for average in averages for tensor in average]
+            counts = [count for _, _, _, count in groups if count is not None]
+            self._graph.keep(samples, _tensors(batch), made, lasting=[*fused.weights, *kept, *counts, self._numbers])
         return made
 
     def advance(self) -> None:
         """The update counts: the next one is a later one."""
         for kernel in self._fused.kernels:
             kernel.time += 1
+
+    def give_up(self, error: Exception) -> None:
+        """What was done by a graph failed, and is done in the usual way from here on."""
+        self.is_off = True
+        self._leave(f"the graph of the update failed: {compiler.reason(error)}; the model alone is compiled")
 
     def take_notes(self) -> list[str]:
         """What there is to say since the last time."""
@@ -120,11 +125,12 @@ class Graph:
         return is_ready
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": list(self._seen), "is_off": self.is_off, "waited": self._waited}
+        made = self._tally.state_dict()
+        return {"seen": list(self._seen), "is_off": self.is_off, "waited": self._waited, "made": made}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """A resumed run compiles what the run before it did and nothing else: the bits are not those of eager torch."""
         self._seen, self._waited = list(state["seen"]), state["waited"]
+        self._tally.load_state_dict(state["made"])
         self.is_off = self.is_off or state["is_off"]
 
     def _next(self, fused: Fused) -> Tensor:
@@ -147,14 +153,14 @@ class Graph:
         """
         if self._see(given[0]):
             return None
-        shapes = describe_batch(given[0])
-        self._made[shapes] = self._made.get(shapes, 0) + 1
-        if self._made[shapes] > TIMES:
+        if not self._tally.allows(describe_batch(given[0])):
             self.is_off = True
             return self._leave("something of the model changes with every update, which would be compiled each time")
         if self._graph is None:
             function = _update(self.objective, self.model, self.device, fused, *self._settings)
-            self._graph = compiler.Graph(function, self.trust, [self.model], captures=self._captures)
+            loss = getattr(self.objective, "loss", None)
+            modules = [self.model, *([loss] if isinstance(loss, nn.Module) else [])]
+            self._graph = compiler.Graph(function, self.trust, modules, captures=self._captures)
         try:
             return self._graph.compile(*given)
         except Exception as error:
@@ -166,8 +172,8 @@ class Graph:
         """Whether these shapes are new, or come after too many others."""
         if (shapes := describe_batch(batch)) in self._seen:
             return False
-        if len(self._seen) >= SHAPES:
-            self._leave(f"batches have more than {SHAPES} shapes; those that came later are not compiled")
+        if len(self._seen) >= compiler.SHAPES:
+            self._leave(f"batches have more than {compiler.SHAPES} shapes; those that came later are not compiled")
         else:
             self._seen.append(shapes)
         return True
@@ -196,7 +202,9 @@ def _update(
             loss = objective.bare(model, batch)
         gradients = torch.autograd.grad(loss.value, [weight for _, weights, _, _ in groups for weight in weights])
         with torch.no_grad():
-            largest = torch.stack([one.abs().amax().float() for one in (loss.value, *gradients)])
+            looked_at = [one for one in (loss.value, *gradients) if one.numel()]
+            kind = torch.float64 if any(one.dtype is torch.float64 for one in looked_at) else torch.float32
+            largest = torch.stack([one.abs().amax().to(kind) for one in looked_at])
             ok = (largest < torch.inf).all()  # nor is a NaN
             if isinstance(loss.weight, Tensor):
                 ok = ok & (loss.weight != 0)

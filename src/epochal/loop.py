@@ -55,8 +55,24 @@ def evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        for part, training in modes:
-            part.training = training
+        set_modes(modes)
+
+
+def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Puts modules into the mode they were in, each by itself; one that does more than note it is asked."""
+    modes = list(modes)
+    for part, training in modes:
+        if part.training is not training and switches_itself(part):
+            part.train(training)
+    for part, training in modes:  # it has told its own parts, too
+        part.training = training
+
+
+def switches_itself(module: nn.Module) -> bool:
+    """Whether it has a ``train`` or ``eval`` of its own, which may change more than a flag (and merge weights, say)."""
+    kind, own = type(module), vars(module)
+    is_plain = kind.train is nn.Module.train and kind.eval is nn.Module.eval
+    return not is_plain or "train" in own or "eval" in own
 
 
 def evaluate(

@@ -148,7 +148,8 @@ def _is_ours(plan: Plan, data: Data) -> bool:
     """Whether updates and evaluations run no code of the user's but the model."""
     names = [plan.metrics] if isinstance(plan.metrics, str) else plan.metrics or ()
     in_memory = data.val is None or (isinstance(data.val, Loader) and data.val.is_in_memory)
-    named = isinstance(plan.loss, str) and all(isinstance(name, str) for name in names)
+    known = isinstance(plan.loss, str) or losses.kind(plan.loss) is not None
+    named = known and all(isinstance(name, str) for name in names)
     return in_memory and named and (plan.schedule is None or isinstance(plan.schedule, str | schedules.Schedule))
 
 

@@ -114,7 +114,10 @@ class Run:
         """As ``iter(run)``, for who does nothing with the events: what cannot change then is not looked at again."""
         ours = all(type(observer) in (Console, Recorder, EarlyStopping) for observer in self.observers)
         in_memory = isinstance(self.train, Loader) and self.train.is_in_memory
-        self.trust.is_given = ours and in_memory and self.validation.is_ours
+        parts = [part for module in self.state.modules for part in module.modules()]
+        self.trust.is_given = (
+            ours and in_memory and self.validation.is_ours and not any(map(loop.switches_itself, parts))
+        )
         return iter(self)
 
     def __enter__(self) -> Run:
@@ -194,8 +197,7 @@ class Run:
     def _windows(self, progress: Progress) -> Iterator[Window]:
         """The windows of the epoch in hand that are still to come; what an observer left in eval mode trains again."""
         if not all(module.training for module in self.state.modules):
-            for part, training in self._train_modes:
-                part.training = training
+            loop.set_modes(self._train_modes)
         batches = self.train.batches(progress.epoch, progress.windows * self.accumulate)
         return windows(batches, self.accumulate, self.setting.target)
 
@@ -355,6 +357,7 @@ class Run:
     def _end(self, reason: StopReason, message: str, error: BaseException | None = None) -> Ended:
         """Puts the best weights and the modules' modes back, and tells. error: what ended the run."""
         progress, restored, is_whole = self.state.progress, False, False
+        self.trust.withdraw()  # what is done with the model afterwards is not epochal's doing
         where, fix = (error.where, error.fix) if isinstance(error, EpochalError) else (None, None)
         is_torn = self.state.is_torn or isinstance(error, KeyboardInterrupt)  # an update may be half done
         try:
@@ -366,8 +369,7 @@ class Run:
             if self.ending.agreement is not None:
                 is_whole = self.ending.agreement.dissolve(is_whole, has_failed=error is not None)
         finally:  # a model that was changed meanwhile may not take them
-            for part, training in self._modes:
-                part.training = training
+            loop.set_modes(self._modes)
             self.ended = Ended(
                 reason, message or reason.message, self.best.best, restored, progress.epoch, progress.step,
                 self.ending.seconds(), not is_whole, where, fix,

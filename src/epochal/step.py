@@ -84,6 +84,8 @@ class Update:
     ):
         self.objective, self.forward, self.device = objective, forward, device
         self.graph = graph
+        parts = ("graph", graph), ("forward", forward)
+        self._compiled = [(name, part) for name, part in parts if isinstance(part, Graph | Forward)]
         self.agreement, self._engine = agreement, None if agreement is None else agreement.engine
         self._clip = None if clip is None else Clip(clip, self._engine)
         self._call = objective if self._engine is None else partial(self._engine.call, objective)
@@ -160,8 +162,9 @@ class Update:
             if self._moves:
                 batch = devices.move(batch, self.device)
             moved = graph(self.fused(state), batch, window.sizes[0], before)
-        except Exception:
+        except Exception as error:
             before.put_back()
+            graph.give_up(error)
             moved = None  # in the usual way it is told as it always is
         state.is_torn = False
         if moved is None:
@@ -192,12 +195,13 @@ class Update:
                 raise self._diagnosis(state, doubtful)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"micro_batch": self.micro_batch, **({"graph": self.graph.state_dict()} if self.graph else {})}
+        return {"micro_batch": self.micro_batch} | {name: part.state_dict() for name, part in self._compiled}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.micro_batch = state["micro_batch"]
-        if self.graph is not None and "graph" in state:
-            self.graph.load_state_dict(state["graph"])
+        for name, part in self._compiled:
+            if name in state:
+                part.load_state_dict(state[name])
 
     def _keep(self, state: TrainState) -> Buffers:
         if not self._kept:

@@ -18,6 +18,7 @@ from epochal.data.shared import SharedLoader
 from epochal.feeding import AnyLoader
 from epochal.metrics.metric import Stream
 from epochal.result import Setting
+from epochal.runtime.attributes import Attributes
 from epochal.widening import HALF_TOLERANCE, TOLERANCE, Noting, could_be_wider, widen
 
 
@@ -54,12 +55,14 @@ class Validation:
         batches: Iterable[Any] = loader.batches(epoch=0)
         if not (setting.in_step or isinstance(loader, SharedLoader)):  # else all processes take every batch
             batches = _until(is_cut_short, batches)
-        if not (isinstance(loader, Loader) and could_be_wider(loader, setting.modules)):
+        if not (isinstance(loader, Loader) and self.is_ours and could_be_wider(loader, setting.modules)):
             found = evaluate(setting.objective, setting.forward, batches)
         else:  # the first one, for which nothing is compiled
-            noted, plain = Noting(setting.objective), setting.modules[0]
+            noted, plain, before = Noting(setting.objective), setting.modules[0], kept(setting.modules)
             found = evaluate(noted, plain, batches)
-            if not is_cut_short():
+            if kept(setting.modules) != before:
+                loader.wide = loader.batch_size  # the model counts its calls, say: it is called as often as by hand
+            elif not is_cut_short():
                 again, buffers = partial(evaluate, setting.objective, plain), Buffers(setting.modules, setting.device)
                 tolerance = self._tolerance(setting)
                 widen(loader, found, noted, again, setting.modules, buffers, tolerance=tolerance)
@@ -69,6 +72,9 @@ class Validation:
     def _tolerance(setting: Setting) -> float:
         is_plain = isinstance(setting.autocast, nullcontext) and setting.dtype not in (torch.bfloat16, torch.float16)
         return TOLERANCE if is_plain else HALF_TOLERANCE
+
+
+kept = partial(Attributes, versions=True)
 
 
 def _until(is_cut_short: Callable[[], bool], batches: Iterable[Any]) -> Iterator[Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from epochal.buffers import Buffers
 from epochal.data.loader import Loader
@@ -39,9 +40,13 @@ class Noting:
 
 
 def could_be_wider(loader: Loader, modules: Sequence[nn.Module]) -> bool:
-    """Whether it is still to be found out; hooks may count or keep what passes, so models with some are left alone."""
-    hooks = (part._forward_hooks or part._forward_pre_hooks for module in modules for part in module.modules())
-    return loader.wide is None and loader.row_bytes is not None and not any(hooks)
+    """Whether it is still to be found out. Hooks may count or keep what passes, and a batch norm without running
+    statistics takes those of the batch: models with some are left alone.
+    """
+    parts = [part for module in modules for part in module.modules()]
+    hooks = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    norms = any(isinstance(part, _BatchNorm) and part.running_mean is None for part in parts)
+    return loader.wide is None and loader.row_bytes is not None and not (hooks or norms)
 
 
 def widen(
@@ -52,9 +57,9 @@ def widen(
 
     found, noted: what that validation said. evaluate: the loss and the metrics over some batches, by name.
 
-    A model or a loss in which the samples of a batch meet (batch norm without running statistics, padding to the
-    longest sample, a contrastive loss, a metric that is a mean over batches) says something else then, as does one that
-    draws random numbers: they keep their batches. So does what raises, for a model may want batches of one size.
+    Loss and metrics are known to be means over samples. A model in which the samples of a batch meet (padding to the
+    longest sample, say) says something else then, as does one that draws random numbers: it keeps its batches. So does
+    what raises, for a model may want batches of one size.
     Buffers, generators and attributes of the modules are as they were afterwards.
     """
     small, row_bytes = loader.batch_size, loader.row_bytes

@@ -44,7 +44,8 @@ class _Rows:
         self.tensors, self._fetcher = tensors, fetcher
 
     def fetch(self, index: Sequence[int]) -> list[Tensor]:
-        if type(index[0]) is bool or not isinstance(index[0], int | np.integer):
+        kinds = set(map(type, index))
+        if bool in kinds or not all(issubclass(kind, int | np.integer) for kind in kinds):
             return self._fetcher.fetch(index)  # a slice, say: a sampler may give anything that the data set takes
         rows = torch.tensor(index, dtype=torch.int64)
         # A sampler may give negative indices, which count from the end; samples are stacked into a contiguous batch.

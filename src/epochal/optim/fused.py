@@ -84,6 +84,7 @@ class Fused:
             and _are(self._states, states.values())
             and [group[name] for group in groups for name in self._settings] == self._as_set
             and all(map(_fits, groups, self.kinds))
+            and all(kernel.is_whole for kernel in self.kernels)
         )
 
     def _begin(self) -> bool:
@@ -193,6 +194,8 @@ def _step(optimizer: Any, found: Tensor | None) -> None:
 class _Adam:
     """Adam and AdamW over one group; its settings are read at each update, for a schedule moves them."""
 
+    is_whole = True
+
     def __init__(self, group: dict[str, Any], place: slice, states: list[dict[str, Any]]):
         self.group, self.place, self.states = group, place, states
         self.counts = torch.stack([state["step"] for state in states])  # else torch adds to one after the other
@@ -274,6 +277,11 @@ class _Sgd:
 
     def __init__(self, group: dict[str, Any], place: slice, states: list[dict[str, Any]]):
         self.group, self.place, self.states = group, place, states
+
+    @property
+    def is_whole(self) -> bool:
+        """For torch a momentum of None is one that begins with the next gradient."""
+        return all(state["momentum_buffer"] is not None for state in self.states)
 
     @property
     def averages(self) -> list[list[Tensor]]:

@@ -8,16 +8,19 @@ it goes to the kernels at once. Where the installed torch has other insides, its
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-SHAPES = 8  # of a model's inputs that are compiled for, each of which takes seconds
+from epochal.runtime.attributes import Attributes
+
+SHAPES = 8  # of what is given that graphs are made for: each takes seconds
+TIMES = 4  # that one is made for the same shapes: beyond, something of the model changes with every update
 MISSED = object()  # no graph is there for what was given
 _SKIPS_HOOKS = "skip_nnmodule_hook_guards"  # hooks that were added later would not be seen
 _TRACES_BACKWARD = "trace_autograd_ops"  # an option of dynamo's: a backward pass may be part of a graph
@@ -34,8 +37,8 @@ class Trust:
     """Whether nothing but epochal's own code and what it has compiled runs: then no guard can have come to fail.
 
     Guards are what torch looks at before each call of a graph: everything of the model and of the program around it
-    that decided what was compiled. is_given: by a run that nobody watches. ``end`` is called where somebody else's code
-    ran.
+    that decided what was compiled. is_given: by a run that nobody watches, until it ends. ``end`` is called where
+    somebody else's code ran.
     """
 
     def __init__(self) -> None:
@@ -43,6 +46,43 @@ class Trust:
 
     def end(self) -> None:
         self.age += 1
+
+    def withdraw(self) -> None:
+        self.is_given = False
+        self.end()
+
+
+class Tally:
+    """How often graphs were made for which shapes, over all goes of a run: a resumed one makes again what the run
+    before it had made, and nothing else, for its bits are not those of eager torch.
+    """
+
+    def __init__(self) -> None:
+        self._times: dict[str, int] = {}
+        self._lost: set[str] = set()  # with the process before this one
+        self._again: set[str] = set()  # that were made again
+        self.has_fitted = False  # a graph, since the last one was made
+
+    def allows(self, shapes: str) -> bool:
+        """Whether one more may be made; it counts."""
+        is_again, has_fitted, self.has_fitted = shapes in self._lost, self.has_fitted, False
+        if is_again:
+            self._lost.discard(shapes)
+            self._again.add(shapes)
+            return True
+        if shapes not in self._times and len(self._times) >= SHAPES:
+            return False
+        # If what was made again has not fitted once, neither would the one that was lost: it had counted then.
+        uncounted = shapes in self._again and not has_fitted
+        self._again.discard(shapes)
+        self._times[shapes] = self._times.get(shapes, 0) + 1 + uncounted
+        return self._times[shapes] <= TIMES
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self._times)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self._times, self._lost = dict(state), set(state)
 
 
 class Called(NamedTuple):
@@ -71,24 +111,25 @@ class Graph:
         # torch keeps graphs by the code that they were made of: one of its own, so that they are not taken for others'
         traced.__code__ = traced.__code__.replace()
         self._traced, self._trust, self._captures, self._modules = traced, trust, captures, modules
-        self._attributes: list[dict[str, Any]] = []  # of the modules, before the last call
-        self._compiled = torch.compile(traced, fullgraph=True, dynamic=False, backend=self._lowered)
+        self._before: Attributes | None = None  # the last call
+        self._compiled = torch.compile(traced, fullgraph=True, dynamic=False, backend=_lowered)
         self._set_hook = _hook()
-        self._last: Called | None = None
+        self._calls: list[Called] = []  # the last one; the graphs know it, and not this object, which holds them
         self._repeats: dict[Any, Repeat | Captured] = {}
         self._age = 0  # of the trust in which they may be repeated
 
     def __call__(self, *given: Any, **named: Any) -> Any:
-        self._last = None
+        self._calls.clear()
         if self._set_hook is None:
             return MISSED
-        if self._trust.is_given:
-            self._attributes = self._now()
+        self._before = Attributes(self._modules) if self._trust.is_given else None
         before = self._set_hook(False)  # graphs that are there are run; nothing is compiled
         try:
             return self._traced(*given, **named)
         finally:
             self._set_hook(before)
+            if not self._trust.is_given:  # nobody will ask for it, and it holds a batch
+                self._calls.clear()
 
     def repeat(self, key: Any) -> Repeat | Captured | None:
         """The call that was kept by this key, if nothing can have changed since."""
@@ -97,24 +138,20 @@ class Graph:
             self._age = self._trust.age
         return self._repeats.get(key)
 
-    def _now(self) -> list[dict[str, Any]]:
-        return [part.__dict__.copy() for module in self._modules for part in module.modules()]
-
-    def _has_written(self) -> bool:
-        """Whether the last call has changed an attribute of a module."""
-        now = self._now()
-        same = len(now) == len(self._attributes) and all(
-            one.keys() == other.keys() and all(map(is_, one.values(), other.values()))
-            for one, other in zip(now, self._attributes)
-        )
-        return not same
-
-    def keep(self, key: Any, given: Sequence[Tensor], gave: Any) -> None:
-        """After a call: keeps it, to be repeated with other tensors in the place of ``given``. gave: what it gave."""
+    def keep(self, key: Any, given: Sequence[Tensor], gave: Any, lasting: Sequence[Tensor] = ()) -> None:
+        """After a call: keeps it, to be repeated with other tensors in the place of ``given``. gave: what it gave.
+        lasting: what it is given each time, beside what the modules have.
+        """
         if not self._trust.is_given:
             return
-        made = Repeat.of(self._last, given, gave) if self._last is not None else None
-        if made is None or self._has_written():  # more than kernels ran
+        made, before, now = None, self._before, Attributes(self._modules)
+        if len(self._calls) == 1 and before == now:  # else more than kernels ran
+            known = {id(one) for one in (*given, *lasting, *now.objects)}
+            if all(id(one) in known for one in self._calls[0].taken):  # else something else changes what it computes
+                made = Repeat.of(self._calls[0], given, gave)
+        self._calls.clear()
+        self._before = None
+        if made is None:
             self._trust.end()
         elif self.repeat(key) is None:
             # What comes seldom (the ragged last batch) is not worth a capture: the first that comes is the usual one.
@@ -131,33 +168,44 @@ class Graph:
             settings.enter_context(dynamo.patch({_TRACES_BACKWARD: True, "recompile_limit": 64, _SKIPS_HOOKS: False}))
             settings.enter_context(functorch.patch(enable_autograd_cache=False))  # it hides what is compiled inside
             settings.enter_context(_quiet())  # what cannot be compiled is told in a line
-            return self._compiled(*given, **named)
+            settings.callback(_CALLS.pop)
+            _CALLS.append(self._calls)
+            gave = self._compiled(*given, **named)
+            self._calls.clear()
+            return gave
 
-    def _lowered(self, graph: Any, examples: Any) -> Callable[..., Any]:
-        """The backend: torch's inductor; and of what it gives the kernels alone, where nothing is done around them."""
-        from torch._guards import TracingContext
-        from torch._inductor import compile_fx, config
 
-        inner: list[Any] = []
+# Where the graphs that are being made tell of their calls. torch keeps a backend for ever: none may know a model.
+_CALLS: list[list[Called]] = []
 
-        def compiled(module: Any, inputs: Any, **options: Any) -> Any:
-            made = compile_fx.compile_fx_inner(module, inputs, **options)
-            is_bare = options.get("is_inference") is True and _has_nothing_around(TracingContext.get().fw_metadata)
-            inner.append((made, len(inputs), is_bare))
-            return made
 
-        with config.patch(cpp_wrapper=all(one.device.type == "cpu" for one in examples if isinstance(one, Tensor))):
-            whole: Any = compile_fx.compile_fx(graph, examples, inner_compile=compiled)
-        made, count, is_bare = inner[0] if len(inner) == 1 else (None, 0, False)
-        kernels = getattr(made, "current_callable", None)
-        if kernels is None or not is_bare or count != len(examples):
-            return whole
+def _lowered(graph: Any, examples: Any) -> Callable[..., Any]:
+    """The backend: torch's inductor; and of what it gives the kernels alone, where nothing is done around them."""
+    from torch._guards import TracingContext
+    from torch._inductor import compile_fx, config
 
-        def call(*given: Any) -> Any:
-            self._last = Called(kernels, given, _without_gradients(kernels, list(given)))
-            return self._last.made
+    inner: list[Any] = []
+    calls = _CALLS[-1]
 
-        return call
+    def compiled(module: Any, inputs: Any, **options: Any) -> Any:
+        made = compile_fx.compile_fx_inner(module, inputs, **options)
+        is_bare = options.get("is_inference") is True and _has_nothing_around(TracingContext.get().fw_metadata)
+        inner.append((made, len(inputs), is_bare))
+        return made
+
+    with config.patch(cpp_wrapper=all(one.device.type == "cpu" for one in examples if isinstance(one, Tensor))):
+        whole: Any = compile_fx.compile_fx(graph, examples, inner_compile=compiled)
+    made, count, is_bare = inner[0] if len(inner) == 1 else (None, 0, False)
+    kernels = getattr(made, "current_callable", None)
+    if kernels is None or not is_bare or count != len(examples):
+        return whole
+
+    def call(*given: Any) -> Any:
+        gave = _without_gradients(kernels, list(given))
+        calls.append(Called(kernels, given, gave))
+        return gave
+
+    return call
 
 
 class Repeat:
@@ -235,7 +283,7 @@ class Forward:
 
     def __init__(self, model: nn.Module, trust: Trust):
         self._model, self._graph, self._trust = model, Graph(model, trust, [model]), trust
-        self._shapes = 0  # that were compiled for
+        self._tally = Tally()
         self._call: Callable[..., Any] | None = None  # what is called instead of the graph, where there is none
         self._notes: list[str] = []
 
@@ -265,6 +313,12 @@ class Forward:
         self._notes.append(f"compile: the model is not compiled: {reason(error)}")
         return True
 
+    def state_dict(self) -> dict[str, Any]:
+        return self._tally.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._tally.load_state_dict(state)
+
     def take_notes(self) -> list[str]:
         """What there is to say since the last time."""
         notes, self._notes = self._notes, []
@@ -272,19 +326,19 @@ class Forward:
 
     def _by_graph(self, given: tuple, named: dict[str, Any]) -> Any:
         is_plain = not named and not torch.is_grad_enabled() and all(type(one) is Tensor for one in given)
-        key = tuple((one.shape, one.dtype) for one in given) if is_plain and self._trust.is_given else None
+        key = tuple(map(_layout, given)) if is_plain and self._trust.is_given else None
         if key is not None and (repeat := self._graph.repeat(key)) is not None:
             return repeat(given)
         if (outputs := self._graph(*given, **named)) is not MISSED:
+            self._tally.has_fitted = True
             if key is not None:
                 self._graph.keep(key, given, outputs)
             else:
                 self._trust.end()
             return outputs
         self._trust.end()
-        if self._shapes >= SHAPES:
+        if not self._tally.allows(str(tree_map(_shape, (given, named)))):
             return self._model(*given, **named)
-        self._shapes += 1
         try:
             return self._graph.compile(*given, **named)
         except Exception:
@@ -292,9 +346,17 @@ class Forward:
             return self(*given, **named)
 
 
+def _layout(one: Tensor) -> tuple[Any, ...]:
+    return one.shape, one.stride(), one.dtype, one.device
+
+
+def _shape(one: Any) -> str:
+    return f"{one.dtype} {tuple(one.shape)}" if isinstance(one, Tensor) else type(one).__name__
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._inductor")]
+    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._inductor", "torch._subclasses")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
