@@ -43,6 +43,8 @@ def existing(folder: Path) -> Path:
 
 def refuse_missing_folder(path: Path, flag: str) -> None:
     """Before anything is measured for a file that could not be written."""
+    if path.is_dir():
+        raise PlanError("this is a folder.", where=f"{flag} {path}", fix="name a file")
     if not path.parent.is_dir():
         fix = "make the folder first, or name a file in another one"
         raise PlanError("the folder does not exist.", where=f"{flag} {path}", fix=fix)

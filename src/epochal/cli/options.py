@@ -57,6 +57,7 @@ Json = Annotated[bool, Parameter(help="Print JSON.")]
 
 def read_file(app: Any, commands: tuple[str, ...], arguments: Any) -> None:
     """A source of arguments for cyclopts: the file that ``--config`` names."""
+    from cyclopts import Token
     from cyclopts.config import Dict
 
     named = arguments.get("--config", None)
@@ -67,6 +68,10 @@ def read_file(app: Any, commands: tuple[str, ...], arguments: Any) -> None:
     if sections := [name for name, value in flags.items() if isinstance(value, dict)]:
         what = f"the configuration has a section [{sections[0]}], but holds the flags of one command."
         raise PlanError(what, where=str(path), fix="write the flags at the top, without a section: epochs = 20")
+    changes = arguments.get("--set", None)
+    if changes is not None and changes.tokens and isinstance(flags.get("set"), list):  # those given later count
+        every = [*map(str, flags.pop("set")), *(token.value for token in changes.tokens)]
+        changes.tokens[:] = [Token(keyword="--set", value=change, index=at) for at, change in enumerate(every)]
     Dict(flags, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
 
 

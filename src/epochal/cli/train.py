@@ -158,12 +158,15 @@ def planned(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], giv
     changed |= dict(_change(change) for change in given["changes"])
     drawn = given.get("drawn")
     seed = changed.get("seed", chosen.get("seed", drawn))
-    if given.get("threads") is not None:
-        set_threads(given["threads"])
+    threads = given.get("threads")
+    if threads is not None:
+        set_threads(threads)
     with blaming(path):
         if isinstance(seed, int):
             seed_everything(seed)  # before plan() makes the weights
         plan = make(**chosen)
+    if threads is not None:
+        set_threads(threads)  # what is given counts, and not what the recipe has set
     if not isinstance(plan, epochal.Plan):
         what = f"plan() gave a {type(plan).__name__}, not an epochal.Plan."
         raise RecipeError(what, where=str(path), fix="end it with: return epochal.Plan(...)")

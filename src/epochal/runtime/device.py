@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +52,11 @@ def describe(device: torch.device) -> str:
 
 
 def set_threads(count: int) -> None:
-    """How many threads torch's operations use on the host."""
+    """How many threads torch's operations use on the host. Raises PlanError for far more than it has cores."""
+    most = 4 * (os.cpu_count() or 1)
+    if count > most:
+        what = f"this machine has {os.cpu_count()} cores, and far fewer than {count}."
+        raise PlanError(what, where=f"threads={count}", fix=f"give {most} at most; as many as there are cores is usual")
     torch.set_num_threads(count)
 
 

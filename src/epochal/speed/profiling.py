@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,16 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from epochal.checkpoint import codec
+from epochal.checkpoint.files import replace_bytes
 from epochal.data.batch import size
 from epochal.errors import PlanError
 from epochal.events import StepDone
 from epochal.observe.console import Console
 from epochal.protocols import StepResult
 from epochal.runtime import device as devices
-from epochal.speed.trial import ENDLESS, Trial, copied, refuse_own_step, tried, untouched
+from epochal.speed.trial import ENDLESS, Trial, check, copied, heed, tried, untouched
 from epochal.step import Update
 
 if TYPE_CHECKING:
@@ -28,26 +31,18 @@ if TYPE_CHECKING:
     from epochal.plan import Plan
     from epochal.run import Run
 
-PARTS = ("data", "transfer", "forward", "backward", "optimizer", "epochal", "watchers")
+PARTS = ("data", "transfer", "forward", "backward", "optimizer", "rest", "watchers")
 DATA_BOUND = 0.3  # of an update: above, the data are what is waited for
 LAUNCH_BOUND = 1.4  # times as long for twice the samples: below, time goes into calls and not into arithmetic
-
-ADVICE = {
-    "data": "the update waits for data: give workers= (or a DataLoader with num_workers), keep what is decoded, or "
-    "give arrays, which are read by one index operation",
-    "launches": "twice the samples take hardly longer, so the time goes into calling operations: try compile=True, or "
-    "a larger batch_size with the learning rate that belongs to it",
-    "arithmetic": 'the time goes into arithmetic: try precision="bf16", channels last for images, threads; epochal '
-    "tune-speed measures them",
-}
 
 
 @dataclass(frozen=True)
 class Profile:
-    """milliseconds: of each of PARTS in an update, the medians. whole: of an update of ``fit``. samples: of an update.
-    saving: milliseconds that the training waits for a checkpoint, and its megabytes. growth: how many times as long
-    forward and backward take for twice the samples, None where a batch cannot be doubled. bound: ``data``,
-    ``launches`` or ``arithmetic``, None where it is not known.
+    """milliseconds: of each of PARTS in an update, the medians; ``rest`` is what an update of ``fit`` takes above the
+    others (metrics, the look for what is not finite, sums), and the noise between two measurements. whole: of an update
+    of ``fit``. samples: of an update. saving: milliseconds that the training waits for a checkpoint, and its megabytes.
+    growth: how many times as long forward and backward take for twice the samples, None where a batch cannot be
+    doubled. bound: ``data``, ``launches`` or ``arithmetic``, None where it is not known. advice: what to try first.
     """
 
     milliseconds: dict[str, float]
@@ -56,26 +51,35 @@ class Profile:
     saving: tuple[float, float]
     growth: float | None
     bound: str | None
+    advice: str = ""
+
+    @property
+    def shown(self) -> dict[str, float]:
+        """The parts, without the watchers where nobody asked for them."""
+        return {name: took for name, took in self.milliseconds.items() if took or name != "watchers"}
 
     def __str__(self) -> str:
-        widest = max(self.milliseconds.values()) or 1.0
+        widest, total = max(self.milliseconds.values()) or 1.0, sum(self.milliseconds.values()) or 1.0
         lines = [f"{'an update':12}{self.whole:10.3f} ms  {1000 * self.samples / self.whole:,.0f} samples/s"]
-        for name, took in self.milliseconds.items():
+        for name, took in self.shown.items():
             bar = "█" * round(30 * took / widest)
-            lines.append(f"{name:12}{took:10.3f} ms {100 * took / self.whole:5.1f} %  {bar}".rstrip())
-        lines.append(f"{'a saving':12}{self.saving[0]:10.3f} ms  {self.saving[1]:.1f} MB, besides what a thread writes")
+            lines.append(f"{name:12}{took:10.3f} ms {100 * took / total:5.1f} %  {bar}".rstrip())
+        lines.append(
+            f"{'a saving':12}{self.saving[0]:10.3f} ms  {self.saving[1]:.1f} MB; a thread writes them meanwhile"
+        )
         if self.growth is not None:
-            lines.append(f"twice the samples take {self.growth:.2f} times as long, forward and backward")
+            lines.append(f"forward and backward over a batch of twice the samples take {self.growth:.2f} times as long")
         if self.bound is not None:
-            lines.append(f"bound by {self.bound}: {ADVICE[self.bound]}")
+            lines.append(f"bound by {self.bound}: {self.advice}")
         return "\n".join(lines)
 
 
-def profile(plan: Plan, *, seconds: float = 1.0, trace: str | Path | None = None) -> Profile:
+def profile(plan: Plan, *, seconds: float = 1.0, trace: str | Path | None = None, observers: bool = False) -> Profile:
     """Measures where the time of an update of ``plan`` goes, on a copy: nothing of the plan is changed.
 
     seconds: for each of the two measurements, of the parts and of the whole. trace: where to write what torch's
-    profiler saw of some updates, as JSON for https://ui.perfetto.dev.
+    profiler saw of some updates, as JSON for https://ui.perfetto.dev. observers: whether copies of the plan's own
+    observers are called with updates that never were, to find out what they take; they may write files.
 
     Raises PlanError for a plan with a step of its own, whose parts only it knows. A plan that compiles is looked at
     as it is without.
@@ -84,23 +88,32 @@ def profile(plan: Plan, *, seconds: float = 1.0, trace: str | Path | None = None
     >>> X = torch.randn(64, 3)
     >>> found = profile(epochal.Plan(torch.nn.Linear(3, 1), (X, X[:, :1]), loss="mse", epochs=1), seconds=0.01)
     >>> list(found.milliseconds)
-    ['data', 'transfer', 'forward', 'backward', 'optimizer', 'epochal', 'watchers']
+    ['data', 'transfer', 'forward', 'backward', 'optimizer', 'rest', 'watchers']
     """
-    refuse_own_step(plan)
-    if trace is not None and not Path(trace).parent.is_dir():
-        raise PlanError("there is no such folder.", where=f"trace={trace}", fix="name a file in a folder that exists")
-    plan = plan.replace(compile=False)  # the parts of a graph cannot be told apart
-    with untouched(plan):
-        whole = tried(plan, seconds=seconds)
-        parts, saving, growth = _parts(plan, seconds)
-        parts["epochal"] = max(0.0, whole.milliseconds - sum(parts.values()))
-        parts["watchers"] = _watchers(plan, whole)
+    check(plan, seconds)
+    if trace is not None:
+        refuse_trace(Path(trace))
+    eager = plan.replace(compile=False)  # the parts of a graph cannot be told apart
+    with untouched(eager):
+        whole = tried(eager, seconds=seconds)
+        parts, saving, growth = _parts(eager, seconds)
+        parts["rest"] = max(0.0, whole.milliseconds - sum(parts.values()))
+        parts["watchers"] = _watchers(eager, whole) if observers else 0.0
         if trace is not None:
-            _trace(plan, Path(trace))
+            _trace(eager, Path(trace))
     total = whole.milliseconds + parts["watchers"]
-    return Profile(
-        {name: parts[name] for name in PARTS}, total, whole.samples, saving, growth, _bound(parts, total, growth)
-    )
+    bound = _bound(parts, max(total, sum(parts.values())), growth)
+    advice = "" if bound is None else _advice(bound, plan)
+    return Profile({name: parts[name] for name in PARTS}, total, whole.samples, saving, growth, bound, advice)
+
+
+def refuse_trace(path: Path) -> None:
+    """Before anything is measured for a file that could not be written, or is something else."""
+    fix = "name a file that ends in .json, in a folder that exists"
+    if path.suffix != ".json" or path.is_dir():
+        raise PlanError("a trace is a JSON file.", where=f"trace={path}", fix=fix)
+    if not path.parent.is_dir():
+        raise PlanError("there is no such folder.", where=f"trace={path}", fix=fix)
 
 
 def _bound(parts: dict[str, float], total: float, growth: float | None) -> str | None:
@@ -109,6 +122,24 @@ def _bound(parts: dict[str, float], total: float, growth: float | None) -> str |
     if growth is None:
         return None
     return "launches" if growth < LAUNCH_BOUND else "arithmetic"
+
+
+def _advice(bound: str, plan: Plan) -> str:
+    """What to try first, of what is not so already."""
+    larger = "a larger batch_size with the learning rate that belongs to it"
+    if bound == "data" and not isinstance(plan.train, Dataset | DataLoader):
+        return f"the data are in memory, and are read by an index operation for each batch: try {larger}"
+    if bound == "data":
+        ways = "give workers= (or a DataLoader with num_workers), keep what is decoded, or give arrays, which are read"
+        return f"the update waits for data: {ways} by one index operation"
+    if bound == "launches":
+        told = "twice the samples take hardly longer, so the time goes into calling operations"
+        if plan.compile:
+            return f"{told}; compile=True, as planned, saves these, and was left out here. Beyond that: {larger}"
+        return f"{told}: try compile=True, or {larger}"
+    tries = ['precision="bf16"'] if plan.precision == "fp32" else []
+    tries += ["channels last"] if any(isinstance(part, nn.Conv2d) for part in plan.model.modules()) else []
+    return f"the time goes into arithmetic: try {', '.join([*tries, 'threads'])}; epochal tune-speed measures them"
 
 
 def _parts(plan: Plan, seconds: float) -> tuple[dict[str, float], tuple[float, float], float | None]:
@@ -121,6 +152,7 @@ def _parts(plan: Plan, seconds: float) -> tuple[dict[str, float], tuple[float, f
             last = next(windows)
             clock.stop(times["data"])
             _update(run, last, clock, times)
+            heed(run)
         growth = _growth(run, last, clock)
         saving = _saving(run)
     return {name: 1000 * statistics.median(took[2:]) for name, took in times.items()}, saving, growth
@@ -251,5 +283,9 @@ def _trace(plan: Plan, path: Path, updates: int = 10) -> None:
         with profiled(activities=kinds) as seen:
             for _ in range(updates):
                 next(events)
+                heed(run)
         events.close()
-    seen.export_chrome_trace(str(path))
+    with tempfile.TemporaryDirectory() as folder:  # torch writes it in place, and does not say if it cannot
+        written = Path(folder, "trace.json")
+        seen.export_chrome_trace(str(written))
+        replace_bytes(path, written.read_bytes())

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
-from epochal.data.given import GivenLoader
+from epochal import loop
 from epochal.data.workers import end_workers
 from epochal.errors import ModelError, PlanError
-from epochal.events import StepDone
+from epochal.events import Noted, StepDone
 from epochal.feeding import steps_of
 from epochal.protocols import Stateful
 from epochal.runtime import device as devices
@@ -41,7 +43,7 @@ class Trial:
     """What some updates took. milliseconds: of an update, the median. samples: of an update. start: seconds that the
     first updates took longer than later ones, as when something is compiled for them. megabytes: of memory at its peak,
     above what there was before. loss: the training's, over the first LOOKED_AT updates. planned: updates of the whole
-    plan, None where that is not known.
+    plan, None where that is not known. notes: what was said meanwhile.
     """
 
     milliseconds: float
@@ -50,6 +52,7 @@ class Trial:
     megabytes: float
     loss: float
     planned: int | None
+    notes: tuple[str, ...] = ()
 
     @property
     def samples_a_second(self) -> float:
@@ -60,52 +63,68 @@ class _Held:
     """A module as it is: an objective may hold it, and not take the copy that it is given."""
 
     def __init__(self, module: nn.Module):
-        self.module, self.state = module, copy.deepcopy(module.state_dict())
-        self.gradients = [(p, p.grad) for p in module.parameters()]
+        known = [one for one in (*module.parameters(), *module.buffers()) if not is_lazy(one)]
+        self._tensors = [(one, one.detach().clone()) for one in known if not one.is_meta]
+        held = [(p, p.requires_grad, p.grad) for p in module.parameters()]
+        self._parameters = [(*one, one[-1] if one[-1] is None else one[-1].detach().clone()) for one in held]
+        self._modes = [(part, part.training) for part in module.modules()]
+        self._drawn = [(part, own_states(part)) for part in module.modules()]
 
+    @torch.no_grad()
     def put_back(self) -> None:
-        now = self.module.state_dict()
-        if any(not torch.equal(now[name], value) for name, value in self.state.items() if isinstance(value, Tensor)):
-            self.module.load_state_dict(self.state)
-        for parameter, gradient in self.gradients:
+        for tensor, values in self._tensors:
+            if not torch.equal(tensor, values):
+                tensor.copy_(values)
+        for parameter, is_trained, gradient, values in self._parameters:
+            if parameter.requires_grad is not is_trained:
+                parameter.requires_grad_(is_trained)
             parameter.grad = gradient
+            if gradient is not None and values is not None and not torch.equal(gradient, values):
+                gradient.copy_(values)
+        loop.set_modes(self._modes)
+        for part, states in self._drawn:
+            set_own_states(part, states)
 
 
 @contextmanager
 def untouched(plan: Plan) -> Iterator[None]:
-    """Inside, generators, threads and the place of a DataLoader may change; afterwards they are as before."""
-    states, threads = generator_states(), torch.get_num_threads()
-    given = [data for data in (plan.train, plan.val) if isinstance(data, Dataset)]
-    drawn = [own_states(data) for data in given]
-    stateful = [(data, data.state_dict()) for data in given if isinstance(data, Stateful)]
-    held = [_Held(module) for module in (plan.model, plan.loss) if isinstance(module, nn.Module)]
-    persistent = [data for data in (plan.train, plan.val) if getattr(data, "persistent_workers", False)]
-    persistent = [data for data in persistent if data._iterator is None]
-    loaders = [GivenLoader(data) for data in (plan.train, plan.val) if isinstance(data, DataLoader)]
-    places = [loader.state_dict() for loader in loaders]
-    try:
+    """Inside, generators, threads and the place in the data may change; afterwards they are as before.
+
+    What a data set or a loader counts in attributes of its own, and cannot be asked for, is that of after these reads.
+    """
+    given = list({id(data): data for data in (plan.train, plan.val) if isinstance(data, Dataset | DataLoader)}.values())
+    parts = [part for data in given for part in (getattr(data, "dataset", None), data) if isinstance(part, Stateful)]
+    with ExitStack() as after:  # from the last to the first, and all of them
+        after.callback(set_generator_states, generator_states())
+        after.callback(torch.set_num_threads, torch.get_num_threads())
+        for data in given:
+            after.callback(set_own_states, data, own_states(data))
+        for part in parts:
+            after.callback(part.load_state_dict, copy.deepcopy(part.state_dict()))
+        for module in (plan.model, plan.loss):
+            if isinstance(module, nn.Module):
+                after.callback(_Held(module).put_back)
+        for data in given:
+            if (
+                isinstance(data, DataLoader) and data.persistent_workers and data._iterator is None
+            ):  # those that are started here
+                after.callback(_end_workers_of, data)
         with warnings.catch_warnings():
             # A schedule marks the step of its optimizer, and a copy of the optimizer does not have the mark.
             warnings.filterwarnings("ignore", message=r"Seems like `optimizer\.step\(\)` has been overridden")
             yield
-    finally:
-        torch.set_num_threads(threads)
-        for data in persistent:  # workers that were started here end here
-            end_workers(data._iterator)
-            data._iterator = None
-        for data, state in stateful:
-            data.load_state_dict(state)
-        for one in held:
-            one.put_back()
-        for loader, place in zip(loaders, places):
-            loader.load_state_dict(place)
-        for data, states_of in zip(given, drawn):
-            set_own_states(data, states_of)
-        set_generator_states(states)
 
 
-def refuse_own_step(plan: Plan) -> None:
-    """A step of the user's may hold its model and optimizer, and would train them."""
+def _end_workers_of(loader: Any) -> None:
+    batches, loader._iterator = loader._iterator, None
+    end_workers(batches)
+
+
+def check(plan: Plan, seconds: float) -> None:
+    """Refuses a time that never ends, and a step of the user's: it may hold its model and optimizer, and train them."""
+    if not 0 <= seconds < math.inf:
+        fix = "give the seconds of training for each measurement, 1.0 for example"
+        raise PlanError("the time to measure must be a number of seconds.", where=f"seconds={seconds}", fix=fix)
     if plan.step is not None:
         what = "a step of your own cannot be tried out on a copy, and its parts are not known."
         raise PlanError(what, where="step=", fix="measure it with torch.profiler, or give loss= or objective=")
@@ -131,10 +150,13 @@ def tried(plan: Plan, *, seconds: float, warm_up: int = 3, **changes: Any) -> Tr
     """
     given, plan = plan, copied(plan, **ENDLESS, **changes)
     ends: list[float] = []
-    losses, seen = [], 0
+    losses, notes, seen = [], [], 0
     began = time.perf_counter()
     with _peak(plan) as peak, plan.prepare() as run:
-        for event in run:
+        for event in run.alone():
+            heed(run)
+            if isinstance(event, Noted):
+                notes.append(event.message)
             if not isinstance(event, StepDone):
                 continue
             _wait_for(run)
@@ -144,12 +166,19 @@ def tried(plan: Plan, *, seconds: float, warm_up: int = 3, **changes: Any) -> Tr
                 losses.append(event.result.loss.item())
             if len(ends) >= max(LOOKED_AT, warm_up + 10) and ends[-1] - ends[warm_up - 1] >= seconds:
                 break
+        heed(run)
     times = [later - earlier for earlier, later in zip(ends[warm_up - 1 :], ends[warm_up:])]
     middle = sorted(times)[len(times) // 2]
     start = max(0.0, ends[warm_up - 1] - began - warm_up * middle)
     planned = steps_of(run.train, plan.accumulate, given.epochs, given.max_steps)
     loss = sum(losses) / len(losses)
-    return Trial(1000 * middle, seen / len(ends), start, peak[0] / 2**20, loss, planned)
+    return Trial(1000 * middle, seen / len(ends), start, peak[0] / 2**20, loss, planned, tuple(notes))
+
+
+def heed(run: Run) -> None:
+    """Ends what is measured if a signal came, which ends the run and not by itself what it is run for."""
+    if run.signals.received is not None:
+        raise KeyboardInterrupt
 
 
 def _wait_for(run: Run) -> None:
