@@ -83,7 +83,7 @@ def digits() -> Work:
     images, labels = torch.tensor(found.images[:, None] / 16, dtype=torch.float32), torch.tensor(found.target)
     train, val = _held_back(images, labels)
     what = "handwritten digits, 1,797 of 8×8, a CNN"
-    return Work("digits", what, _seeded(lambda: network(32)), train, val, "cross_entropy", epochs=3)
+    return Work("digits", what, _seeded(lambda: network(32)), train, val, "cross_entropy", epochs=6)
 
 
 def mnist() -> Work:
@@ -94,7 +94,7 @@ def mnist() -> Work:
     images = torch.tensor(pixels.reshape(-1, 1, 28, 28) / 255, dtype=torch.float32)
     train, val = _held_back(images, torch.tensor(labels))
     what = "5,000 digits of MNIST, 28×28, a CNN"
-    return Work("mnist", what, _seeded(lambda: network(16)), train, val, "cross_entropy", batch_size=64, epochs=3)
+    return Work("mnist", what, _seeded(lambda: network(16)), train, val, "cross_entropy", batch_size=64, epochs=6)
 
 
 def diamonds() -> Work:
@@ -111,7 +111,7 @@ def diamonds() -> Work:
     model = _seeded(lambda: nn.Sequential(
         nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1)
     ))  # fmt: skip
-    return Work("diamonds", "53,940 diamonds, a table, an MLP", model, train, val, "mse", batch_size=256, epochs=3)
+    return Work("diamonds", "53,940 diamonds, a table, an MLP", model, train, val, "mse", batch_size=256, epochs=6)
 
 
 def table() -> Work:
