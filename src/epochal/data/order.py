@@ -38,5 +38,5 @@ def batch_indices(order: Tensor, batch_size: int, start: int = 0) -> Iterator[Te
     """The order cut into batches, from batch ``start``; the last one may be smaller."""
     if start * batch_size >= len(order):  # to split nothing gives one part, of nothing
         return iter(())
-    parts = order[start * batch_size :].split(1024 * batch_size)  # not all at once: there may be millions
+    parts = order[start * batch_size :].split(64 * batch_size)  # not all at once: there may be millions
     return chain.from_iterable(part.split(batch_size) for part in parts)
