@@ -15,6 +15,7 @@ from torch.utils.data import (
 
 from epochal.data import given
 from epochal.data.given import GivenLoader
+from epochal.data.sources import Arrays
 
 
 class Backwards(Sampler):
@@ -112,3 +113,27 @@ def test_a_batch_can_be_changed_and_the_data_stay():
     for batch in GivenLoader(DataLoader(data, batch_size=4)).batches(0):
         batch[0].zero_()
     assert torch.equal(data.tensors[0], before)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        torch.arange(10),
+        torch.rand(10) > 0.5,
+        torch.randn(10, 3),
+        torch.randn(3, 10).t(),
+        torch.randn(10, 3, 4, 4).to(memory_format=torch.channels_last),
+        torch.randn(10, 2, dtype=torch.complex64).conj(),
+        torch.randn(10, 2).bfloat16(),
+    ],
+    ids=lambda part: f"{part.dtype}-{tuple(part.stride())}",
+)
+def test_rows_in_order_are_contiguous_copies(part):
+    """So that a model that works in place cannot change the data."""
+    arrays, before = Arrays((part, torch.arange(10))), part.clone()
+    for start, stop in ((0, 4), (4, 8), (8, 12)):
+        rows, numbers = arrays.between(start, stop)
+        assert torch.equal(rows, part[start:stop]) and rows.is_contiguous()
+        assert numbers.tolist() == list(range(start, min(stop, 10)))
+        rows.zero_()
+    assert torch.equal(part, before)

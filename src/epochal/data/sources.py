@@ -42,7 +42,8 @@ class Arrays:
 
     def between(self, start: int, stop: int) -> Any:
         """The batch of the rows from ``start`` to before ``stop``: copies too, and quicker than by an index."""
-        rows = [part[start:stop].clone(memory_format=torch.contiguous_format) for part in self.tensors]
+        count = min(stop, len(self)) - start
+        rows = [_narrowed(part, start, count) for part in self.tensors]
         return tuple(rows) if type(self.parts) is tuple else _in_form_of(self.parts, rows)
 
     def to(self, device: torch.device) -> Arrays:
@@ -54,6 +55,12 @@ class Arrays:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.tensors)
+
+
+def _narrowed(part: Tensor, start: int, count: int) -> Tensor:
+    if part.is_contiguous():  # else torch copies all of it first
+        return part.narrow_copy(0, start, count)
+    return part.narrow(0, start, count).clone(memory_format=torch.contiguous_format)
 
 
 def _in_form_of(parts: Any, tensors: list[Tensor]) -> Any:
