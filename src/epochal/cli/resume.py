@@ -61,8 +61,7 @@ def resume(
     before = read_flags(flags).get("set", []) if flags.exists() else []
     if epochs is not None and any(re.match(r"\s*epochs\s*=", change) for change in (*before, *changes)):
         changes = [*changes, f"epochs={epochs}"]  # a change of the plan has the last word
-    if changes:  # the command line's take the place of the file's: those come first
-        tokens += [word for change in (*before, *changes) for word in ("--set", change)]
+    tokens += [word for change in changes for word in ("--set", change)]  # after those of the file
     # What the environment said when the run was begun stands in the file; what it says now is not asked.
     app = application(tokens, environment=False)
     try:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from epochal.runtime.attributes import Attributes
 
 SHAPES = 8  # of what is given that graphs are made for: each takes seconds
+TRIES = 3  # to repeat a call: to find out whether it may be costs more than its guards
 TIMES = 4  # that one is made for the same shapes: beyond, something of the model changes with every update
 MISSED = object()  # no graph is there for what was given
 _SKIPS_HOOKS = "skip_nnmodule_hook_guards"  # hooks that were added later would not be seen
@@ -112,6 +113,7 @@ class Graph:
         traced.__code__ = traced.__code__.replace()
         self._traced, self._trust, self._captures, self._modules = traced, trust, captures, modules
         self._before: Attributes | None = None  # the last call
+        self._tries = TRIES
         self._compiled = torch.compile(traced, fullgraph=True, dynamic=False, backend=_lowered)
         self._set_hook = _hook()
         self._calls: list[Called] = []  # the last one; the graphs know it, and not this object, which holds them
@@ -122,7 +124,7 @@ class Graph:
         self._calls.clear()
         if self._set_hook is None:
             return MISSED
-        self._before = Attributes(self._modules) if self._trust.is_given else None
+        self._before = Attributes(self._modules) if self._trust.is_given and self._tries else None
         before = self._set_hook(False)  # graphs that are there are run; nothing is compiled
         try:
             return self._traced(*given, **named)
@@ -144,14 +146,14 @@ class Graph:
         """
         if not self._trust.is_given:
             return
-        made, before, now = None, self._before, Attributes(self._modules)
-        if len(self._calls) == 1 and before == now:  # else more than kernels ran
+        made, before, self._before = None, self._before, None
+        if before is not None and len(self._calls) == 1 and before == (now := Attributes(self._modules)):
             known = {id(one) for one in (*given, *lasting, *now.objects)}
             if all(id(one) in known for one in self._calls[0].taken):  # else something else changes what it computes
                 made = Repeat.of(self._calls[0], given, gave)
         self._calls.clear()
-        self._before = None
-        if made is None:
+        self._tries = TRIES if made is not None else max(0, self._tries - 1)
+        if made is None:  # more than kernels may have run
             self._trust.end()
         elif self.repeat(key) is None:
             # What comes seldom (the ragged last batch) is not worth a capture: the first that comes is the usual one.
