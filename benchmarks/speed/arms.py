@@ -187,7 +187,7 @@ def _suggested(work: Work, threads: int) -> Setting:
         found = epochal.tune_speed(plan, seconds=2.0)
     finally:
         os.sched_setaffinity(0, cores)
-    print(f"{work.name}: suggested {found.best.setting.name}")
+    print(f"{work.name}, what tune-speed found:\n{found}")
     return replace(found.best.setting, threads=None)
 
 
