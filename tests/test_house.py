@@ -23,7 +23,7 @@ RANKS = {
     "events": 30, "buffers": 30, "agreement": 30, "state": 31, "objective": 31, "nonfinite": 31, "accumulation": 31,
     "clipping": 32, "graph": 32, "step": 33, "loop": 33, "widening": 33,
     "observe": 40, "report": 40,
-    "feeding": 50, "mistakes": 50, "result": 50, "ending": 50, "describe": 51, "validation": 51, "run": 52,
+    "feeding": 50, "copies": 50, "result": 50, "ending": 50, "describe": 51, "doctor": 51, "validation": 51, "run": 52, "mistakes": 52,
     "comparison": 53, "resuming": 53, "prepare": 54,
     "plan": 55, "speed": 56,
     "tutorial": 60, "cli": 60, "__init__": 61, "__main__": 61,

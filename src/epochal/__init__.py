@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from epochal.checkpoint.store import Saving as Saving
     from epochal.data.loader import Loader as Loader
     from epochal.data.window import Window as Window
+    from epochal.doctor.finding import Finding as Finding
     from epochal.errors import CheckpointError as CheckpointError
     from epochal.errors import DataError as DataError
     from epochal.errors import DiskFullError as DiskFullError
     from epochal.errors import EpochalError as EpochalError
+    from epochal.errors import FaultError as FaultError
     from epochal.errors import FileError as FileError
     from epochal.errors import Interrupted as Interrupted
     from epochal.errors import LossError as LossError
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from epochal.errors import WorkerError as WorkerError
     from epochal.events import Ended as Ended
     from epochal.events import Evaluated as Evaluated
+    from epochal.events import Found as Found
     from epochal.events import Noted as Noted
     from epochal.events import Saved as Saved
     from epochal.events import Started as Started
@@ -65,10 +68,11 @@ _ROOMS = {
     "checkpoint.store": "Checkpoints Saving",
     "data.loader": "Loader",
     "data.window": "Window",
-    "errors": """CheckpointError DataError DiskFullError EpochalError FileError Interrupted LossError LossShapeError
+    "doctor.finding": "Finding",
+    "errors": """CheckpointError DataError DiskFullError EpochalError FaultError FileError Interrupted LossError LossShapeError
         MissingPackageError ModelError NonFiniteError PlanError ProcessError RecipeError RunFolderError TableError
         UnknownNameError WorkerError""",
-    "events": "Ended Evaluated Noted Saved Started StepDone Stop StopReason",
+    "events": "Ended Evaluated Found Noted Saved Started StepDone Stop StopReason",
     "metrics.metric": "Metric",
     "observe.console": "Console",
     "observe.early_stopping": "EarlyStopping",

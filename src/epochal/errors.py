@@ -9,6 +9,7 @@
     ├── ModelError               the model and what it was given do not fit together
     ├── LossError                the loss cannot be computed, or is not a mean
     │   └── LossShapeError       outputs and targets of different shapes
+    ├── FaultError               the doctor can prove a mistake; ``finding`` says it in parts
     ├── NonFiniteError           a NaN or an infinity reached the loss or the gradients
     ├── CheckpointError          a file of weights or a checkpoint cannot be read or written
     │   └── DiskFullError        there is no room for a checkpoint
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class EpochalError(Exception):
@@ -41,9 +43,10 @@ class EpochalError(Exception):
     is_shared = False  # whether every process of a group raises it, so that one can tell it for all
     rank: int | None = None  # of a shared one: the process it comes from, unless each of them met it
 
-    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None, code: str | None = None):
         super().__init__(what)
         self.what, self.where, self.fix = what, where, fix
+        self.code = code  # what `epochal explain` knows of it
 
     def __init_subclass__(cls) -> None:
         cls.__module__ = "epochal"  # what a traceback shows, and where users find the class
@@ -58,15 +61,15 @@ class EpochalError(Exception):
 
     def __reduce__(self):
         # Errors cross process borders (loader workers); keyword arguments would get lost.
-        return _rebuild, (type(self), self.what, self.where, self.fix)
+        return _rebuild, (type(self), self.what, self.where, self.fix, self.code)
 
     def describe(self) -> str:
         """The error as the command line prints it, its class first."""
         return f"{f'rank {self.rank}: ' if self.rank is not None else ''}{type(self).__name__}: {self}"
 
 
-def _rebuild(kind: type[EpochalError], what: str, where: str | None, fix: str | None) -> EpochalError:
-    return kind(what, where=where, fix=fix)
+def _rebuild(kind: type[EpochalError], what: str, where: str | None, fix: str | None, code: str | None) -> EpochalError:
+    return kind(what, where=where, fix=fix, code=code)
 
 
 class PlanError(EpochalError):
@@ -121,6 +124,19 @@ class LossError(EpochalError):
 
 class LossShapeError(LossError):
     """Outputs and targets have different shapes."""
+
+
+class FaultError(EpochalError):
+    """A mistake that the doctor can prove, told before it does harm; ``finding`` is an epochal.Finding."""
+
+    finding: Any = None
+
+    @classmethod
+    def of(cls, finding: Any) -> FaultError:
+        fix = f"{finding.fix}; if it is meant so: ignore=[{finding.code!r}]"
+        error = cls(finding.what, where=f"{finding.where}; {finding.measured}", fix=fix, code=finding.code)
+        error.finding = finding
+        return error
 
 
 class NonFiniteError(EpochalError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from epochal.doctor.finding import Finding
     from epochal.protocols import StepResult
 
 Row = Mapping[str, Any]  # one line of the history: epoch, step, lr, time, train_loss, val_loss, ...
@@ -109,6 +110,13 @@ class Noted:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """Something that the doctor has found in the run, and that does not end it: ``finding`` is an ``epochal.Finding``."""
+
+    finding: Finding
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """After the last step; the model holds the weights it will keep. is_torn: they may be those of half an update.
 
@@ -127,4 +135,4 @@ class Ended:
     fix: str | None = None
 
 
-Event = Started | StepDone | Evaluated | Saved | Noted | Ended
+Event = Started | StepDone | Evaluated | Saved | Noted | Found | Ended

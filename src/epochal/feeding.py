@@ -182,7 +182,8 @@ def _refuse_negative(targets: Tensor | None, loss: Any) -> None:
         at = int(wrong.flatten().nonzero()[0])
         what = "a target is a negative class."
         fix = "number the classes from 0, or give the loss with ignore_index= set to this value"
-        raise LossError(what, where=f"train, target {int(targets.flatten()[at])} at position {at}", fix=fix)
+        where = f"train, target {int(targets.flatten()[at])} at position {at}"
+        raise LossError(what, where=where, fix=fix, code="label-out-of-range")
 
 
 def _loader(

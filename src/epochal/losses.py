@@ -61,7 +61,7 @@ def resolve(loss: str | Callable) -> Callable[[Any, Any], Tensor]:
     if reduction != "mean":
         what = f"the loss gives {'a sum' if reduction == 'sum' else 'one value an element'} and not the mean."
         fix = 'leave reduction at "mean"; with objective= you can return any scalar'
-        raise LossError(what, where=f"loss={describe(loss)} with reduction={reduction!r}", fix=fix)
+        raise LossError(what, where=f"loss={describe(loss)} with reduction={reduction!r}", fix=fix, code="sum-loss")
     return loss
 
 
@@ -140,14 +140,14 @@ def check_shapes(loss: Any, outputs: Tensor, targets: Tensor) -> None:
     elif not targets.is_floating_point() and targets.shape == outputs.shape[:1]:
         fix += ', or give loss="cross_entropy" if these are classes'
     what = "the loss is computed over tensors of different shapes."
-    raise LossShapeError(what, where=_given(loss, outputs, targets), fix=fix)
+    raise LossShapeError(what, where=_given(loss, outputs, targets), fix=fix, code="broadcast-loss")
 
 
 def check_scalar(value: Any, where: str) -> None:
     """Refuses what cannot be differentiated as a loss."""
     if not isinstance(value, Tensor):
         fix = "return the scalar tensor itself, not its .item()"
-        raise LossError(f"the loss is a {type(value).__name__}, not a tensor.", where=where, fix=fix)
+        raise LossError(f"the loss is a {type(value).__name__}, not a tensor.", where=where, fix=fix, code="detached-loss")
     if value.numel() != 1:
         fix = "return the mean, for example loss.mean()"
         raise LossError("the loss is not a scalar.", where=f"{where}; its shape is {_shape(value)}", fix=fix)
@@ -167,20 +167,23 @@ def check_classes(loss: Any, outputs: Any, targets: Any, *, of: str) -> None:
             return  # probabilities
         where = f"targets {_type(targets)} {_shape(targets)}; loss {describe(loss)}"
         fix = "give the class of each sample as an integer, for example y.long()"
-        raise LossError("class indices must be integers.", where=where, fix=fix)
+        raise LossError("class indices must be integers.", where=where, fix=fix, code="target-format")
     if outputs.dim() > 1 and targets.shape == (*outputs.shape[:1], 1, *outputs.shape[2:]):
         what = "the class indices have one dimension too many."
         fix = "drop the dimension of size 1, for example y.squeeze(1)"
-        raise LossShapeError(what, where=_given(loss, outputs, targets), fix=fix)
+        raise LossShapeError(what, where=_given(loss, outputs, targets), fix=fix, code="target-format")
     classes = outputs.shape[1] if outputs.dim() > 1 else outputs.shape[0]
     wrong = ((targets < 0) | (targets >= classes)) & (targets != ignore_index(loss))
     if wrong.any():
         first = wrong.flatten().nonzero()[0].item()
         from_one = targets.min() == 1 and targets.max() == classes
+        counts = torch.bincount(targets[targets >= 0].flatten())
+        is_short = not from_one and targets.min() >= 0 and len(counts) <= 2 * classes + 8 and bool((counts > 0).all())
         more = ": they seem to start at 1, give y - 1" if from_one else ", or give the model more outputs"
         what = f"a target is outside the {classes} classes that the model gives scores for."
         where = f"target {targets[wrong][0].item()} at position {first} of the {of}, outputs {_shape(outputs)}"
-        raise LossError(what, where=where, fix=f"number the classes from 0 to {classes - 1}{more}")
+        code = "too-few-outputs" if is_short else "label-out-of-range"
+        raise LossError(what, where=where, fix=f"number the classes from 0 to {classes - 1}{more}", code=code)
 
 
 def check_dtype(loss: Any, targets: Any) -> None:
@@ -189,10 +192,10 @@ def check_dtype(loss: Any, targets: Any) -> None:
         return
     if kind(loss) in CLASS_INDEX and targets.dtype in _OTHER_INTEGERS:
         where = f"targets {_type(targets)}; loss {describe(loss)}"
-        raise LossError("class indices must be 64-bit integers.", where=where, fix="give y.long()")
+        raise LossError("class indices must be 64-bit integers.", where=where, fix="give y.long()", code="target-format")
     if kind(loss) in BINARY and not targets.is_floating_point():
         what = f"{describe(loss)} needs floating point targets."
-        raise LossError(what, where=f"targets {_type(targets)}", fix="give y.float()")
+        raise LossError(what, where=f"targets {_type(targets)}", fix="give y.float()", code="target-format")
 
 
 def _given(loss: Any, outputs: Tensor, targets: Tensor) -> str:

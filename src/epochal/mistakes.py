@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from epochal import losses
 from epochal.cadence import Every
 from epochal.checkpoint.store import Saving
+from epochal.doctor.finding import refuse_unknown
 from epochal.errors import ModelError, PlanError, UnknownNameError
 from epochal.metrics import named
 from epochal.observe.early_stopping import EarlyStopping
@@ -79,6 +80,11 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "resume": (_a(bool), CHOICE, "give resume=True"),
     "observers": (_are_functions, "functions that take an event", "give a list of callables"),
     "step": (callable, "a function", "give f(state, window) -> StepResult"),
+    "ignore": (
+        lambda given: isinstance(given, list | tuple | set | frozenset) and all(isinstance(one, str) for one in given),
+        "a list of codes",
+        'give ignore=["unshuffled"], or ignore=["*"] for all',
+    ),
 }
 NAMES = {  # the values of an option, and what they are called
     "precision": ("precision", PRECISIONS),
@@ -225,4 +231,5 @@ CHECKS: tuple[Callable[[Plan], object], ...] = (
     lambda plan: Every.parse(plan.evaluate_every, where="evaluate_every"),
     lambda plan: devices.choose(plan.device),
     _strategy,
+    lambda plan: refuse_unknown(plan.ignore),
 )  # fmt: skip

@@ -34,8 +34,11 @@ class Supervised:
         self._counts_classes = losses.kind(loss) in losses.CLASS_INDEX
         self._all_targets = all_targets
         self._examined = False
+        self.watch: Callable | None = None  # what is called in its place, and calls it
 
     def __call__(self, forward: Callable, batch: Any) -> Loss:
+        if self.watch is not None:
+            return self.watch(forward, batch)
         args, kwargs, targets = split(batch, self.target)
         if targets is None:
             what = "a loss compares outputs with targets, but a batch has no targets."
@@ -83,8 +86,11 @@ class Custom:
 
     def __init__(self, objective: Callable, target: Sequence[str] = ()):
         self.objective, self.target = objective, target
+        self.watch: Callable | None = None  # what is called in its place, and calls it
 
     def __call__(self, forward: Callable, batch: Any) -> Loss:
+        if self.watch is not None:
+            return self.watch(forward, batch)
         given = self.objective(forward, batch)
         loss = given if isinstance(given, Loss) else Loss(given)
         losses.check_scalar(loss.value, f"objective {losses.describe(self.objective)}")
@@ -143,14 +149,15 @@ def _explain(error: Exception, model: nn.Module, batch: Any, place: str) -> Mode
     if "more than 1 value per channel" in text:
         shared = " of each process's share" if world().size > 1 else ""
         fix = f"choose a batch_size that leaves no lone sample{shared} at the end, or a DataLoader with drop_last=True"
-        return ModelError("batch norm cannot train on a single sample.", where=place, fix=fix)
+        return ModelError("batch norm cannot train on a single sample.", where=place, fix=fix, code="batch-norm-of-one")
     if from_torch and "mixed torch.Tensor and DTensor" in text:
         what = "the objective works on weights of a block outside of the block's call; fsdp only has a part of them."
         fix = 'for a penalty on weights give weight_decay=; or give strategy="ddp", where every process has them whole'
         return ModelError(what, where=place, fix=fix)
     if "elements of input should be between 0 and 1" in text:
         fix = 'give loss="bce_with_logits", or end the model with a sigmoid'
-        return ModelError("nn.BCELoss needs probabilities, but the model gives other numbers.", where=place, fix=fix)
+        what = "nn.BCELoss needs probabilities, but the model gives other numbers."
+        return ModelError(what, where=place, fix=fix, code="bce-on-logits")
     if isinstance(error, TypeError) and "forward()" in text and "argument" in text:
         fix = "(a, b, y) calls model(a, b), a dict calls model(**inputs); any other way: objective=f(model, batch)"
         return ModelError(f"the batch does not fit the model's forward: {first}.", where=place, fix=fix)
@@ -164,7 +171,8 @@ def _type_mismatch(batch: Any, model: nn.Module, place: str, first: str) -> Mode
     name = str(weights).removeprefix("torch.")
     if types and not any(kind.is_floating_point or kind.is_complex for kind in types):
         fix = "give X.float() (and scale it), or let an nn.Embedding take the integers"
-        return ModelError(f"integer inputs reach a layer whose weights are {name}.", where=place, fix=fix)
+        what = f"integer inputs reach a layer whose weights are {name}."
+        return ModelError(what, where=place, fix=fix, code="integer-inputs")
     fix = f"give X.to(torch.{name}), or make the model {'double()' if torch.float64 in types else 'float()'}"
     return ModelError(f"a layer got numbers of another type than its weights: {first}.", where=place, fix=fix)
 

@@ -16,6 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from epochal.cadence import Every
 from epochal.checkpoint.store import Saving
+from epochal.doctor.finding import Finding
+from epochal.doctor.trace import place
 from epochal.errors import Mistakes, UnknownNameError
 from epochal.mistakes import CHECKS
 from epochal.observe.early_stopping import EarlyStopping
@@ -23,7 +25,6 @@ from epochal.optim.schedules import Schedule
 from epochal.prepare import prepare
 from epochal.result import Result
 from epochal.run import Run
-from epochal.runtime.seeding import generator_states, set_generator_states
 from epochal.runtime.strategy import Strategy
 
 
@@ -71,6 +72,7 @@ class Plan:
     save: Saving | str | None = None
     observers: Sequence[Callable] | None = None
     step: Callable | None = None
+    ignore: Sequence[str] = ()
 
     def __new__(cls, *arguments: Any, **given: Any) -> Plan:
         """Tells unknown options by their nearest names, together with the other mistakes."""
@@ -83,11 +85,17 @@ class Plan:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        self.__dict__["_called"] = place()
         mistakes = Mistakes()
         for check in CHECKS:
             with mistakes:
                 check(self)
         mistakes.tell()
+
+    @property
+    def called(self) -> str:
+        """Where it was made, ``train.py:41``; empty where that is not known."""
+        return self.__dict__["_called"]
 
     def fit(self) -> Result:
         """Trains, and gives what came of it."""
@@ -101,26 +109,20 @@ class Plan:
         """The run itself, ready to be iterated: ``with plan.prepare() as run: for event in run: ...``."""
         return prepare(self)
 
-    def check(self) -> None:
-        """Looks for mistakes without training: prepares everything but the run folder.
+    def check(self) -> list[Finding]:
+        """Looks for mistakes, the most certain first: in the plan, the data, first passes, and trials on copies.
 
-        Raises the error that ``fit`` would raise before its first step. The random generators and the settings of
-        an optimizer are left as they were; the model is moved to the device.
+        Takes seconds. Model, optimizer, data and random generators are as before, to the bit.
         """
-        states = generator_states()
-        groups = self.optimizer.param_groups if isinstance(self.optimizer, Optimizer) else []
-        settings = [dict(group) for group in groups]
-        try:
-            prepare(self.replace(run=None, resume=False, save=None, observers=(), strategy="auto"))
-        finally:
-            set_generator_states(states)
-            for group, before in zip(groups, settings):
-                group.clear()
-                group.update(before)
+        from epochal.doctor.checkup import checkup
+
+        return checkup(self)
 
     def replace(self, **changes: Any) -> Plan:
         """The plan with some options changed, checked anew."""
-        return Plan(**{**{name: getattr(self, name) for name in self.__dataclass_fields__}, **changes})
+        plan = Plan(**{**{name: getattr(self, name) for name in self.__dataclass_fields__}, **changes})
+        plan.__dict__["_called"] = self.called
+        return plan
 
 
 OTHER_NAMES = {  # what other libraries call it -> what it is called here
@@ -190,7 +192,7 @@ def fit(*arguments: Any, **options: Any) -> Result:
         metrics: ``accuracy top5 precision recall f1 confusion mae mse rmse r2``, ``f(outputs, targets)`` (its
         mean over batches, weighted by samples), ``epochal.Metric`` or a torchmetrics metric. evaluate_every:
         ``"1 epoch"``, ``"500 steps"``. observers: callables that take an event and may answer ``Stop``; by
-        default the console, ``()`` for silence.
+        default the console, ``()`` for silence. ignore: codes of findings (``"lr-*"`` too) that are not looked for.
     Where
         device (``"auto"``), precision (``fp32 bf16 fp16``), compile: the whole update as one graph of torch's compiler;
         ``"graph"``: replayed by a CUDA device itself. strategy: how several processes (of torchrun,

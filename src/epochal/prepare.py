@@ -26,6 +26,7 @@ from epochal.data.loader import Loader
 from epochal.data.share import Share
 from epochal.data.window import Window
 from epochal.describe import started, told_optimizer
+from epochal.doctor.watch import Watch
 from epochal.ending import Ending, Limits
 from epochal.errors import Mistakes, ModelError, PlanError, UnknownNameError
 from epochal.feeding import Data, read, steps_of
@@ -115,7 +116,9 @@ def prepare(plan: Plan) -> Run:
     if world.size > 1:  # before a resume, which has states for each
         seeding.diverge(world.rank, processes.first(seeding.digest))
     run.notes += notes
-    _watch(plan, run)
+    _observe(plan, run)
+    if "*" not in plan.ignore and world.size == 1:
+        run.watch = Watch(plan, run, ignore=plan.ignore)
     return run
 
 
@@ -267,7 +270,7 @@ def _monitor(plan: Plan, stopping: EarlyStopping, metrics: list) -> tuple[str, s
     return monitor, mode
 
 
-def _watch(plan: Plan, run: Run) -> None:
+def _observe(plan: Plan, run: Run) -> None:
     """Gives the run its observers and its folder, and what was saved before, if it is resumed."""
     folder, is_first = run.started.run, processes.world().is_first
     stopping = plan.early_stopping or (EarlyStopping(patience=plan.patience) if plan.patience else None)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,12 +29,15 @@ from epochal.observe.console import counted
 from epochal.report.history import History
 from epochal.runtime import device as devices
 
+if TYPE_CHECKING:
+    from epochal.doctor.finding import Finding
+
 
 @dataclass(frozen=True)
 class Result:
     """model: the user's own module. history: a row an evaluation. best: epoch, step, metric and value of the
     best one, None if there was none. reason: why the run ended; message: the same in words. restored: whether
-    the model holds the weights of ``best``. run: the run folder, if there is one.
+    the model holds the weights of ``best``. run: the run folder, if there is one. findings: what the doctor found.
     """
 
     model: nn.Module
@@ -45,6 +48,7 @@ class Result:
     restored: bool
     run: Path | None
     setting: Setting
+    findings: tuple[Finding, ...] = ()
 
     def predict(self, data: Any, *, batch_size: int | None = None) -> Any:
         """The model's outputs for ``data``, in its order, on the host; train or eval mode is left as it was.

@@ -17,9 +17,11 @@ from epochal.checkpoint.weights import weights_of
 from epochal.data.loader import Loader
 from epochal.data.window import Window, windows
 from epochal.data.workers import heard_while_awaited
+from epochal.doctor.finding import Finding
+from epochal.doctor.watch import Watch
 from epochal.ending import Ending, reason_of
 from epochal.errors import DiskFullError, EpochalError, PlanError, ProcessError, WorkerError
-from epochal.events import Ended, Evaluated, Event, Noted, Saved, Started, StepDone, Stop, StopReason
+from epochal.events import Ended, Evaluated, Event, Found, Noted, Saved, Started, StepDone, Stop, StopReason
 from epochal.feeding import AnyLoader
 from epochal.observe.averages import TrainAverages
 from epochal.observe.best import BestSoFar
@@ -45,7 +47,7 @@ class Run:
 
     state: complete at every event. alike: what several processes draw alike. started: what observers are told first.
     about: what a later run is compared with when it resumes this one. notes: what there is to say of the start.
-    saver, lock: None where there is no run folder.
+    saver, lock: None where there is no run folder. watch: the doctor's, None where nothing is looked for.
     """
 
     state: TrainState
@@ -65,6 +67,8 @@ class Run:
     observers: Sequence[Observer] = ()
     saver: Saver | None = None
     lock: Lock | None = None
+    watch: Watch | None = None
+    findings: list[Finding] = field(default_factory=list)
     ended: Ended | None = field(default=None, init=False)
     _handlers: ExitStack = field(default_factory=ExitStack, init=False)  # put back when it is left
     _last_evaluation: float = field(default=0.0, init=False)
@@ -87,13 +91,16 @@ class Run:
         yield from self._save(wait=True)  # the start, too, can be resumed from, with all that is random in it
         if progress.windows and self._evaluation_is_due(at_epoch_end=False):
             yield from self._pending()  # the state was taken between a step and its evaluation
-        for result in loop.steps(state, self.step, self._windows, self.ending.is_here):
+        step = self.step if self.watch is None else self.watch.around(self.step)
+        for result in loop.steps(state, step, self._windows, self.ending.is_here):
             at_epoch_end = result is None
             if result is not None:
                 self._account_for(result)
                 yield self._tell(StepDone(progress.step, progress.epoch + 1, progress.samples, result))
                 if result.notes:
                     yield from map(self._note, result.notes)
+                if self.watch is not None and self.watch.found:
+                    yield from map(self._find, self.watch.take())
             due = self._evaluation_is_due(at_epoch_end)
             evaluated = self._evaluate(at_epoch_end) if due else None
             if due and evaluated is None:  # a signal came: it is made when the run is resumed
@@ -173,7 +180,7 @@ class Run:
         history = History(self.state.rows, self.best.monitor, self.best.mode, self.best.best)
         return Result(
             self.state.model, history, ended.best, ended.reason, ended.message, ended.restored, self.started.run,
-            self.setting,
+            self.setting, tuple(self.findings),
         )  # fmt: skip
 
     def _begin(self) -> None:
@@ -210,6 +217,10 @@ class Run:
 
     def _note(self, message: str) -> Event:
         return self._tell(Noted(message))
+
+    def _find(self, finding: Finding) -> Event:
+        self.findings.append(finding)
+        return self._tell(Found(finding))
 
     def _account_for(self, result: StepResult) -> None:
         if not isinstance(result, StepResult) or not isinstance(result.loss, Tensor):

@@ -59,7 +59,7 @@ def build(
     if not parameters:
         where = f"{type(modules[0]).__name__}: {_count(modules[0])}"
         fix = "set requires_grad_(True) on the parameters that shall be trained"
-        raise ModelError("the model has no parameter to train.", where=where, fix=fix)
+        raise ModelError("the model has no parameter to train.", where=where, fix=fix, code="all-frozen")
     check(optimizer)
     if isinstance(optimizer, str):
         options = {"lr": lr, "weight_decay": weight_decay}
@@ -193,4 +193,5 @@ def _check_owner(optimizer: Optimizer, modules: Sequence[nn.Module]) -> None:
     if not any(id(p) in known for p in held):
         where = f"none of its {len(held)} parameters is one of {type(modules[0]).__name__}'s"
         fix = "build it over this model's parameters() (a copy of a model has new ones)"
-        raise PlanError("the optimizer holds the parameters of another model.", where=where, fix=fix)
+        what = "the optimizer holds the parameters of another model."
+        raise PlanError(what, where=where, fix=fix, code="foreign-parameters")

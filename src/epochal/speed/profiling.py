@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from epochal.checkpoint import codec
 from epochal.checkpoint.files import replace_bytes
+from epochal.copies import copied, heed, untouched
 from epochal.data.batch import size
 from epochal.errors import PlanError
 from epochal.events import StepDone
 from epochal.observe.console import Console
 from epochal.protocols import StepResult
 from epochal.runtime import device as devices
-from epochal.speed.trial import ENDLESS, Trial, check, copied, heed, tried, untouched
+from epochal.speed.trial import ENDLESS, Trial, check, tried
 from epochal.step import Update
 
 if TYPE_CHECKING:

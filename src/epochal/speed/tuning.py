@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
+from epochal.copies import untouched
 from epochal.runtime.seeding import generator_states, set_generator_states
-from epochal.speed.trial import Trial, check, tried, untouched
+from epochal.speed.trial import Trial, check, tried
 
 if TYPE_CHECKING:
     from epochal.plan import Plan

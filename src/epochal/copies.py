@@ -1,0 +1,138 @@
+"""A plan tried out: on copies, and afterwards everything is as it was."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from types import CellType, FunctionType, MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset
+
+from epochal import loop
+from epochal.data.workers import end_workers
+from epochal.errors import ModelError
+from epochal.protocols import Stateful
+from epochal.runtime import device as devices
+from epochal.runtime.seeding import generator_states, own_states, set_generator_states, set_own_states
+
+if TYPE_CHECKING:
+    from epochal.plan import Plan
+    from epochal.run import Run
+
+COPIED = ("model", "loss", "objective", "optimizer", "schedule", "step", "metrics")  # together, as one may hold another
+
+
+class _Held:
+    """A module as it is: an objective may hold it, and not take the copy that it is given."""
+
+    def __init__(self, module: nn.Module):
+        known = [one for one in (*module.parameters(), *module.buffers()) if not is_lazy(one)]
+        self._tensors = [(one, one.detach().clone()) for one in known if not one.is_meta]
+        held = [(p, p.requires_grad, p.grad) for p in module.parameters()]
+        self._parameters = [(*one, one[-1] if one[-1] is None else one[-1].detach().clone()) for one in held]
+        self._modes = [(part, part.training) for part in module.modules()]
+        self._drawn = [(part, own_states(part)) for part in module.modules()]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for tensor, values in self._tensors:
+            if not torch.equal(tensor, values):
+                tensor.copy_(values)
+        for parameter, is_trained, gradient, values in self._parameters:
+            if parameter.requires_grad is not is_trained:
+                parameter.requires_grad_(is_trained)
+            parameter.grad = gradient
+            if gradient is not None and values is not None and not torch.equal(gradient, values):
+                gradient.copy_(values)
+        loop.set_modes(self._modes)
+        for part, states in self._drawn:
+            set_own_states(part, states)
+
+
+@contextmanager
+def untouched(plan: Plan) -> Iterator[None]:
+    """Inside, generators, threads and the place in the data may change; afterwards they are as before.
+
+    What a data set or a loader counts in attributes of its own, and cannot be asked for, is that of after these reads.
+    """
+    given = list({id(data): data for data in (plan.train, plan.val) if isinstance(data, Dataset | DataLoader)}.values())
+    parts = [part for data in given for part in (getattr(data, "dataset", None), data) if isinstance(part, Stateful)]
+    with ExitStack() as after:  # from the last to the first, and all of them
+        after.callback(set_generator_states, generator_states())
+        after.callback(torch.set_num_threads, torch.get_num_threads())
+        for data in given:
+            after.callback(set_own_states, data, own_states(data))
+        for part in parts:
+            after.callback(part.load_state_dict, copy.deepcopy(part.state_dict()))
+        for module in (plan.model, plan.loss):
+            if isinstance(module, nn.Module):
+                after.callback(_Held(module).put_back)
+        for data in given:
+            if (
+                isinstance(data, DataLoader) and data.persistent_workers and data._iterator is None
+            ):  # those that are started here
+                after.callback(_end_workers_of, data)
+        with warnings.catch_warnings():
+            # A schedule marks the step of its optimizer, and a copy of the optimizer does not have the mark.
+            warnings.filterwarnings("ignore", message=r"Seems like `optimizer\.step\(\)` has been overridden")
+            yield
+
+
+def _end_workers_of(loader: Any) -> None:
+    batches, loader._iterator = loader._iterator, None
+    end_workers(batches)
+
+
+def copied(plan: Plan, *, channels_last: bool = False, **changes: Any) -> Plan:
+    """The plan over copies of its model and of all that belongs to it; it writes nothing, and nobody watches."""
+    memo: dict[int, Any] = {}
+    try:
+        parts = {name: _copy(getattr(plan, name), memo) for name in COPIED}
+    except Exception as error:
+        what = f"the model, or what belongs to it, cannot be copied: {error}."
+        raise ModelError(what, where="the plan", fix="let copy.deepcopy copy it: it is tried out on a copy") from error
+    if channels_last:
+        devices.to_channels_last(parts["model"])
+    silent = {"run": None, "resume": False, "save": None, "observers": (), "strategy": "auto", "early_stopping": None}
+    return plan.replace(**parts, **silent, patience=None, **changes)
+
+
+def _copy(part: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy; of a function, one over copies of the modules and optimizers that it holds or names."""
+    if isinstance(part, partial):
+        given = {name: _copy(value, memo) for name, value in part.keywords.items()}
+        return partial(_copy(part.func, memo), *(_copy(value, memo) for value in part.args), **given)
+    if isinstance(part, MethodType):
+        return MethodType(part.__func__, copy.deepcopy(part.__self__, memo))
+    if not isinstance(part, FunctionType):
+        return copy.deepcopy(part, memo)
+    if id(part) in memo:
+        return memo[id(part)]
+    cells = tuple(CellType() for _ in part.__closure__ or ())
+    named = {name: part.__globals__[name] for name in part.__code__.co_names if name in part.__globals__}
+    named = {name: value for name, value in named.items() if isinstance(value, nn.Module | Optimizer | LRScheduler)}
+    if not cells and not named:
+        return part
+    known = {**part.__globals__, **{name: _copy(value, memo) for name, value in named.items()}} if named else None
+    made = FunctionType(part.__code__, known or part.__globals__, part.__name__, part.__defaults__, cells or None)
+    made.__kwdefaults__, made.__dict__ = part.__kwdefaults__, dict(part.__dict__)
+    memo[id(part)] = made  # before what it holds, which may hold it
+    for cell, given in zip(cells, part.__closure__ or ()):
+        with suppress(ValueError):  # not bound yet
+            cell.cell_contents = _copy(given.cell_contents, memo)
+    return made
+
+
+def heed(run: Run) -> None:
+    """Ends what is measured if a signal came, which ends the run and not by itself what it is run for."""
+    if run.signals.received is not None:
+        raise KeyboardInterrupt

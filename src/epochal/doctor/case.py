@@ -1,0 +1,227 @@
+"""What the rules look at: a prepared run, and its first batches as they were seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from epochal import losses
+from epochal.data.batch import size, split
+from epochal.data.loader import Loader
+from epochal.data.sources import Arrays
+from epochal.loop import evaluation_mode
+from epochal.doctor.trace import Call, Layer, Trace, leaves, tensors
+from epochal.objective import Custom, Supervised
+
+if TYPE_CHECKING:
+    from epochal.plan import Plan
+    from epochal.run import Run
+
+WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.MultiheadAttention)
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
+ROWS = 4096  # of the data that are looked at
+
+
+@dataclass
+class Pass:
+    """A batch on its way forward, watched. value: of the loss; outputs: the model's, as it returned them.
+
+    without: names of trained parameters that no backward pass from the loss gives a gradient.
+    """
+
+    batch: Any
+    inputs: list[Tensor]
+    targets: Any
+    samples: int
+    outputs: Any
+    value: Tensor
+    trace: Trace
+    without: list[str] = field(default_factory=list)
+    reached: set[int] = field(default_factory=set)
+
+    @property
+    def calls(self) -> list[Call]:
+        return self.trace.calls
+
+    @property
+    def layers(self) -> list[Layer]:
+        return self.trace.layers
+
+    @cached_property
+    def entries(self) -> list[Layer]:
+        """The first layers with weights on the way from the inputs, and norms that come before all of them."""
+        found, made = [], set[int]()
+        for layer in self.layers:
+            if isinstance(layer.module, (*WEIGHTED, *NORMS, nn.Embedding)):
+                if layer.input is None or id(layer.input) not in made:
+                    found.append(layer)
+                break
+        return found
+
+
+@dataclass
+class Case:
+    """plan: as it was given. passes: the first batches. where: the user's call, ``train.py:41``."""
+
+    plan: Plan
+    run: Run
+    passes: list[Pass] = field(default_factory=list)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.run.state.model
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        return self.run.state.optimizer
+
+    @property
+    def now(self) -> Pass:
+        return self.passes[-1]
+
+    @cached_property
+    def objective(self) -> Any:
+        """A Supervised or a Custom; None where there is only a step."""
+        return getattr(self.run.step, "objective", None) or self.run.setting.objective
+
+    @cached_property
+    def kind(self) -> str | None:
+        """The short name of the loss, where it is one of torch's."""
+        return losses.kind(self.objective.loss) if isinstance(self.objective, Supervised) else None
+
+    @cached_property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that want a gradient, by name; those of a loss module too."""
+        modules = self.run.state.modules
+        named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
+        return {name if name not in dict(named[:at]) else f"loss.{name}": p for at, (name, p) in enumerate(named)}
+
+    @cached_property
+    def held(self) -> dict[int, dict[str, Any]]:
+        """The optimizer's group of each parameter, by its id."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return {id(p): group for group in groups for p in group["params"]}
+
+    @property
+    def place(self) -> str:
+        return self.plan.called or type(self.model).__name__
+
+    def at(self, place: str) -> str:
+        """Where a loss is computed: the user's line, or the call that names the loss."""
+        return place or self.place
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        return next((name for name, p in self.trained.items() if p is tensor), None)
+
+    def output_layer(self) -> str:
+        """The layer that made the model's output, in words."""
+        found = made_last(self.now)
+        return f"{found.path or 'the model'} ({type(found.module).__name__})" if found else type(self.model).__name__
+
+    def is_harmed_by(self, row: int) -> bool:
+        """Whether the loss over this row of the sample, alone with the row after it, is not finite."""
+        loader, objective = self.run.train, self.objective
+        source = loader.source if isinstance(loader, Loader) else None
+        if not isinstance(source, Arrays) or objective is None:
+            return any(not bool(torch.isfinite(one.value)) for one in self.passes)
+        count = len(source)
+        rows = torch.linspace(0, count - 1, min(ROWS, count)).round().long()[[row, (row + 1) % min(ROWS, count)]]
+        with evaluation_mode(self.run.state.modules), suppress(Exception):
+            return not bool(torch.isfinite(objective(self.model, source.take(rows)).value))
+        return True
+
+    @cached_property
+    def sample(self) -> tuple[list[Tensor], Tensor | None] | None:
+        """Inputs and targets of evenly spaced rows of the training data; of a loader, of its first batches."""
+        return sampled(self.run.train, self.plan, self.passes)
+
+    @cached_property
+    def val_sample(self) -> tuple[list[Tensor], Tensor | None] | None:
+        loader = self.run.validation.loader
+        return None if loader is None else sampled(loader, self.plan, ())
+
+
+def made_last(seen: Pass) -> Layer | None:
+    """The innermost layer whose output is the model's output."""
+    final = {id(one) for one in tensors(seen.outputs)}
+    return next((layer for layer in seen.layers if any(id(one) in final for one in tensors(layer.output))), None)
+
+
+def sampled(loader: Any, plan: Plan, passes: Sequence[Pass]) -> tuple[list[Tensor], Tensor | None] | None:
+    source = loader.source if isinstance(loader, Loader) else None
+    target = [plan.target] if isinstance(plan.target, str) else list(plan.target or ())
+    if isinstance(source, Arrays):
+        count = len(source)
+        rows = torch.linspace(0, count - 1, min(ROWS, count)).round().long()
+        batches = [source.take(rows.to(source.tensors[0].device))]
+    else:
+        batches = [one.batch for one in passes]
+        with suppress(Exception):
+            batches = _some(loader)
+    inputs: list[list[Tensor]] = []
+    targets: list[Any] = []
+    for batch in batches:
+        args, kwargs, wanted = split(batch, target)
+        inputs.append(list(tensors((args, kwargs))))
+        targets.append(wanted)
+    if not inputs or len({tuple(tuple(part.shape[1:]) for part in one) for one in inputs}) != 1:
+        return None
+    if any(part.dim() == 0 for one in inputs for part in one):
+        return None
+    joined = [torch.cat(parts) for parts in zip(*inputs)]
+    fit = all(isinstance(one, Tensor) and one.dim() for one in targets)
+    fit = fit and len({tuple(one.shape[1:]) for one in targets}) == 1
+    return joined, torch.cat(targets) if fit else None
+
+
+def _some(loader: Any) -> list[Any]:
+    found, rows = [], 0
+    for batch in islice(loader.batches(epoch=0), 64):
+        found.append(batch)
+        rows += size(batch)
+        if rows >= ROWS // 2:
+            break
+    return found
+
+
+def seen(case: Case, forward: Callable, batch: Any, objective: Callable | None = None, **options: Any) -> Pass:
+    """A pass of the objective over a batch, watched; it becomes the case's newest."""
+    objective = objective or case.objective
+    with Trace(case.model, **options) as trace:
+        loss = objective(forward, batch)
+    return noted(case, batch, loss.value, loss.outputs, trace)
+
+
+def noted(case: Case, batch: Any, value: Tensor, outputs: Any, trace: Trace) -> Pass:
+    target = getattr(case.objective, "target", ())
+    args, kwargs, targets = split(batch, target)
+    whole = next((layer.output for layer in reversed(trace.layers) if layer.path == ""), None)
+    reached = leaves(value)
+    without = [name for name, p in case.trained.items() if id(p) not in reached]
+    inputs = [one for one in tensors((args, kwargs)) if one.dim()]
+    one = Pass(
+        batch, inputs, targets, size(batch, target), outputs if whole is None else whole, value, trace, without, reached
+    )
+    case.passes.append(one)
+    return one
+
+
+def rows_of(case: Case, value: Tensor) -> bool:
+    """Whether the first dimension of a tensor counts the samples of the batch in hand."""
+    return value.dim() > 0 and value.shape[0] == case.now.samples
+
+
+def columns(tensor: Tensor) -> Iterator[Tensor]:
+    yield from tensor.flatten(1).unbind(1)
+
+
+def is_custom(case: Case) -> bool:
+    return isinstance(case.objective, Custom)

@@ -1,0 +1,196 @@
+"""The check of a plan: rules without a pass, over its data, over first passes, and over trials on copies."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from epochal.copies import copied, untouched
+from epochal.doctor.case import Case, noted
+from epochal.doctor.finding import Finding, Seen, is_ignored, known, look, ordered
+from epochal.doctor.probing import Probe, Trial
+from epochal.doctor.rules.symptoms import trend
+from epochal.doctor.trace import Trace
+from epochal.errors import EpochalError, FaultError, NonFiniteError
+from epochal.objective import relocate
+from epochal.runtime import device as devices
+
+if TYPE_CHECKING:
+    from epochal.plan import Plan
+
+PASSES = 3  # first batches; a warning has to be seen in all of them
+TIME = 8.0  # seconds, after which no further trial begins
+
+
+def checkup(plan: Plan) -> list[Finding]:
+    """What is found, the most certain first. Nothing of the plan is changed."""
+    began = time.perf_counter()
+    with untouched(plan):
+        found = [one for one in _found(plan, began) if not is_ignored(one.code, plan.ignore)]
+    return ordered(found)
+
+
+def _found(plan: Plan, began: float) -> list[Finding]:
+    try:
+        run = copied(plan, compile=False, ignore=("*",)).prepare()
+    except EpochalError as error:
+        return list(of_error(error))
+    found: list[Finding] = []
+    try:
+        case = Case(plan, run)
+        found += look("static", case)
+        if plan.step is None:
+            failed = _first_passes(case, found)
+            if failed is not None:
+                return [*found, *failed]
+            found += look("data", case)
+        trial = Trial(plan, (), seconds=3.0)
+        found += trial.found
+        if plan.step is not None and trial.vitals.case is not None:
+            case.passes = trial.vitals.case.passes
+        if case.passes and plan.step is None:
+            found += look("probe", Probe(plan, case, trial))
+        elif plan.step is not None:
+            found += _of_step(plan, case, trial)
+        found += _of_trials(plan, case, trial, began, found)
+    finally:
+        run.train.close()
+        if run.validation.loader is not None:
+            run.validation.loader.close()
+    return found
+
+
+def _first_passes(case: Case, found: list[Finding]) -> list[Finding] | None:
+    """Findings of the first batches into ``found``; what ended a pass, if something did."""
+    run, counts, once = case.run, dict[str, int](), dict[str, Finding]()
+    for module in run.state.modules:
+        module.train()
+    passes, number = 0, 0
+    for number, batch in enumerate(islice(run.train.batches(epoch=0), PASSES)):
+        batch = devices.move(batch, run.setting.device)
+        kept = copy.deepcopy(batch)
+        try:
+            with Trace(case.model) as trace, run.setting.autocast:
+                loss = case.objective(case.model, batch)
+            noted(case, kept, loss.value, loss.outputs, trace)
+            here = [*look("wiring", case), *look("batch", case)]
+            if not bool(torch.isfinite(loss.value)):
+                here += look("data", case) if number == 0 else []
+        except Exception as error:
+            return list(_explained(case, error, batch, number, once))
+        for one in here:
+            counts[one.code] = counts.get(one.code, 0) + 1
+            once.setdefault(one.code, one)
+        passes += 1
+    found += [one for code, one in once.items() if one.level == "error" or counts[code] == passes]
+    return None
+
+
+def _explained(case: Case, error: Exception, batch: Any, number: int, once: dict[str, Finding]) -> list[Finding]:
+    try:
+        relocate(error, case.model, batch, f"batch {number} of train")
+    except EpochalError as known_error:
+        return [*once.values(), *of_error(known_error)]
+    except Exception as other:
+        notes = "; ".join(getattr(other, "__notes__", ()))
+        what = (
+            f"a pass raises {type(other).__name__}: {str(other).strip().splitlines()[0] if str(other).strip() else ''}"
+        )
+        return [*once.values(), Finding("raises", "error", what, "", notes, known()["raises"].why, "mend it there")]
+    return []
+
+
+def of_error(error: EpochalError) -> list[Finding]:
+    """An error that epochal raises by itself, as findings."""
+    found = []
+    for one in getattr(error, "mistakes", ()) or (error,):
+        if isinstance(one, FaultError):
+            found.append(one.finding)
+            continue
+        code = one.code or "raises"
+        why = known()[code].why if code in known() else ""
+        what = one.what if one.code else f"{type(one).__name__}: {one.what}"
+        found.append(Finding(code, "error", what, "", one.where or "", why, one.fix or ""))
+    return found
+
+
+def _of_step(plan: Plan, case: Case, trial: Trial) -> list[Finding]:
+    if isinstance(trial.error, FaultError):
+        return []
+    if trial.error is not None:
+        return _explained(case, trial.error, None, len(trial.losses), {})
+    probe = Probe(plan, case, trial)
+    case.passes = case.passes or []
+    return [one for one in look("probe-step", probe)]
+
+
+def _of_trials(plan: Plan, case: Case, trial: Trial, began: float, found: Sequence[Finding]) -> list[Finding]:
+    """What trials at other rates tell of a trial that went badly."""
+    if isinstance(trial.error, FaultError) or any(one.level == "error" for one in found):
+        return []
+    if trial.error is not None and not isinstance(trial.error, NonFiniteError):
+        return list(of_error(trial.error)) if isinstance(trial.error, EpochalError) else []
+    is_bad = trial.last is math.inf or (len(trial.losses) >= 8 and trend(trial.losses) > 0.9)
+    if not is_bad or plan.step is not None or any(one.level != "info" for one in found if one.code not in SYMPTOMS):
+        return []
+    others = {}
+    for factor in (0.01, 100.0, 0.1, 10.0):
+        if time.perf_counter() - began < TIME:
+            others[factor] = Trial(plan, ("*",), factor=factor, updates=len(trial.losses) or 60, seconds=1.5)
+    return list(_compared(case, trial, others))
+
+
+SYMPTOMS = ("cannot-fit",)
+
+
+def _compared(case: Case, trial: Trial, others: dict[float, Trial]) -> list[Finding]:
+    lower = [one for factor, one in others.items() if factor < 1]
+    higher = [one for factor, one in others.items() if factor > 1]
+    rate = _rate(case)
+    start = next((one.losses[0] for one in (trial, *lower) if one.losses and math.isfinite(one.losses[0])), math.nan)
+    best_low, best_high = (min(part, key=lambda one: one.last, default=None) for part in (lower, higher))
+    reached = f"the loss went from {start:.4g} to {_told(trial.last)}"
+    if best_low is not None and best_low.last < 0.8 * min(start, trial.last):
+        seen = Seen(
+            "the learning rate is too high for this model.",
+            f"{reached} at lr {rate:.3g}, and to {_told(best_low.last)} at {rate * best_low.factor:.3g} (a fifth less is enough to tell)",
+            case.place,
+            f"give lr={rate * best_low.factor:.1g}",
+        )
+        return [_as_finding("lr-too-high", seen)]
+    if best_high is not None and best_high.last < 0.8 * min(start, trial.last):
+        seen = Seen(
+            "the learning rate is too low for this model.",
+            f"{reached} at lr {rate:.3g}, and to {_told(best_high.last)} at {rate * best_high.factor:.3g} (a fifth less is enough to tell)",
+            case.place,
+            f"give lr={rate * best_high.factor:.1g}",
+        )
+        return [_as_finding("lr-too-low", seen)]
+    if trial.last is math.inf:
+        seen = Seen(
+            "the training leaves what is finite, at lower rates, too.",
+            f"{reached} at lr {rate:.3g}; {trial.error}",
+            case.place,
+            "give clip=1.0, and look at what takes a logarithm, a root or a quotient",
+        )
+        return [_as_finding("divergence", seen, "error")]
+    return []
+
+
+def _as_finding(code: str, seen: Seen, level: str | None = None) -> Finding:
+    one = known()[code]
+    return Finding(code, level or one.level, seen.what, seen.measured, seen.where, one.why, seen.fix)
+
+
+def _told(value: float) -> str:
+    return "what is not finite" if not math.isfinite(value) else f"{value:.4g}"
+
+
+def _rate(case: Case) -> float:
+    return float(case.optimizer.param_groups[0]["lr"]) if case.optimizer is not None else math.nan

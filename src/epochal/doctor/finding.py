@@ -1,0 +1,151 @@
+"""What is found, and the rules that find it: a rule is a function with a page, its docstring."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from epochal.errors import UnknownNameError
+
+LEVELS = ("error", "warning", "info")
+# When a rule looks, from causes to symptoms; of one level, what is found earlier in this order is told first.
+STAGES = ("static", "wiring", "batch", "step", "data", "probe", "probe-step", "symptom", "rows")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A mistake, or what looks like one.
+
+    code: its stable name, for ``ignore=`` and ``epochal explain``. level: ``error`` (a provable contradiction),
+    ``warning`` (statistical, and seen several times) or ``info``. what: the finding itself. measured: against which
+    threshold. where: layer, parameter, column, or file and line. why: it matters. fix: one concrete change. step: the
+    updates that were done before it was seen, None where none was needed.
+    """
+
+    code: str
+    level: str
+    what: str
+    measured: str
+    where: str
+    why: str
+    fix: str
+    step: int | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{self.level} {self.code}: {self.what}"]
+        named = ("measured", "where", "why", "fix")
+        return "\n".join(
+            [*lines, *(f"  {name + ':':<9} {getattr(self, name)}" for name in named if getattr(self, name))]
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Seen(NamedTuple):
+    """What a rule yields: a finding without what is the same for all of its rule. level: where it is not the rule's."""
+
+    what: str
+    measured: str
+    where: str
+    fix: str
+    level: str | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A code, when and how surely it is looked for, and the function that does."""
+
+    code: str
+    level: str
+    stage: str
+    look: Callable[[Any], Iterator[Seen]]
+
+    @cached_property
+    def page(self) -> str:
+        return inspect.getdoc(self.look) or ""
+
+    @property
+    def why(self) -> str:
+        """The first paragraph of the page."""
+        return " ".join(self.page.partition("\n\n")[0].split())
+
+    def findings(self, case: Any, step: int | None = None) -> Iterator[Finding]:
+        for seen in self.look(case):
+            level = seen.level or self.level
+            yield Finding(self.code, level, seen.what, seen.measured, seen.where, self.why, seen.fix, step)
+
+
+RULES: list[Rule] = []  # a code may be found in several ways
+
+
+def rule(code: str, level: str, stage: str) -> Callable[[Callable], Callable]:
+    """Makes a function the rule of a code. It takes what its stage knows, and yields what it has :class:`Seen`."""
+
+    def decorate(look: Callable) -> Callable:
+        RULES.append(Rule(code, level, stage, look))
+        return look
+
+    return decorate
+
+
+def is_ignored(code: str, ignore: Iterable[str]) -> bool:
+    """Whether one of the codes or patterns (``lr-*``, ``*``) names it."""
+    return any(fnmatchcase(code, pattern) for pattern in ignore)
+
+
+def refuse_unknown(ignore: Iterable[str]) -> None:
+    """Raises UnknownNameError for what names no code."""
+    for pattern in ignore:
+        if not any(fnmatchcase(code, pattern) for code in known()):
+            raise UnknownNameError.of_name("finding", pattern, known(), where=f"ignore={pattern!r}")
+
+
+def every() -> list[Rule]:
+    """All rules, in the order in which they are told."""
+    from epochal.doctor import rules  # noqa: F401  (it fills RULES)
+
+    return RULES
+
+
+def known() -> dict[str, Rule]:
+    """The first rule of each code."""
+    return {one.code: one for one in reversed(every())}
+
+
+def look(
+    stage: str, case: Any, *, ignore: Sequence[str] = (), step: int | None = None, levels: Sequence[str] = LEVELS
+) -> list[Finding]:
+    """What the rules of a stage find. A rule that fails finds nothing: it must not end a training that would go well."""
+    found: list[Finding] = []
+    for one in every():
+        if one.stage == stage and not is_ignored(one.code, ignore):
+            try:
+                found += [finding for finding in one.findings(case, step) if finding.level in levels]
+            except Exception:
+                if RAISES:
+                    raise
+    return found
+
+
+RAISES = False  # set in tests and benchmarks, where a rule that fails is a bug to be seen
+
+
+def ordered(findings: Iterable[Finding]) -> list[Finding]:
+    """The most certain first, each code once; symptoms only where nothing is found that may be their cause."""
+    places: dict[str, tuple[int, int]] = {}
+    for number, one in enumerate(every()):
+        places.setdefault(one.code, (STAGES.index(one.stage), number))
+    first: dict[str, Finding] = {}
+    for finding in sorted(findings, key=lambda one: (LEVELS.index(one.level), places.get(one.code, (-1, 0)))):
+        first.setdefault(finding.code, finding)
+    is_explained = any(one.level != "info" and not _is_symptom(one.code) for one in first.values())
+    return [one for one in first.values() if not (is_explained and _is_symptom(one.code))]
+
+
+def _is_symptom(code: str) -> bool:
+    return any(one.code == code and one.stage == "symptom" for one in every())

@@ -1,0 +1,287 @@
+"""Passes of their own, on a copy that nobody needs any more: what the rules of a probe ask for."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
+
+from epochal.copies import copied
+from epochal.data.batch import split
+from epochal.data.window import Window
+from epochal.doctor.case import Case, Pass
+from epochal.doctor.relation import relation
+from epochal.doctor.trace import Operation, Trace
+from epochal.doctor.watch import Vitals
+from epochal.errors import FaultError
+from epochal.events import Evaluated, StepDone
+from epochal.loop import evaluation_mode
+from epochal.metrics.metric import Metric
+from epochal.runtime.seeding import generator_states, set_generator_states
+
+if TYPE_CHECKING:
+    from epochal.plan import Plan
+
+UPDATES, SECONDS = 240, 3.0  # of a trial, at most
+
+
+class Trial:
+    """A copy of the plan, trained for a while and watched. error: what ended it; rows: of its evaluations.
+
+    factor: of its learning rate.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        ignore: tuple[str, ...],
+        *,
+        factor: float = 1.0,
+        updates: int = UPDATES,
+        seconds: float = SECONDS,
+    ):
+        self.error: Exception | None = None
+        self.rows: list[Mapping[str, Any]] = []
+        self.factor, self.vitals, self.findings = factor, Vitals(), []
+        self.model: nn.Module | None = None
+        self.is_whole = False
+        began = time.perf_counter()
+        try:
+            with copied(plan, compile=False).prepare() as run:
+                self.run = run
+                if run.watch is not None:
+                    run.watch.ignore, run.watch.dense = ignore, 4
+                    self.vitals = run.watch.vitals
+                _scale(run.state, factor)
+                self.model = run.state.model
+                for event in run:
+                    if isinstance(event, Evaluated):
+                        self.rows.append(event.row)
+                    elif isinstance(event, StepDone) and (
+                        event.step >= updates or time.perf_counter() - began > seconds
+                    ):
+                        break
+                else:
+                    self.is_whole = True
+        except Exception as error:
+            self.error = error
+        self.losses = self.vitals.read()
+
+    @property
+    def found(self) -> list[Any]:
+        finding = self.error.finding if isinstance(self.error, FaultError) else None
+        return ([finding] if finding is not None else []) + list(
+            (getattr(self, "run", None) and self.run.findings) or []
+        )
+
+    @property
+    def first(self) -> float:
+        return _mean(self.losses[: max(1, len(self.losses) // 8)])
+
+    @property
+    def last(self) -> float:
+        """The mean of the last quarter; infinite where it ended in what is not finite."""
+        if self.error is not None or not self.losses or not all(map(math.isfinite, self.losses)):
+            return math.inf
+        return _mean(self.losses[-max(1, len(self.losses) // 4) :])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _scale(state: Any, factor: float) -> None:
+    if factor == 1.0 or state.optimizer is None:
+        return
+    for group in state.optimizer.param_groups:
+        for name in ("lr", "initial_lr", "max_lr", "min_lr"):
+            if name in group:
+                group[name] = group[name] * factor
+    for part in (state.schedule and state.schedule.scheduler, state.schedule and state.schedule._warmup):
+        if part is not None and hasattr(part, "base_lrs"):
+            part.base_lrs = [rate * factor for rate in part.base_lrs]
+
+
+class Probe:
+    """case: with its first passes, over a copy. trial: of the plan, where it was trained for a while."""
+
+    def __init__(self, plan: Plan, case: Case, trial: Trial | None = None):
+        self.plan, self.case, self.trial = plan, case, trial
+        self.model = case.model
+
+    @cached_property
+    def evaluated(self) -> Pass:
+        return self._evaluation()
+
+    @cached_property
+    def again(self) -> Pass:
+        return self._evaluation()
+
+    def _evaluation(self) -> Pass:
+        objective, batch = self.case.objective, self.case.now.batch
+        with evaluation_mode([self.model]), Trace(self.model) as trace:
+            loss = objective(self.model, copy.deepcopy(batch))
+        whole = next((layer.output for layer in reversed(trace.layers) if layer.path == ""), loss.outputs)
+        now = self.case.now
+        return Pass(batch, now.inputs, now.targets, now.samples, whole, loss.value, trace)
+
+    @property
+    def trained(self) -> nn.Module | None:
+        return self.trial.model if self.trial is not None and self.trial.error is None else None
+
+    @property
+    def updates(self) -> int:
+        return len(self.trial.losses) if self.trial is not None else 0
+
+    def outputs(self, batch: Any, model: nn.Module | None = None) -> Any:
+        """The model's in eval mode; None where it does not take the batch."""
+        model = self.model if model is None else model
+        args, kwargs, _ = split(copy.deepcopy(batch), getattr(self.case.objective, "target", ()))
+        try:
+            with evaluation_mode([model]):
+                return model(*args, **kwargs)
+        except Exception:
+            return None
+
+    def loss(self, batch: Any, model: nn.Module) -> float | None:
+        try:
+            with evaluation_mode([model]):
+                return float(self.case.objective(model, copy.deepcopy(batch)).value)
+        except Exception:
+            return None
+
+    def parts(self) -> list[tuple[Any, Tensor]]:
+        """The inputs of a batch, with their places in it."""
+        batch, target = self.case.now.batch, getattr(self.case.objective, "target", ())
+        if isinstance(batch, Mapping):
+            keys = list(target) or [key for key in ("target", "targets", "label", "labels", "y") if key in batch][:1]
+            return [(key, part) for key, part in batch.items() if isinstance(part, Tensor) and key not in keys]
+        if isinstance(batch, list | tuple) and len(batch) > 2:
+            return [(at, part) for at, part in enumerate(batch[:-1]) if isinstance(part, Tensor)]
+        return []
+
+    def with_part(self, name: Any, part: Tensor) -> Any:
+        batch = self.case.now.batch
+        if isinstance(batch, Mapping):
+            return {**batch, name: part}
+        return type(batch)(part if at == name else one for at, one in enumerate(batch))
+
+    def with_row_changed(self, row: int) -> Any:
+        """The batch with the inputs of another sample in the place of this one's."""
+
+        def change(part: Any) -> Any:
+            if not isinstance(part, Tensor) or not part.dim() or part.shape[0] != self.case.now.samples:
+                return part
+            changed = part.clone()
+            other = part[1:].roll(1, 0)[0]
+            changed[row] = other * 1.5 + 0.5 if part.is_floating_point() else other
+            return changed
+
+        batch = self.case.now.batch
+        if isinstance(batch, Mapping):
+            return {name: change(part) for name, part in batch.items()}
+        if isinstance(batch, list | tuple):
+            return (
+                type(batch)([*(change(part) for part in batch[:-1]), batch[-1]])
+                if len(batch) > 1
+                else [change(batch[0])]
+            )
+        return change(batch)
+
+    def with_inputs(self, inputs: list[Tensor]) -> Any:
+        batch = self.case.now.batch
+        if isinstance(batch, Mapping):
+            name = next(key for key, part in batch.items() if part is not None)
+            return {**batch, name: inputs[0]}
+        return [*inputs, *list(batch)[len(inputs) :]] if isinstance(batch, list | tuple) else inputs[0]
+
+    def sequence(self) -> tuple[Tensor | None, Tensor | None]:
+        """Inputs (n, time, ...) and targets of the same shape, where a batch is that."""
+        inputs, targets = self.case.now.inputs, self.case.now.targets
+        if (
+            not isinstance(targets, Tensor)
+            or len(inputs) != 1
+            or inputs[0].dim() < 2
+            or inputs[0].shape != targets.shape
+        ):
+            return None, None
+        if inputs[0].is_floating_point() and inputs[0].dim() > 3:
+            return None, None
+        return inputs[0], targets
+
+    def targets_vary(self) -> bool:
+        targets = self.case.now.targets
+        return isinstance(targets, Tensor) and targets.dim() > 0 and not bool((targets == targets[:1]).all())
+
+    def accumulated(self) -> float | None:
+        """How many times the gradient grows where a user's step is given a batch twice; None where that is not known."""
+        if self.plan.step is None or self.plan.accumulate == 1:
+            return None
+        sizes = [self._stepped(times) for times in (1, 2)]
+        return sizes[1] / sizes[0] if sizes[0] and sizes[1] else None
+
+    def _stepped(self, times: int) -> float | None:
+        """The norm of the gradient that an optimizer of the step steps with, of a batch given so many times."""
+        found: list[float] = []
+
+        def note(optimizer: Any, args: Any, kwargs: Any) -> None:
+            held = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            found.append(math.sqrt(sum(float(g.detach().float().pow(2).sum()) for g in held)))
+
+        with copied(self.plan, compile=False).prepare() as run:
+            batch = next(iter(run.train.batches(epoch=0)))
+            hook = torch_optimizer.register_optimizer_step_pre_hook(note)
+            states = generator_states()
+            try:
+                run.step(run.state, Window([batch] * times, [self.case.now.samples] * times))
+            finally:
+                hook.remove()
+                set_generator_states(states)
+                run.train.close()
+        return found[0] if found else None
+
+    def metric_operations(self) -> Iterator[Operation]:
+        """What the metric functions of the user, and an objective, compare."""
+        yield from self.evaluated.trace.thresholds
+        outputs, targets = self.evaluated.outputs, self.case.now.targets
+        for one in self._functions():
+            with Trace(self.model) as trace, torch.no_grad():
+                one(outputs, targets)
+            yield from trace.thresholds
+
+    def _functions(self) -> list[Any]:
+        given = self.plan.metrics if isinstance(self.plan.metrics, list | tuple) else [self.plan.metrics]
+        return [one for one in given if callable(one) and not isinstance(one, Metric | nn.Module | str | type)]
+
+    def averaged_metrics(self) -> Iterator[tuple[str, float, float]]:
+        """Of each metric function: its name, its value over val at once, and the mean over batches."""
+        loader, functions = self.case.run.validation.loader, self._functions()
+        if loader is None or not functions:
+            return
+        model = self.trained if self.trained is not None else self.model
+        seen = []
+        with evaluation_mode([model]):
+            for number, batch in enumerate(loader.batches(epoch=0)):
+                args, kwargs, targets = split(batch, getattr(self.case.objective, "target", ()))
+                seen.append((model(*args, **kwargs), targets))
+                if number >= 40:
+                    break
+        if not all(isinstance(one, Tensor) and isinstance(other, Tensor) for one, other in seen):
+            return
+        outputs, targets = (torch.cat(parts) for parts in zip(*seen))
+        for one in functions:
+            with torch.no_grad():
+                each = [(float(one(*pair)), len(pair[1])) for pair in seen]
+                whole = float(one(outputs, targets))
+            yield getattr(one, "__name__", "metric"), whole, sum(v * n for v, n in each) / sum(n for _, n in each)
+
+    def relation(self) -> str | None:
+        """In words, that nothing tells the targets from the inputs; None where something does, or it is not known."""
+        return relation(self.case.sample, self.trial, self.case)

@@ -1,0 +1,100 @@
+"""Whether inputs tell anything of targets: neighbours and a linear model, asked about rows that they did not learn."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS = 1500
+LEAST = 150  # rows, below which nothing can be said
+NEIGHBOURS = 5
+
+
+def relation(sample: tuple[list[Tensor], Tensor | None] | None, trial: Any, case: Any) -> str | None:
+    """What was asked, in words, where no answer is better than always the same; None where one is."""
+    if sample is None or sample[1] is None or not sample[0] or len(sample[1]) < LEAST:
+        return None
+    features = _features(sample[0])
+    targets = _numbers(sample[1])
+    if features is None or targets is None:
+        return None
+    draw = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(features), generator=draw)[:ROWS]
+    x, y = features[order], targets[order]
+    half = len(x) // 2
+    parts = (x[:half], y[:half]), (x[half:], y[half:])
+    explained = max(_neighbours(*parts), _linear(*parts))
+    # The share of the variance that an unrelated answer explains by chance, in the held-out half.
+    if explained > 3 / math.sqrt(half):
+        return None
+    if trial is None or trial.rows is None:
+        return None
+    learned = _learned(trial)
+    if learned is None or learned:
+        return None
+    return (
+        f"of {half} rows held out, neighbours and a linear model explain {max(0.0, explained):.1%} of the targets "
+        f"({3 / math.sqrt(half):.1%} is chance), and the copy was no better on val"
+    )
+
+
+def _learned(trial: Any) -> bool | None:
+    """Whether the copy came to predict val better than at its start; None where there is no val."""
+    values = [row["val_loss"] for row in trial.rows if math.isfinite(row.get("val_loss", math.nan))]
+    if not values:
+        return None
+    return min(values) < 0.93 * trial.first
+
+
+def _features(parts: list[Tensor]) -> Tensor | None:
+    columns = []
+    for part in parts:
+        if part.is_floating_point():
+            columns.append(part.float().flatten(1) if part.dim() > 1 else part.float()[:, None])
+        elif part.numel() and part.max() < 200 and part.min() >= 0 and part.dim() <= 2:
+            codes = part if part.dim() == 2 else part[:, None]
+            size = int(codes.max()) + 1
+            if size * codes.shape[1] > 4000:
+                return None
+            hot = torch.nn.functional.one_hot(codes.long(), size).float()
+            columns += [hot.flatten(1), hot.sum(1)]
+        else:
+            return None
+    x = torch.cat(columns, 1)
+    if not bool(torch.isfinite(x).all()) or x.shape[1] > 20_000:
+        return None
+    return (x - x.mean(0)) / x.std(0).clamp(min=1e-6)
+
+
+def _numbers(targets: Tensor) -> Tensor | None:
+    """Targets as centred columns; classes one a column."""
+    if targets.is_floating_point():
+        y = targets.float().flatten(1) if targets.dim() > 1 else targets.float()[:, None]
+    elif targets.dim() == 1 and targets.min() >= 0 and targets.max() < 100:
+        y = torch.nn.functional.one_hot(targets.long()).float()
+    else:
+        return None
+    if y.shape[1] > 200 or not bool(torch.isfinite(y).all()):
+        return None
+    return y - y.mean(0)
+
+
+def _explained(guess: Tensor, y: Tensor) -> float:
+    """The squared correlation of the guesses with the targets, signed; robust to their scale."""
+    one, two = guess - guess.mean(0), y - y.mean(0)
+    dot, sizes = float((one * two).sum()), float(one.norm() * two.norm())
+    return dot / sizes if sizes > 0 else 0.0
+
+
+def _neighbours(known: tuple[Tensor, Tensor], asked: tuple[Tensor, Tensor]) -> float:
+    nearest = torch.cdist(asked[0], known[0]).topk(min(NEIGHBOURS, len(known[0])), largest=False).indices
+    return _explained(known[1][nearest].mean(1), asked[1])
+
+
+def _linear(known: tuple[Tensor, Tensor], asked: tuple[Tensor, Tensor]) -> float:
+    x, y = known
+    kernel = x @ x.T + 0.1 * x.shape[1] * torch.eye(len(x))
+    return _explained(asked[0] @ (x.T @ torch.linalg.solve(kernel, y)), asked[1])

@@ -1,0 +1,155 @@
+"""Rules over an update: what a step of the user's called, in which order, and whether the weights moved as they should."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from epochal.doctor.finding import Seen, rule
+from epochal.doctor.rules.wiring import named
+
+if TYPE_CHECKING:
+    from epochal.doctor.watch import Look
+
+
+@rule("missing-zero-grad", "error", "step")
+def missing_zero_grad(seen: Look) -> Iterator[Seen]:
+    """Gradients add up: without zero_grad() every update follows the sum of all gradients since the start.
+
+    Watches a step of the user's: an optimizer steps with a gradient that holds that of an update before, which another
+    step has already used, and nobody has cleared.
+    """
+    if "stale step" in seen.events:
+        yield Seen(
+            "the gradients of the last update are still in those of this one.",
+            f"the optimizer stepped with them in update {seen.step}, and they were not cleared since",
+            f"step=, in this order: {', '.join(seen.events)}",
+            "call optimizer.zero_grad() before loss.backward()",
+        )
+
+
+@rule("step-without-effect", "error", "step")
+def step_without_effect(seen: Look) -> Iterator[Seen]:
+    """An update that moves no weight trains nothing, however long it runs.
+
+    Watches a step of the user's: its optimizer steps when no parameter has a gradient (it was cleared between backward
+    and step, or there was no backward); or nothing was called that could move a weight, in the first three updates.
+    """
+    if seen.has_moved or not seen.applied or not seen.is_own:
+        return
+    order = ", ".join(seen.events) or "no backward and no optimizer.step()"
+    if "foreign step" in seen.events:
+        return
+    if "empty step" in seen.events:
+        yield Seen(
+            "the optimizer steps when no parameter has a gradient.",
+            f"no weight moved in update {seen.step}",
+            f"step=, in this order: {order}",
+            "call them in this order: zero_grad(), loss.backward(), optimizer.step()",
+        )
+    elif "step" not in seen.events and seen.step >= 2:
+        yield Seen(
+            "the step moves no weight.",
+            f"no weight moved in update {seen.step}, and no optimizer stepped",
+            f"step=, in this order: {order}",
+            "call optimizer.zero_grad(), loss.backward() and optimizer.step() in it",
+        )
+
+
+@rule("foreign-parameters", "error", "step")
+def foreign_step(seen: Look) -> Iterator[Seen]:
+    """The optimizer of the step moves tensors that the model does not compute with: the model was copied or rebuilt.
+
+    Watches a step of the user's: an optimizer steps that holds no parameter of the plan's model, and no weight of the
+    model moves.
+    """
+    if "foreign step" in seen.events and not seen.has_moved:
+        yield Seen(
+            "the optimizer of the step holds the parameters of another model.",
+            f"no weight of the plan's model moved in update {seen.step}",
+            f"step=, in this order: {', '.join(seen.events)}",
+            "make the optimizer over the parameters() of the model that is given to the plan",
+        )
+
+
+@rule("schedule-before-step", "error", "step")
+def schedule_before_step(seen: Look) -> Iterator[Seen]:
+    """A schedule that moves before the optimizer has stepped skips its first rate.
+
+    Watches a step of the user's: its LRScheduler has moved when its optimizer makes the first step.
+    """
+    if "early schedule" in seen.events:
+        yield Seen(
+            "the schedule is stepped before the optimizer.",
+            f"it had moved before the first step of the optimizer, in update {seen.step}",
+            f"step=, in this order: {', '.join(seen.events)}",
+            "call scheduler.step() after optimizer.step(), or give schedule= and leave it to epochal",
+        )
+
+
+@rule("gradient-ascent", "error", "step")
+def update_climbs(seen: Look) -> Iterator[Seen]:
+    """The weights move along the gradient, not against it: every update makes the loss larger.
+
+    Watches a step of the user's: the cosine between the change of the weights and the gradient is above 0.5.
+    """
+    if seen.is_own and seen.climb > 0.5:
+        yield Seen(
+            "the update goes up the gradient, not down.",
+            f"the cosine between the change of the weights and the gradient is {seen.climb:.2f} (below 0 is down)",
+            f"step=, update {seen.step}",
+            "subtract the gradient: p -= lr * p.grad; or make the optimizer without maximize=True",
+        )
+
+
+@rule("lost-updates", "warning", "step")
+def lost_updates(seen: Look) -> Iterator[Seen]:
+    """A weight in bf16 has 8 bits: an update that is smaller than a 256th of it is rounded away, and it never moves.
+
+    Looks at weights of half precision in the updates that are watched: more than 90 of 100 numbers have a gradient and did
+    not change.
+    """
+    lost = {name: share for name, share in seen.lost.items() if share > 0.9 and seen.gradient.get(name, 0) > 0}
+    if lost and len(lost) * 2 >= len(seen.lost) and seen.rate > 0:
+        worst = max(lost.values())
+        yield Seen(
+            "updates are rounded away: the weights are in half precision.",
+            f"{worst:.0%} of the numbers have a gradient and did not change (90 % allowed)",
+            named(lost),
+            'keep the weights in fp32, model.float(), and give precision="bf16", which computes in bf16',
+        )
+
+
+@rule("symmetric-init", "error", "step")
+def symmetric_init(seen: Look) -> Iterator[Seen]:
+    """Units that begin alike and get the same gradient stay alike for ever: the layer has one unit, however many are paid for.
+
+    Looks at the weights of each layer in the first update: rows that are equal, and whose gradients are equal, too (or
+    all 0, of a layer beside others that are). A layer that begins at 0 on purpose (the last of a residual branch, the B of
+    LoRA, a head) gets gradients that differ, and is not told.
+    """
+    for name, (weight, gradient) in seen.begun.items():
+        if weight.dim() < 2 or weight.shape[0] < 2 or weight[0].numel() < 2 or gradient is None or gradient.is_sparse:
+            continue
+        rows, slopes = weight.flatten(1), gradient.flatten(1)
+        largest = slopes.abs().max()
+        if not bool((rows == rows[0]).all()) or not bool((slopes - slopes[0]).abs().max() <= 1e-5 * largest):
+            continue
+        if not bool(largest > 0) and not _are_all_still(seen):
+            continue
+        is_constant = bool((rows == rows[0, 0]).all())
+        yield Seen(
+            "all units of a layer begin with the same weights, and get the same gradient.",
+            f"{weight.shape[0]} equal rows with equal gradients"
+            + (f"; all its weights are {rows[0, 0].item():g}" if is_constant else ""),
+            name,
+            "leave the weights to torch's initialisation, or nn.init.kaiming_normal_(layer.weight)",
+        )
+        return
+
+
+def _are_all_still(seen: Look) -> bool:
+    """Whether no matrix has a gradient, as where all of them are 0."""
+    matrices = [name for name, (weight, _) in seen.begun.items() if weight.dim() > 1]
+    return all(not seen.gradient[name] > 0 or math.isnan(seen.gradient[name]) for name in matrices)

@@ -1,0 +1,457 @@
+"""Rules over a loss as it is called: on what the model gave, and on what it is compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from epochal import losses
+from epochal.doctor.case import Case, is_custom, made_last
+from epochal.doctor.finding import Seen, rule
+from epochal.doctor.trace import Call, made_by, maker, tensors
+
+ROWS = 4  # a batch of fewer rows proves nothing
+SUM = 1e-3  # how far from 1 a sum of probabilities may lie
+BOUNDED = {"Sigmoid", "Tanh", "Hardtanh", "Hardsigmoid", "Relu", "Relu6", "HardtanhBackward"}
+RANGES = {  # what an activation can give at all
+    "Sigmoid": (0.0, 1.0), "Hardsigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0),
+    "Relu": (0.0, math.inf), "Softplus": (0.0, math.inf), "LogSigmoid": (-math.inf, 0.0), "LogSoftmax": (-math.inf, 0.0),
+    "Exp": (0.0, math.inf),
+}  # fmt: skip
+REGRESSION = losses.ELEMENTWISE - losses.BINARY
+
+
+def _rows(outputs: Tensor) -> Tensor:
+    """Scores as (n, classes)."""
+    outputs = outputs.detach()
+    return outputs if outputs.dim() < 3 else outputs.movedim(1, -1).flatten(0, -2)
+
+
+def _are_probabilities(outputs: Tensor) -> bool:
+    rows = _rows(outputs).float()
+    if rows.dim() != 2 or rows.shape[0] < ROWS or rows.shape[1] < 2:
+        return False
+    return bool((rows >= 0).all() and ((rows.sum(1) - 1).abs() < SUM).all())
+
+
+def _made(case: Case, call: Call) -> str:
+    """Where the scores of a loss come from, in words."""
+    layer = made_last(case.now)
+    inside = any(one is call.outputs for one in tensors(case.now.outputs))
+    return f"{case.output_layer()}, {case.at(call.place)}" if layer and inside else case.at(call.place)
+
+
+@rule("softmax-over-one", "error", "batch")
+def softmax_over_one(case: Case) -> Iterator[Seen]:
+    """The softmax of a single number is always 1: the output does not depend on the inputs, and nothing is learned.
+
+    Looks at the output of the model and at what a loss gets: made by a softmax over a dimension of size 1. For one
+    output a sigmoid is meant, or two outputs for two classes.
+    """
+    for tensor in _finals(case):
+        node = maker(tensor)
+        if node is None or made_by(tensor) not in ("Softmax", "LogSoftmax"):
+            continue
+        result = node._saved_result
+        if result.dim() and result.shape[_dim(node, result)] == 1:
+            yield Seen(
+                "a softmax is taken over a single number, and is always 1.",
+                f"softmax over dimension {_dim(node, result)} of {tuple(result.shape)}, whose size is 1",
+                f"{case.output_layer()}, {case.place}",
+                'end the model with nn.Linear(..., 1) alone, and give loss="bce_with_logits"',
+            )
+            return
+
+
+@rule("softmax-dim", "error", "batch")
+def softmax_dim(case: Case) -> Iterator[Seen]:
+    """A softmax over the wrong dimension mixes the samples of a batch, and the scores of one sample do not sum to 1.
+
+    Looks at every softmax of the pass whose input has the samples in its first dimension: it must not be taken over
+    that dimension where the result becomes the output of the model or a loss's scores. For (n, classes) it is dim=1.
+    """
+    for tensor in _finals(case):
+        node, name = maker(tensor), made_by(tensor)
+        if node is None or name not in ("Softmax", "LogSoftmax"):
+            continue
+        result = node._saved_result
+        dim = _dim(node, result)
+        if result.dim() > 1 and dim == 0 and result.shape[0] == case.now.samples > 1:
+            yield Seen(
+                "a softmax is taken over the samples of the batch, not over the classes of each sample.",
+                f"{name.lower()} over dimension 0 of {tuple(result.shape)}, which counts the samples",
+                f"{case.output_layer()}, {case.place}",
+                "take it over the classes: torch.softmax(x, dim=1)",
+            )
+            return
+        classes = {call.outputs.shape[1] for call in case.now.calls if call.name in losses.CLASS_INDEX}
+        if result.dim() > 2 and classes and dim != 1 and result.shape[dim] not in classes:
+            yield Seen(
+                "a softmax is not taken over the classes.",
+                f"{name.lower()} over dimension {dim} of {tuple(result.shape)}, but the loss has its classes in dimension 1",
+                f"{case.output_layer()}, {case.place}",
+                "take it over the classes: torch.log_softmax(x, dim=1)",
+            )
+            return
+
+
+def _finals(case: Case) -> list[Tensor]:
+    """What the model gave, and what the losses got."""
+    every = [*tensors(case.now.outputs), *(call.outputs for call in case.now.calls)]
+    return list({id(one): one for one in every if one.grad_fn is not None}.values())
+
+
+def _dim(node: object, result: Tensor) -> int:
+    dim = int(node._saved_dim)  # type: ignore[attr-defined]
+    dim = dim - 2**64 if dim >= 2**63 else dim
+    return dim % max(1, result.dim())
+
+
+@rule("softmax-before-loss", "error", "batch")
+def softmax_before_loss(case: Case) -> Iterator[Seen]:
+    """A softmax of a softmax is nearly flat: gradients shrink, the loss cannot come near 0, and training stalls early.
+
+    Looks at what cross_entropy gets: made by a softmax, or rows that are not negative and sum to 1 within 0.001, all
+    of at least 4. A log_softmax before it is told as info: it changes nothing but costs time. Catalogue of AUTOTRAINER,
+    UMLAUT and others; the mistake most often asked about.
+    """
+    for call in case.now.calls:
+        if call.name != "cross_entropy":
+            continue
+        is_index = not call.targets.is_floating_point()
+        if made_by(call.outputs) == "Softmax" or (is_index and _are_probabilities(call.outputs)):
+            yield Seen(
+                "cross_entropy gets probabilities, and takes the softmax of them once more.",
+                f"the rows of {tuple(call.outputs.shape)} are not negative and sum to 1 within {SUM}",
+                _made(case, call),
+                'leave the softmax out of the model (and take it where you predict), or give its logarithm to loss="nll"',
+            )
+        elif made_by(call.outputs) == "LogSoftmax":
+            yield Seen(
+                "cross_entropy gets the logarithms of probabilities: it takes the log_softmax itself.",
+                "what it gets is made by log_softmax, which a second one does not change",
+                _made(case, call),
+                'leave the log_softmax out, or give loss="nll"',
+                level="info",
+            )
+
+
+@rule("nll-without-log-softmax", "error", "batch")
+def nll_without_log_softmax(case: Case) -> Iterator[Seen]:
+    """NLLLoss only picks numbers out: of anything but logarithms of probabilities it is no likelihood, and falls without end.
+
+    Looks at what nll_loss gets: an entry above 0, or rows whose exponentials do not sum to 1 within 0.01.
+    """
+    for call in case.now.calls:
+        if call.name != "nll" or _rows(call.outputs).dim() != 2:
+            continue
+        rows = _rows(call.outputs).float()
+        highest, off = rows.max().item(), (rows.exp().sum(1) - 1).abs().max().item()
+        if highest > 1e-4 or off > 1e-2:
+            yield Seen(
+                "NLLLoss needs logarithms of probabilities, and gets other numbers.",
+                f"the highest is {highest:.3g} (at most 0), and exp of a row sums to 1 within {off:.3g} (at most 0.01)",
+                _made(case, call),
+                'give loss="cross_entropy", which takes the scores as they are, or end the model with nn.LogSoftmax(1)',
+            )
+
+
+@rule("sigmoid-before-logits-loss", "error", "batch")
+def sigmoid_before_logits_loss(case: Case) -> Iterator[Seen]:
+    """The loss takes the sigmoid itself; of values between 0 and 1 it is between 0.5 and 0.73, and no class 0 is ever sure.
+
+    Looks at what binary_cross_entropy_with_logits gets: made by a sigmoid (or a softmax).
+    """
+    for call in case.now.calls:
+        if call.name == "bce_with_logits" and made_by(call.outputs) in ("Sigmoid", "Softmax", "Hardsigmoid"):
+            low, high = call.outputs.min().item(), call.outputs.max().item()
+            yield Seen(
+                f"bce_with_logits gets the output of a {made_by(call.outputs).lower()}, and takes the sigmoid once more.",
+                f"what it gets lies from {low:.3g} to {high:.3g}, made by {made_by(call.outputs).lower()}",
+                _made(case, call),
+                'leave the sigmoid out of the model, or give loss="bce"',
+            )
+
+
+@rule("bce-on-logits", "error", "batch")
+def bce_on_logits(case: Case) -> Iterator[Seen]:
+    """BCELoss takes logarithms of its inputs: of what is not a probability they do not exist, or mean nothing.
+
+    Looks at what binary_cross_entropy gets: an entry outside 0..1 (torch refuses it on the host), or scores that came
+    straight out of a layer.
+    """
+    for call in case.now.calls:
+        if call.name == "bce" and made_by(call.outputs) in ("Addmm", "Convolution", "Mm"):
+            yield Seen(
+                "BCELoss needs probabilities, and gets the scores of a layer.",
+                f"what it gets lies from {call.outputs.min().item():.3g} to {call.outputs.max().item():.3g}",
+                _made(case, call),
+                'give loss="bce_with_logits", or end the model with nn.Sigmoid()',
+            )
+
+
+@rule("broadcast-loss", "error", "batch")
+def broadcast_loss(case: Case) -> Iterator[Seen]:
+    """Outputs (n,) and targets (n, 1) are compared each with each: the loss is that of predicting the mean for all.
+
+    Looks at every loss of torch's, and at every sum, difference and product inside a user's own: one side is trained,
+    the other is not, their shapes differ by a last dimension of 1, and the result is (n, n).
+    """
+    for call in case.now.calls:
+        shapes = tuple(call.outputs.shape), tuple(call.targets.shape)
+        if call.name in losses.ELEMENTWISE and shapes[0] != shapes[1]:
+            yield Seen(
+                f"{call.name} compares outputs and targets of different shapes.",
+                f"outputs {shapes[0]}, targets {shapes[1]}: they have to be the same",
+                case.at(call.place),
+                f"give both the shape {shapes[0]}, for example targets.reshape(outputs.shape)",
+            )
+            return
+    for one in case.now.trace.spread:
+        first, second = (tuple(part.shape) for part in one.inputs)
+        yield Seen(
+            "outputs and targets of different shapes are compared each with each.",
+            f"{first} and {second} made {tuple(one.result.shape)}",
+            case.at(one.place),
+            "give both the same shape, for example targets.reshape(outputs.shape)",
+        )
+        return
+
+
+@rule("detached-loss", "error", "batch")
+def detached_loss(case: Case) -> Iterator[Seen]:
+    """Nothing leads back from the loss to the weights, so no backward pass can change them.
+
+    The graph was cut: by .detach(), .item(), .data, torch.tensor(...), torch.no_grad(), NumPy, or an operation without
+    a derivative (argmax, round, comparisons). Looks at the graph of the first loss: it has to reach a trained weight.
+    """
+    value = case.now.value
+    if not case.trained or (value.requires_grad and len(case.now.without) < len(case.trained)):
+        return
+    cut = next(
+        (layer for layer in reversed(case.now.layers) if any(t.requires_grad for t in tensors(layer.output))), None
+    )
+    last = f"; the last layer with a graph is {cut.path or 'the model'}" if cut is not None else ""
+    kept = any(one.requires_grad for one in tensors(case.now.outputs))
+    fix = "return the tensor itself: without .item(), .detach(), .data, torch.tensor(...), argmax or NumPy on the way"
+    yield Seen(
+        "nothing leads back from the loss to a weight: it is cut off from the model.",
+        f"of {len(case.trained)} trained parameters the loss reaches none{last}",
+        f"{'the loss' if kept else 'the forward of ' + type(case.model).__name__}, {case.place}",
+        fix if kept else fix + ", and not under torch.no_grad()",
+    )
+
+
+@rule("gradient-ascent", "error", "batch")
+def gradient_ascent(case: Case) -> Iterator[Seen]:
+    """What is minimised falls where the error rises: every update makes the model worse.
+
+    Looks at the derivative of what is minimised by each loss of torch's inside it: all of them are below 0; and at
+    ``maximize`` of an optimizer over such a loss. For a loss of the user's own f(outputs, targets): outputs that equal
+    the targets give a higher loss than those of the model.
+    """
+    value, results = case.now.value, [call.result for call in case.now.calls if call.result.requires_grad]
+    if results and value.requires_grad and all(one.dim() == 0 for one in results):
+        slopes = torch.autograd.grad(value, results, retain_graph=True, allow_unused=True)
+        known = [slope.item() for slope in slopes if slope is not None]
+        is_reversed = bool(known) and all(slope < 0 for slope in known)
+        maximizes = any(group.get("maximize") for group in case.optimizer.param_groups) if case.optimizer else False
+        if is_reversed is not maximizes and known and all((slope < 0) is is_reversed for slope in known):
+            name, at = case.now.calls[0].name, case.now.calls[0].place
+            told = (
+                "the optimizer has maximize=True"
+                if maximizes
+                else f"its derivative by {name} is {known[0]:.3g}, below 0"
+            )
+            fix = "make the optimizer without maximize" if maximizes else f"minimise {name} itself: leave out the minus"
+            yield Seen("the error is maximised, not minimised.", told, case.at(at), fix)
+        return
+    yield from _prefers_errors(case)
+
+
+def _prefers_errors(case: Case) -> Iterator[Seen]:
+    """Of a loss of the user's own, whether it is lower for the model's outputs than for the targets themselves."""
+    outputs, targets = case.now.outputs, case.now.targets
+    loss = getattr(case.objective, "loss", None)
+    if loss is None or is_custom(case) or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return
+    if outputs.shape != targets.shape or not targets.is_floating_point():
+        return
+    with torch.no_grad():
+        given, perfect = float(loss(outputs.detach(), targets)), float(loss(targets.to(outputs.dtype), targets))
+    if perfect > given + 1e-6 and perfect >= -1e-6 >= given:
+        yield Seen(
+            "the loss is lower for wrong outputs than for right ones.",
+            f"{given:.4g} for the outputs of the model, {perfect:.4g} for the targets themselves",
+            f"loss {losses.describe(loss)}, {case.place}",
+            "turn its sign around: a loss falls as the outputs come near the targets",
+        )
+
+
+@rule("negative-loss", "error", "batch")
+def negative_loss(case: Case) -> Iterator[Seen]:
+    """A loss that cannot be negative is: what it is given is not what it is made for, and it can fall without end.
+
+    Looks at cross_entropy, binary cross-entropy and the losses of differences as they are called.
+    """
+    for call in case.now.calls:
+        if call.name != "nll" and call.result.dim() == 0 and call.result.item() < -1e-6:
+            low, high = call.targets.min().item(), call.targets.max().item()
+            yield Seen(
+                f"{call.name} is negative, which it never is of what it is made for.",
+                f"{call.result.item():.4g}; its targets lie from {low:.3g} to {high:.3g}",
+                case.at(call.place),
+                "give targets that are probabilities: from 0 to 1, and of classes with the sum 1",
+            )
+            return
+
+
+@rule("sum-loss", "info", "batch")
+def sum_loss(case: Case) -> Iterator[Seen]:
+    """The gradient of a sum grows with the batch: a learning rate that suits one batch size does not suit another.
+
+    Looks at the losses of torch's with reduction="sum" whose sum over the batch is minimised as it is: the derivative of
+    what is minimised by that sum is 1. It may be meant so (a likelihood over the dimensions of one sample).
+    """
+    value = case.now.value
+    for call in case.now.calls:
+        if call.reduction == "sum" and call.result.requires_grad and value.requires_grad and case.now.samples > 1:
+            (slope,) = torch.autograd.grad(value, call.result, retain_graph=True, allow_unused=True)
+            if slope is not None and slope.item() == 1.0:
+                yield Seen(
+                    f"{call.name} is summed over the batch, not averaged.",
+                    f"reduction='sum' over {call.outputs.numel()} entries of {case.now.samples} samples, divided by nothing",
+                    case.at(call.place),
+                    'divide by the samples: loss / len(targets), or leave reduction at "mean"',
+                    level="warning",
+                )
+
+
+@rule("activation-before-loss", "warning", "batch")
+def activation_before_loss(case: Case) -> Iterator[Seen]:
+    """The scores of a classifier have to be free: an activation before the loss forbids most of them.
+
+    Looks at what cross_entropy and binary cross-entropy with logits get: made by ReLU, tanh, sigmoid or another bounded
+    activation. Without negative scores, or with scores from -1 to 1, a class cannot be ruled out.
+    """
+    made = {"Relu": "ReLU", "Tanh": "tanh", "Sigmoid": "sigmoid", "Hardtanh": "hardtanh", "LeakyRelu": "leaky ReLU",
+            "Gelu": "GELU", "Elu": "ELU", "Silu": "SiLU", "Hardsigmoid": "hardsigmoid", "Softplus": "softplus",
+            "NativeDropout": "dropout"}  # fmt: skip
+    for call in case.now.calls:
+        name = made_by(call.outputs)
+        if call.name not in ("cross_entropy", "bce_with_logits") or name not in made:
+            continue
+        if call.name == "bce_with_logits" and name in ("Sigmoid", "Hardsigmoid"):
+            continue  # which has a code of its own
+        yield Seen(
+            f"an activation ({made[name]}) stands between the last layer and {call.name}.",
+            f"the scores lie from {call.outputs.min().item():.3g} to {call.outputs.max().item():.3g}, made by {made[name]}",
+            _made(case, call),
+            "let the model end with its last nn.Linear",
+        )
+    yield from _floored(case)
+
+
+def _floored(case: Case) -> Iterator[Seen]:
+    """A regression that ends in an activation which most of its targets lie at the edge of, or outside of."""
+    for call in case.now.calls:
+        if call.name in REGRESSION and made_by(call.outputs) == "NativeDropout":
+            yield Seen(
+                f"dropout stands between the last layer and {call.name}: it sets whole predictions to 0.",
+                f"{(call.outputs == 0).float().mean().item():.0%} of the outputs are 0",
+                _made(case, call),
+                "let the model end with its last nn.Linear",
+            )
+
+
+@rule("unreachable-targets", "error", "batch")
+def unreachable_targets(case: Case) -> Iterator[Seen]:
+    """The activation at the model's end cannot give these targets: part of the error can never go away.
+
+    Looks at what a loss of differences gets: made by sigmoid, tanh, ReLU, softmax or softplus, and more than one of a
+    hundred targets outside of what that can give at all.
+    """
+    for call in case.now.calls:
+        name = made_by(call.outputs)
+        if call.name not in (REGRESSION | {"bce"}) or name not in RANGES or call.outputs.shape != call.targets.shape:
+            continue
+        low, high = RANGES[name]
+        every = case.sample[1] if case.sample is not None and case.sample[1] is not None else call.targets
+        every = every if every.is_floating_point() and every.shape[1:] == call.targets.shape[1:] else call.targets
+        outside = ((every < low - 1e-4) | (every > high + 1e-4)).float().mean().item()
+        if outside > 0.01:
+            yield Seen(
+                f"the model ends with {name.lower()}, which cannot give these targets.",
+                f"{outside:.0%} of the targets are outside of {low:g} to {high:g} (at most 1 %): "
+                f"they lie from {every.min().item():.4g} to {every.max().item():.4g}",
+                _made(case, call),
+                f"leave out the {name.lower()} at the end, or scale the targets into its range",
+            )
+
+
+@rule("initial-loss", "warning", "batch")
+def initial_loss(case: Case) -> Iterator[Seen]:
+    """Before it has learned anything, a classifier should lose about ln(classes); far more says that it begins by being
+    sure of what is wrong.
+
+    Looks at cross_entropy over class indices in the first batches: above 3 times ln(classes), and scores whose standard
+    deviation is above 3. A loss below ln(classes) is that of pretrained weights, and no sign of anything.
+    """
+    for call in case.now.calls:
+        if call.name != "cross_entropy" or call.targets.is_floating_point() or call.reduction != "mean":
+            continue
+        classes, value = call.outputs.shape[1] if call.outputs.dim() > 1 else 2, call.result.item()
+        spread = _rows(call.outputs).float().std().item()
+        if value > 3 * math.log(classes) and spread > 3 and case.run.state.progress.step < 3:
+            yield Seen(
+                f"at the start cross_entropy is {value:.3g}, far above what knowing nothing costs.",
+                f"ln({classes}) = {math.log(classes):.3g}, 3 times that allowed; the scores spread by {spread:.3g} (3 allowed)",
+                f"{case.output_layer()}, {case.place}",
+                "normalise the inputs, or initialise the last layer smaller: nn.init.normal_(last.weight, std=0.01)",
+            )
+
+
+@rule("penalty-dominates", "warning", "batch")
+def penalty_dominates(case: Case) -> Iterator[Seen]:
+    """The penalty is larger than the error: the weights shrink towards 0 instead of learning.
+
+    Looks at the gradient of what is minimised beside that of torch's losses inside it, over all weights: the rest is at
+    least 2 times as large (TheDeepChecker), and so is its value.
+    """
+    value, calls = case.now.value, [call for call in case.now.calls if call.result.requires_grad]
+    decays = _decays(case)
+    if not calls or not value.requires_grad or any(call.result.dim() for call in calls):
+        return
+    parameters = [p for p in case.trained.values() if id(p) in case.now.reached]
+    slopes = torch.autograd.grad(value, [call.result for call in calls], retain_graph=True, allow_unused=True)
+    known = [(call.result, slope) for call, slope in zip(calls, slopes) if slope is not None]
+    if not known:
+        return
+    results, weights = zip(*known)
+    data = torch.autograd.grad(list(results), parameters, list(weights), retain_graph=True, allow_unused=True)
+    whole = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    rest = [a - (0 if b is None else b) for a, b in zip(whole, data) if a is not None]
+    rest = [a + decays.get(id(p), 0.0) * p.detach() for a, p in zip(rest, parameters)] if decays else rest
+    of_data = math.sqrt(sum(float(one.pow(2).sum()) for one in data if one is not None))
+    of_rest = math.sqrt(sum(float(one.pow(2).sum()) for one in rest))
+    share = float(sum(result.item() * weight.item() for result, weight in known))
+    if of_rest > 2 * of_data > 0 and (decays or value.item() - share > 2 * abs(share)):
+        told = "weight_decay" if decays else "a term of the objective beside the loss"
+        yield Seen(
+            f"the penalty on the weights is stronger than the error itself ({told}).",
+            f"its gradient is {of_rest / of_data:.3g} times that of the error (2 allowed)",
+            case.place,
+            "make it smaller: weight_decay=0.01 with adamw, or a factor of 1e-4 in the objective",
+        )
+
+
+def _decays(case: Case) -> dict[int, float]:
+    """Of each parameter the weight decay that is added to its gradient; adamw's is not."""
+    if case.optimizer is None or type(case.optimizer).__name__ in ("AdamW", "Muon", "NAdam", "RAdam", "Adafactor"):
+        return {}
+    return {
+        key: float(group.get("weight_decay") or 0.0) for key, group in case.held.items() if group.get("weight_decay")
+    }

@@ -1,0 +1,206 @@
+"""Rules over the model: how its layers follow one another, how they begin, and which mode they are in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from epochal.doctor.case import Case, Pass
+from epochal.doctor.finding import Seen, rule
+from epochal.doctor.rules.wiring import named
+from epochal.doctor.trace import Layer, tensors
+
+LINEAR = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+@rule("missing-nonlinearity", "warning", "batch")
+def missing_nonlinearity(case: Case) -> Iterator[Seen]:
+    """Two linear layers in a row are one linear layer: the second adds parameters, and nothing that can be learned.
+
+    Looks at what the layers of the pass give and get: the output of an nn.Linear or a convolution is, unchanged, the
+    input of another one. Exempt: a narrow middle (low rank, as in LoRA), grouped and 1x1 convolutions, a narrow
+    embedding, and a model with a single layer.
+    """
+    pairs = [(one, two) for one, two in _fed(case.now) if not _is_factored(one.module, two.module)]
+    if not pairs:
+        return
+    weights = [layer for layer in case.now.layers if isinstance(layer.module, LINEAR)]
+    yield Seen(
+        "linear layers follow one another with no activation between them.",
+        f"{len(pairs)} of the {len(weights)} linear layers get the unchanged output of another one",
+        ", ".join(f"{one.path} -> {two.path}" for one, two in pairs[:4]),
+        "put an activation between them, nn.ReLU() say",
+    )
+
+
+def _fed(seen: Pass) -> Iterator[tuple[Layer, Layer]]:
+    makers: dict[int, Layer] = {}
+    for layer in sorted((one for one in seen.layers if isinstance(one.module, LINEAR)), key=seen.layers.index):
+        given = layer.input
+        if given is not None:
+            before = makers.get(given.untyped_storage().data_ptr())
+            if before is not None and before.output_version == layer.input_version and _is_all(given, before.output):
+                yield before, layer
+        if isinstance(layer.output, Tensor):
+            makers[layer.output.untyped_storage().data_ptr()] = layer
+
+
+def _is_all(given: Tensor, output: Any) -> bool:
+    return isinstance(output, Tensor) and given.numel() == output.numel()
+
+
+def _is_factored(one: nn.Module, two: nn.Module) -> bool:
+    before, middle = _sizes(one)
+    _, after = _sizes(two)
+    convolutions = [part for part in (one, two) if isinstance(part, nn.modules.conv._ConvNd)]
+    is_separable = any(part.groups > 1 or set(part.kernel_size) == {1} for part in convolutions)
+    return is_separable or middle < min(before, after)
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return module.in_channels, module.out_channels
+
+
+@rule("dropout", "warning", "static")
+def dropout(case: Case) -> Iterator[Seen]:
+    """A dropout that drops everything, or nothing, or nearly everything, is not what was meant.
+
+    Looks at p of the dropout layers: 1 is an error, above 0.8 a warning, above 0.5 is told as info (UMLAUT); and at the
+    dropout of a recurrent network of one layer, which has no effect.
+    """
+    for path, module in case.model.named_modules():
+        if isinstance(module, _DropoutNd) and module.p > 0.5:
+            level = "error" if module.p >= 1 else "warning" if module.p > 0.8 else "info"
+            yield Seen(
+                "dropout sets all of its inputs to 0." if module.p >= 1 else "dropout sets most of its inputs to 0.",
+                f"p = {module.p:g} (0.5 is usual)",
+                f"{path} ({type(module).__name__})",
+                "give p=0.1 to 0.5: it is the share that is set to 0",
+                level=level,
+            )
+        if isinstance(module, nn.RNNBase) and module.dropout > 0 and module.num_layers == 1:
+            yield Seen(
+                "the dropout of a recurrent network works between its layers, and it has one.",
+                f"dropout={module.dropout:g}, num_layers=1",
+                f"{path} ({type(module).__name__})",
+                "put an nn.Dropout after it, or give num_layers=2",
+            )
+
+
+@rule("batch-norm-of-one", "error", "batch")
+def batch_norm_of_one(case: Case) -> Iterator[Seen]:
+    """Batch norm divides by the deviation over the batch, and one sample has none: the last batch of an epoch ends the run.
+
+    Looks at the number of samples, the batch size and drop_last, and at a batch norm in train mode that gets one number
+    of each sample and channel.
+    """
+    lone = lone_sample(case)
+    for layer in case.now.layers if lone else ():
+        if isinstance(layer.module, _BatchNorm) and layer.is_training and layer.input is not None:
+            each = layer.input.numel() // max(1, layer.input.shape[0] * layer.input.shape[1])
+            if layer.input.shape[0] == case.now.samples and each == 1:
+                yield Seen(
+                    "the last batch of each epoch has one sample, on which batch norm cannot be trained.",
+                    str(lone),
+                    f"{layer.path} ({type(layer.module).__name__}), {case.place}",
+                    "give another batch_size, or a DataLoader with drop_last=True",
+                )
+                return
+
+
+def lone_sample(case: Case) -> str | None:
+    """What leaves one sample for the last batch, in words; None where nothing does."""
+    train = case.run.train
+    loader = getattr(train, "loader", None)
+    size = loader.batch_size if loader is not None else getattr(train, "batch_size", None)
+    if train.samples is None or not size or size < 2 or case.run.setting.in_step:
+        return None
+    return f"{train.samples} samples in batches of {size} leave 1" if train.samples % size == 1 else None
+
+
+@rule("tiny-batch-norm", "warning", "batch")
+def tiny_batch_norm(case: Case) -> Iterator[Seen]:
+    """Batch norm estimates mean and deviation from the batch; of two or three numbers they are noise.
+
+    Looks at the batch norms in train mode that get fewer than 4 samples in every batch, and so fewer than 16 numbers of
+    a channel.
+    """
+    for layer in case.now.layers:
+        if isinstance(layer.module, _BatchNorm) and layer.is_training and layer.input is not None:
+            samples, numbers = layer.input.shape[0], layer.input.numel() // max(1, layer.input.shape[1])
+            if 1 < samples < 4 and all(one.samples == samples for one in case.passes[:1]):
+                yield Seen(
+                    "batch norm is trained on very small batches.",
+                    f"{samples} samples in a batch (4 at least), {numbers} numbers of each channel",
+                    f"{layer.path} ({type(layer.module).__name__})",
+                    "give batch_size=16 or more, or take nn.GroupNorm, which does not look at the batch",
+                )
+                return
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    is_dropout = isinstance(module, _DropoutNd) and module.p > 0
+    return is_dropout or isinstance(module, _BatchNorm) or (isinstance(module, nn.RNNBase) and module.dropout > 0)
+
+
+@rule("train-in-eval-mode", "warning", "batch")
+def train_in_eval_mode(case: Case) -> Iterator[Seen]:
+    """In eval mode dropout does nothing and batch norm keeps its old statistics: what is trained is another model.
+
+    Looks at the layers whose mode matters, as they run in an update: in eval mode inside of a part that is in eval mode
+    as a whole, though its weights are trained. Batch norms that alone were put into eval mode, and frozen parts, are
+    left as they are on purpose.
+    """
+    modules = dict(case.model.named_modules())
+    found = []
+    for layer in case.now.layers:
+        if layer.is_training or not _depends_on_mode(layer.module):
+            continue
+        parent = layer.path.rpartition(".")[0]
+        part = modules.get(parent, case.model)
+        whole = part if layer.path else case.model
+        has_ran_training = any(one.is_training for one in case.now.layers if one.module is whole)
+        trained = any(p.requires_grad for p in whole.parameters())
+        if trained and not has_ran_training:
+            found.append(layer)
+    if found:
+        yield Seen(
+            "layers are in eval mode while they are trained.",
+            f"{len(found)} of the layers whose mode matters",
+            named(f"{layer.path} ({type(layer.module).__name__})" for layer in found),
+            "call model.train() before the update, and .eval() only for what is frozen; do not set modes in the forward",
+        )
+
+
+@rule("init-scale", "info", "batch")
+def init_scale(case: Case) -> Iterator[Seen]:
+    """Where layers blow their inputs up, or let them fade, the first updates go into mending that.
+
+    Looks at the deviation of what linear layers and convolutions give, in the first pass: between the first and the last
+    it grows or shrinks by more than 1000.
+    """
+    layers = [one for one in case.now.layers if isinstance(one.module, LINEAR) and isinstance(one.output, Tensor)]
+    sizes = [one.output.detach().float().std().item() for one in layers]
+    if len(sizes) < 3 or case.run.state.progress.step > 2 or min(sizes) <= 0:
+        return
+    if (ratio := max(sizes[-1] / sizes[0], sizes[0] / sizes[-1])) > 1000:
+        yield Seen(
+            "the layers blow their inputs up."
+            if sizes[-1] > sizes[0]
+            else "what the layers give fades from one to the next.",
+            f"a deviation of {sizes[0]:.3g} in {layers[0].path}, of {sizes[-1]:.3g} in {layers[-1].path}: "
+            f"{ratio:.3g} times (1000 allowed)",
+            f"{layers[0].path} to {layers[-1].path}",
+            "initialise with nn.init.kaiming_normal_(layer.weight), or put norms between the layers",
+        )
+
+
+def outputs_of(seen: Pass) -> list[Tensor]:
+    """The model's outputs of floating point numbers."""
+    return [one.detach() for one in tensors(seen.outputs) if one.is_floating_point()]

@@ -1,0 +1,86 @@
+"""Rules over the settings of an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from epochal.doctor.case import NORMS, Case
+from epochal.doctor.finding import Seen, rule
+from epochal.doctor.rules.wiring import named
+
+ADAMS = (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)  # AdamW is an Adam
+HIGHEST = 0.5  # of an Adam's rate: it moves each weight by as much in an update
+
+
+@rule("absurd-lr", "warning", "static")
+def absurd_lr(case: Case) -> Iterator[Seen]:
+    """The learning rate cannot be meant: at 0 nothing moves, and an Adam moves every weight by it in each update.
+
+    Looks at the rate of each group: 0 without a schedule is an error; for the family of Adam above 0.5, and for SGD
+    above 100, a warning. Weights are about 0.01 to 1 in size.
+    """
+    for group in case.optimizer.param_groups if case.optimizer is not None else ():
+        rate = float(group.get("initial_lr", group["lr"]))
+        highest = HIGHEST if isinstance(case.optimizer, ADAMS) else 100.0
+        if rate <= 0 and case.run.state.schedule is None:
+            told = "error", "0: nothing is trained", "above 0"
+        elif rate > highest:
+            told = None, f"{rate:g}", f"{highest:g} at most"
+        else:
+            continue
+        yield Seen(
+            f"the learning rate is {told[1]}.",
+            f"lr {rate:g} ({told[2]}) of {type(case.optimizer).__name__}",
+            case.place,
+            "give lr=1e-3 for the family of Adam, 0.01 to 0.1 for SGD",
+            level=told[0],
+        )
+        return
+
+
+@rule("odd-betas", "warning", "static")
+def odd_betas(case: Case) -> Iterator[Seen]:
+    """Adam divides by a running mean of squares: it has to be slower than the mean it divides, and never 0.
+
+    Looks at betas and eps: beta2 below beta1 makes updates of any size; eps below 1e-12 (below 1e-8 for weights of half
+    precision), or above 0.1, makes the division meaningless.
+    """
+    for group in case.optimizer.param_groups if case.optimizer is not None else ():
+        betas, eps = group.get("betas"), group.get("eps")
+        is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in group["params"])
+        least = 1e-8 if is_half else 1e-12
+        if betas is not None and float(betas[1]) < float(betas[0]):
+            told = f"betas are {tuple(map(float, betas))}: the second has to be the higher one", "betas=(0.9, 0.999)"
+        elif betas is not None and eps is not None and not least <= float(eps) <= 0.1:
+            told = f"eps is {float(eps):g}: it has to lie from {least:g} to 0.1", "eps=1e-8"
+        else:
+            continue
+        yield Seen("settings of the optimizer are not those of an Adam that works.", told[0],
+                   f"{type(case.optimizer).__name__}, {case.place}", f"give {told[1]}")  # fmt: skip
+        return
+
+
+@rule("decayed-norms", "info", "static")
+def decayed_norms(case: Case) -> Iterator[Seen]:
+    """Weight decay pulls the scales of norms, and biases, towards 0, where they do not belong.
+
+    Looks at the groups with a weight decay of at least 0.05 that hold one-dimensional weights of norms. Usual practice
+    leaves norms, biases and embeddings out of the decay.
+    """
+    norms = {
+        id(p): f"{path}.{name}" for path, module in case.model.named_modules() if isinstance(module, NORMS)
+        for name, p in module.named_parameters(recurse=False) if p.requires_grad
+    }  # fmt: skip
+    found = [
+        norms[key] for key, group in case.held.items() if key in norms and (group.get("weight_decay") or 0) >= 0.05
+    ]
+    if found:
+        group = next(group for key, group in case.held.items() if key in norms)
+        yield Seen(
+            "weight decay is applied to the scales of norms.",
+            f"weight_decay {group['weight_decay']:g} (0.05 at least) for {len(found)} parameters",
+            named(found),
+            "make two groups: p.dim() > 1 with the decay, all others with weight_decay=0",
+        )

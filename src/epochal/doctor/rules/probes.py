@@ -1,0 +1,307 @@
+"""Rules that need passes of their own, on a copy: in eval mode, with one sample changed, with the data shuffled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from epochal.doctor.case import is_custom
+from epochal.doctor.finding import Seen, rule
+from epochal.doctor.rules.model import _depends_on_mode
+from epochal.doctor.trace import tensors
+from epochal.objective import Supervised
+from epochal.runtime.seeding import generator_states, set_generator_states
+
+if TYPE_CHECKING:
+    from epochal.doctor.probing import Probe
+
+TOLERANCE = 1e-4  # of the size of the outputs
+
+
+def differ(one: Any, other: Any, rows: slice | Tensor | None = None) -> float:
+    """The largest difference between two outputs, of their size; over some rows of the batch."""
+    worst = 0.0
+    for a, b in zip(tensors(one), tensors(other)):
+        if a.shape != b.shape or not a.is_floating_point():
+            continue
+        a, b = (
+            (a.detach().double(), b.detach().double())
+            if rows is None
+            else (a.detach()[rows].double(), b.detach()[rows].double())
+        )
+        if a.numel():
+            size = max(a.abs().max().item(), 1e-6)
+            worst = max(worst, (a - b).abs().max().item() / size)
+    return worst
+
+
+@rule("eval-in-train-mode", "error", "probe")
+def eval_in_train_mode(probe: Probe) -> Iterator[Seen]:
+    """In train mode dropout draws and batch norm looks at the batch: what is validated is not the model that is used.
+
+    Puts the copy into eval mode, and looks at the layers whose mode matters as they run: none may be in train mode. A
+    ``train`` of the user's own that does not take the mode, or a forward that sets it, is to blame.
+    """
+    found = [layer for layer in probe.evaluated.layers if layer.is_training and _depends_on_mode(layer.module)]
+    if found:
+        yield Seen(
+            "layers stay in train mode when the model is evaluated.",
+            f"{len(found)} of the layers whose mode matters, after model.eval()",
+            f"{found[0].path} ({type(found[0].module).__name__}) and so on",
+            "leave train() and eval() to nn.Module: def train(self, mode=True): super().train(mode); return self",
+        )
+
+
+@rule("stochastic-eval", "warning", "probe")
+def stochastic_eval(probe: Probe) -> Iterator[Seen]:
+    """A model that draws in eval mode gives other predictions each time, and early stopping follows the noise.
+
+    Calls the copy twice in eval mode, on the same batch: outputs differ by more than 1e-4 of their size. F.dropout needs
+    training=self.training; a sampled latent needs its mean.
+    """
+    if is_custom(probe.case):
+        return
+    if (off := differ(probe.evaluated.outputs, probe.again.outputs)) > TOLERANCE:
+        yield Seen(
+            "the model gives different outputs for the same inputs in eval mode.",
+            f"two calls differ by {off:.2g} of their size ({TOLERANCE:g} allowed)",
+            f"{type(probe.model).__name__}; {probe.case.place}",
+            "give F.dropout(x, p, training=self.training), and draw nothing when not self.training",
+        )
+
+
+@rule("batch-mixing", "warning", "probe")
+def batch_mixing(probe: Probe) -> Iterator[Seen]:
+    """The output for one sample must not depend on the others in its batch: when they are gone, it is another one.
+
+    Changes one sample of a batch in eval mode: the outputs of all others stay as they are (lightning-bolts' verification).
+    A reshape that mixes dimensions, or a recurrent network that wants (time, batch, features), is to blame. Exempt: an
+    objective of the user's own, which may compare samples on purpose.
+    """
+    if (
+        is_custom(probe.case)
+        or probe.case.now.samples < 3
+        or differ(probe.evaluated.outputs, probe.again.outputs) > TOLERANCE
+    ):
+        return
+    count = probe.case.now.samples
+    changed = probe.outputs(probe.with_row_changed(0))
+    if changed is None or not all(one.dim() and one.shape[0] == count for one in tensors(changed)):
+        return
+    off = differ(probe.evaluated.outputs, changed, slice(1, None))
+    if off > TOLERANCE:
+        yield Seen(
+            "the output for a sample depends on the other samples of its batch.",
+            f"with sample 0 changed, those of others move by {off:.2g} of their size ({TOLERANCE:g} allowed), in eval mode",
+            f"{type(probe.model).__name__}; {probe.case.place}",
+            "look at every view, reshape and transpose: dimension 0 stays the batch; nn.LSTM(..., batch_first=True)",
+        )
+
+
+@rule("causal-leak", "error", "probe")
+def causal_leak(probe: Probe) -> Iterator[Seen]:
+    """A model that predicts what comes next, and can see it, copies it: its loss falls to 0, and it can predict nothing.
+
+    Where targets are the inputs moved by one place (as for a language model), changes the last place of the inputs: the
+    outputs of earlier places stay as they are. Where they are the inputs themselves, moved by none, that is the leak.
+    """
+    inputs, targets = probe.sequence()
+    if inputs is None or targets is None:
+        return
+    if inputs.shape == targets.shape and bool((inputs == targets).all()):
+        if not inputs.is_floating_point() and len(inputs.unique()) > 2:
+            yield Seen(
+                "the targets are the inputs themselves.",
+                f"all of {inputs.numel()} entries of the first batch are equal",
+                probe.case.place,
+                "move them by one place: inputs = x[:, :-1], targets = x[:, 1:]",
+            )
+        return
+    if not bool((inputs[:, 1:] == targets[:, :-1]).float().mean() > 0.99):
+        return
+    late = inputs.clone()
+    late[:, -1] = inputs[:, -1].roll(1, 0) if not inputs.is_floating_point() else inputs[:, -1] + 1
+    if bool((late == inputs).all()):
+        return
+    changed = probe.outputs(probe.with_inputs([late]))
+    time, off = inputs.shape[1], 0.0
+    for before, after in zip(tensors(probe.evaluated.outputs), tensors(changed)):
+        axis = next((at for at in (1, 2) if before.dim() > at and before.shape[at] == time), None)
+        if axis is not None and before.is_floating_point():
+            early = [one.detach().double().narrow(axis, 0, time - 1) for one in (before, after)]
+            off = max(off, (early[0] - early[1]).abs().max().item() / max(early[0].abs().max().item(), 1e-6))
+    if off > TOLERANCE:
+        yield Seen(
+            "the model sees what it is to predict.",
+            f"with the last of {time} places changed, outputs of earlier ones move by {off:.2g} of their size ({TOLERANCE:g} allowed)",
+            f"{type(probe.model).__name__}; {probe.case.place}",
+            "give the attention a causal mask, nn.Transformer.generate_square_subsequent_mask(T); pad a convolution on the left",
+        )
+
+
+@rule("inputs-ignored", "warning", "probe")
+def inputs_ignored(probe: Probe) -> Iterator[Seen]:
+    """A model whose output is the same for all samples has learned the mean of the targets, and nothing of the inputs.
+
+    Looks at the trained copy: on a batch whose inputs and targets differ, its outputs are the same within 1e-5 of their size;
+    or one of several inputs can be shuffled, and nothing changes.
+    """
+    model, case = probe.trained, probe.case
+    if model is None or case.now.samples < 4:
+        return
+    outputs = probe.outputs(case.now.batch, model)
+    found = [
+        one.detach().double()
+        for one in tensors(outputs)
+        if one.is_floating_point() and one.dim() and one.shape[0] == case.now.samples
+    ]
+    if found and not is_custom(case) and probe.targets_vary():
+        spread = max((one - one[:1]).abs().max().item() / max(one.abs().max().item(), 1e-6) for one in found)
+        if spread < 1e-5:
+            yield Seen(
+                "the outputs are the same for all inputs.",
+                f"after {probe.updates} updates those of {case.now.samples} samples differ by {spread:.1g} of their size (1e-5 at least)",
+                f"{case.output_layer()}; {case.place}",
+                "look in the forward at what becomes of x: an unused variable, a layer that was not called, a unit that is dead",
+            )
+            return
+    yield from _one_ignored(probe, model)
+
+
+def _one_ignored(probe: Probe, model: Any) -> Iterator[Seen]:
+    parts = probe.parts()
+    if len(parts) < 2:
+        return
+    for name, part in parts:
+        if part.dim() == 0 or part.shape[0] != probe.case.now.samples or bool((part == part[:1]).all()):
+            continue
+        states = generator_states()
+        plain = probe.loss(probe.case.now.batch, model)
+        set_generator_states(states)
+        mixed = probe.loss(probe.with_part(name, part.roll(1, 0)), model)
+        set_generator_states(states)
+        if plain is not None and mixed is not None and abs(plain - mixed) <= 1e-9 * max(1.0, abs(plain)):
+            yield Seen(
+                "one of the inputs has no influence.",
+                f"with input {name!r} of the samples exchanged, the loss stays {plain:.6g}",
+                f"{type(probe.model).__name__}; {probe.case.place}",
+                "use it in the forward, or leave it out of the data",
+            )
+            return
+
+
+@rule("unscaled-accumulation", "error", "probe-step")
+def unscaled_accumulation(probe: Probe) -> Iterator[Seen]:
+    """Gradients of micro-batches add up: without a division their sum is that of a rate so many times as high.
+
+    Where accumulate= is above 1, calls a step of the user's with a batch, and with the same batch twice: the gradient
+    with which the optimizer steps must be the same.
+    """
+    ratio = probe.accumulated()
+    if ratio is not None and 1.8 < ratio < 2.2:
+        yield Seen(
+            "the gradients of micro-batches are added up, and not averaged.",
+            f"a batch given twice makes the gradient {ratio:.3g} times as large (once allowed)",
+            "step=",
+            "divide: (loss / len(window.batches)).backward(), or by samples, size / window.samples",
+        )
+
+
+@rule("logit-threshold", "warning", "probe")
+def logit_threshold(probe: Probe) -> Iterator[Seen]:
+    """A threshold of 0.5, or rounding, is for probabilities; of scores, 0 is the middle. An argmax over one column is 0.
+
+    Looks at the metrics and the loss as they are called: what is compared with 0.5 (or rounded) lies outside of 0..1; or
+    argmax is taken over a dimension of size 1.
+    """
+    for operation in probe.metric_operations():
+        (args, kwargs), name = operation.inputs, operation.name
+        given = args[0]
+        if not isinstance(given, Tensor) or not given.is_floating_point() or given.numel() < 4:
+            continue
+        low, high = given.min().item(), given.max().item()
+        if name == "argmax":
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            if isinstance(dim, int) and given.dim() > 1 and given.shape[dim] == 1:
+                yield Seen("an argmax is taken over a single column, and is always 0.",
+                           f"argmax over dimension {dim} of {tuple(given.shape)}", operation.place,
+                           "compare the score with 0: (outputs > 0)")  # fmt: skip
+                return
+            continue
+        bound = 0.5 if name == "round" else args[1] if len(args) > 1 else None
+        bound = bound.item() if isinstance(bound, Tensor) and bound.numel() == 1 else bound
+        if bound == 0.5 and (low < -0.05 or high > 1.05):
+            yield Seen(
+                "scores are cut at 0.5, which is for probabilities.",
+                f"they go from {low:.3g} to {high:.3g}",
+                operation.place,
+                "compare them with 0, or take torch.sigmoid(outputs) > 0.5",
+            )
+            return
+
+
+@rule("wrong-average", "warning", "probe")
+def wrong_average(probe: Probe) -> Iterator[Seen]:
+    """A metric that is no mean over samples (a root, an f1, a correlation) is another one when it is averaged over batches.
+
+    Computes a metric function of the user's over all of val at once, and as the mean over batches: they differ by more than
+    5 of 100.
+    """
+    for name, whole, mean in probe.averaged_metrics():
+        if abs(whole - mean) > 0.05 * max(abs(whole), abs(mean), 1e-9):
+            yield Seen(
+                f"the metric {name!r} is averaged over batches, and is no mean.",
+                f"{mean:.4g} averaged over the batches of val, {whole:.4g} over all of it (5 % allowed)",
+                f"metrics=, {name}",
+                "give epochal.Metric or a torchmetrics metric, which keeps what it needs of each batch",
+            )
+
+
+@rule("impossible-metric", "error", "probe")
+def impossible_metric(probe: Probe) -> Iterator[Seen]:
+    """A share above 1, or below 0, is none: the metric counts something twice, or divides by the wrong number.
+
+    Looks at metrics whose names say accuracy, precision, recall, f1 or auc, over val.
+    """
+    for name, whole, mean in probe.averaged_metrics():
+        is_share = any(word in name.lower() for word in ("accuracy", "acc", "precision", "recall", "f1", "auc"))
+        for value in (whole, mean):
+            if is_share and not -1e-6 <= value <= 1 + 1e-6:
+                yield Seen(
+                    f"{name} is {value:.4g}, which no share can be.",
+                    f"{value:.4g} over val (0 to 1 allowed)",
+                    f"metrics=, {name}",
+                    "divide by the number of samples, and look at the shapes: (n,) == (n, 1) compares each with each",
+                )
+                return
+
+
+@rule("labels-unrelated", "warning", "probe")
+def labels_unrelated(probe: Probe) -> Iterator[Seen]:
+    """Labels that belong to other samples can be learned by heart, and never predicted.
+
+    Asks three times, of rows that were not learned from: whether the nearest neighbours, a linear model, and the trained
+    copy tell more than always the same answer. None does. A file sorted anew, or a shuffle of one array alone, is to blame.
+    """
+    if not isinstance(probe.case.objective, Supervised):
+        return
+    told = probe.relation()
+    if told is not None:
+        yield Seen(
+            "the labels seem to have nothing to do with the inputs.",
+            told,
+            f"train; {probe.case.place}",
+            "look at how inputs and labels are put side by side: look at some pairs, and shuffle both by the same index",
+        )
+
+
+@rule("cannot-fit", "warning", "symptom")
+def cannot_fit(case: Any) -> Iterator[Seen]:
+    """A model that cannot learn sixteen samples by heart will not learn more of them.
+
+    Told by ``epochal check`` where a copy trained on sixteen samples alone, at the planned rate and at ten times that,
+    keeps more than half of the loss it began with.
+    """
+    return iter(())

@@ -1,0 +1,44 @@
+"""Codes of what epochal refuses by itself, wherever it meets it; their pages, and nothing to look for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from epochal.doctor.finding import Seen, rule
+
+
+@rule("all-frozen", "error", "static")
+def all_frozen(case: object) -> Iterator[Seen]:
+    """No parameter of the model wants a gradient, so there is nothing to train.
+
+    A backbone was frozen by requires_grad_(False) over the whole model, head and all, or after the head was put in.
+    """
+    return iter(())
+
+
+@rule("label-out-of-range", "error", "batch")
+def label_out_of_range(case: object) -> Iterator[Seen]:
+    """A class index that is not among the model's outputs cannot be learned; on a GPU it ends the process.
+
+    Looks at all class indices where they are in memory, else at those of each batch: they go from 0 to the number of
+    outputs, less one; the ignore_index does not count.
+    """
+    return iter(())
+
+
+@rule("raises", "error", "batch")
+def raises(case: object) -> Iterator[Seen]:
+    """A pass over a batch, or an update, raises an error: the training would end there.
+
+    Told with the layer that was running and the shapes of the batch.
+    """
+    return iter(())
+
+
+@rule("integer-inputs", "error", "batch")
+def integer_inputs(case: object) -> Iterator[Seen]:
+    """Layers with floating point weights take no integers; and a count or a byte wants to be scaled as well.
+
+    An nn.Embedding takes them; images of bytes are divided by 255.
+    """
+    return iter(())

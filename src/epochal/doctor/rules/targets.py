@@ -1,0 +1,176 @@
+"""Rules over the targets: their form, their range, and how many there are of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from epochal import losses
+from epochal.doctor.case import Case
+from epochal.doctor.finding import Seen, rule
+
+
+@rule("target-format", "error", "batch")
+def target_format(case: Case) -> Iterator[Seen]:
+    """Classes are given as indices, or as probabilities that sum to 1; anything else is not what the loss computes with.
+
+    Looks at the targets of cross_entropy: floating point rows that are negative, or do not sum to 1 within 0.001; and at
+    those of a loss of differences over several outputs that are nothing but 0 and 1, one in each row, which is told as info.
+    """
+    for call in case.now.calls:
+        targets, shapes = call.targets.detach(), (tuple(call.outputs.shape), tuple(call.targets.shape))
+        if call.name == "cross_entropy" and targets.is_floating_point() and targets.shape == call.outputs.shape:
+            off = (targets.sum(1) - 1).abs().max().item()
+            if off > 1e-3 or targets.min().item() < -1e-6:
+                yield Seen(
+                    "the targets of cross_entropy are neither class indices nor probabilities.",
+                    f"the rows of targets {shapes[1]} sum to 1 within {off:.3g} (0.001 allowed), "
+                    f"and go from {targets.min().item():.3g} to {targets.max().item():.3g}",
+                    case.at(call.place),
+                    'give y.argmax(1) if they are scores; loss="bce_with_logits" if several classes hold at once',
+                )
+        elif call.name == "bce_with_logits" and targets.dim() == 2 and targets.shape[1] > 2 and _is_one_hot(targets):
+            continue
+        if call.name in losses.BINARY:
+            low, high = targets.min().item(), targets.max().item()
+            if low < -1e-6 or high > 1 + 1e-6:
+                yield Seen(
+                    "the targets of a binary cross-entropy are not from 0 to 1.",
+                    f"they go from {low:.3g} to {high:.3g}",
+                    case.at(call.place),
+                    "give 0.0 and 1.0, for example (y > 0).float()",
+                )
+
+
+def _is_one_hot(targets: Tensor) -> bool:
+    return bool(((targets == 0) | (targets == 1)).all() and (targets.sum(1) == 1).all())
+
+
+@rule("targets-ignored", "warning", "batch")
+def targets_ignored(case: Case) -> Iterator[Seen]:
+    """Targets that equal ignore_index count nothing: where nearly all do, nearly nothing is learned.
+
+    Looks at the class indices of the first batches: all of them ignored is an error, more than 95 of 100 a warning.
+    """
+    for call in case.now.calls:
+        if call.name not in losses.CLASS_INDEX or call.targets.is_floating_point():
+            continue
+        index = losses.ignore_index(getattr(case.objective, "loss", None))
+        share = (call.targets == index).float().mean().item()
+        if share > 0.95:
+            yield Seen(
+                "all targets of a batch are ignored." if share == 1 else "nearly all targets of a batch are ignored.",
+                f"{share:.0%} of {call.targets.numel()} equal ignore_index={index} (95 % allowed)",
+                case.at(call.place),
+                "look at what makes the labels: the padding, the mask, the shift",
+                level="error" if share == 1 else None,
+            )
+
+
+def class_counts(case: Case) -> tuple[Tensor, int] | None:
+    """How many targets there are of each class, and how many classes the model gives scores for."""
+    call = next((one for one in case.now.calls if one.name in losses.CLASS_INDEX), None)
+    if call is None or call.targets.is_floating_point() or call.targets.dim() != 1 or case.sample is None:
+        return None
+    targets, classes = case.sample[1], call.outputs.shape[1] if call.outputs.dim() > 1 else 0
+    if targets is None or targets.is_floating_point() or targets.dim() != 1 or not classes:
+        return None
+    targets = targets[(targets >= 0) & (targets < classes)]
+    return torch.bincount(targets, minlength=classes), classes
+
+
+@rule("missing-class", "warning", "data")
+def missing_class(case: Case) -> Iterator[Seen]:
+    """A class that never occurs is never learned; where it is class 0, or the last one, the labels are probably off by one.
+
+    Looks at the class indices: some class that the model has an output for does not occur, among at least 20 labels for
+    each class.
+    """
+    found = class_counts(case)
+    if found is None:
+        return
+    counts, classes = found
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if not empty or int(counts.sum()) < 20 * classes:
+        return
+    from_one = empty == [0]
+    yield Seen(
+        "class 0 never occurs: the labels seem to start at 1."
+        if from_one
+        else "the model has outputs for classes that never occur.",
+        f"of {classes} classes {len(empty)} have no label, among {int(counts.sum())}",
+        f"class {', '.join(map(str, empty[:8]))}; {case.place}",
+        "give y - 1, and one output less"
+        if from_one
+        else f"give the model {classes - len(empty)} outputs, or the missing labels",
+    )
+
+
+@rule("class-imbalance", "info", "data")
+def class_imbalance(case: Case) -> Iterator[Seen]:
+    """Where one class is much more frequent, a model that always says it has a high accuracy.
+
+    Looks at the class indices, or at targets of 0 and 1: the most frequent is more than 10 times as frequent as the
+    rarest, and the loss has no class weights, and the loader no sampler.
+    """
+    counts = _counts(case)
+    loss, loader = getattr(case.objective, "loss", None), getattr(case.run.train, "loader", None)
+    if counts is None or getattr(loss, "weight", None) is not None or getattr(loss, "pos_weight", None) is not None:
+        return
+    if "Weighted" in type(getattr(loader, "sampler", None)).__name__:
+        return
+    counts = counts[counts > 0]
+    if len(counts) > 1 and int(counts.sum()) >= 100 and (ratio := float(counts.max() / counts.min())) > 10:
+        yield Seen(
+            "some classes are much rarer than others.",
+            f"the most frequent is {ratio:.0f} times as frequent as the rarest (10 allowed); always saying it is right "
+            f"for {float(counts.max() / counts.sum()):.0%}",
+            f"targets of train; {case.place}",
+            'give loss=nn.CrossEntropyLoss(weight=...), or metrics=["f1"], which does not forgive it',
+        )
+
+
+def _counts(case: Case) -> Tensor | None:
+    if (found := class_counts(case)) is not None:
+        return found[0]
+    targets = case.sample[1] if case.sample is not None else None
+    if targets is None or not any(call.name in losses.BINARY for call in case.now.calls):
+        return None
+    flat = targets.flatten()
+    if (targets.dim() > 1 and targets.shape[1] > 1) or not bool(((flat == 0) | (flat == 1)).all()):
+        return None
+    return torch.bincount(flat.long(), minlength=2)
+
+
+@rule("unscaled-targets", "info", "data")
+def unscaled_targets(case: Case) -> Iterator[Seen]:
+    """Targets far from 0, or far apart, take thousands of updates until the last layer reaches their size.
+
+    Looks at the targets of a loss of differences: a deviation above 50, or a mean of more than 10 deviations, while the
+    outputs of the model are a hundredth of it.
+    """
+    call = next((one for one in case.now.calls if one.name in losses.ELEMENTWISE - losses.BINARY), None)
+    targets = case.sample[1] if case.sample is not None else None
+    if call is None or targets is None or not targets.is_floating_point() or len(targets) < 20:
+        return
+    targets = targets if targets.shape[1:] == call.targets.shape[1:] else call.targets.detach()
+    spread, mean, size = targets.std().item(), targets.mean().abs().item(), call.outputs.detach().abs().mean().item()
+    if (spread > 50 or mean > 10 * spread > 0) and size < 0.1 * max(spread, mean):
+        yield Seen(
+            "the targets are far larger than what the model gives.",
+            f"their mean is {mean:.4g}, their deviation {spread:.4g} (50, or a tenth of the mean); outputs are {size:.3g} in size",
+            f"targets of train; {case.place}",
+            "train on (y - y.mean()) / y.std(), and turn predictions back",
+            level="warning" if spread > 50 and size < 0.01 * spread else None,
+        )
+
+
+@rule("too-few-outputs", "error", "batch")
+def too_few_outputs(case: Case) -> Iterator[Seen]:
+    """The model has fewer outputs than there are classes.
+
+    Told where class indices are looked at, with the classes that there are.
+    """
+    return iter(())

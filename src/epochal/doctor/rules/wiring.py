@@ -1,0 +1,236 @@
+"""Rules over what is connected with what: model, loss, gradients, optimizer, and data for training and validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from epochal.data.loader import Loader
+from epochal.data.sources import Arrays
+from epochal.doctor.case import Case
+from epochal.doctor.finding import Seen, rule
+
+TOLD = 4  # names of parameters
+
+
+def named(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:TOLD]) + (f" and {len(names) - TOLD} more" if len(names) > TOLD else "")
+
+
+def _hidden(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters that attributes of the model lead to, and that it does not know as its own; with their place."""
+    known = {id(one) for one in (*model.parameters(), *model.buffers())}
+    modules = set(map(id, model.modules()))
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                for tail, one in _leaves(value, 0, modules):
+                    if id(one) not in known:
+                        yield f"{path}.{name}{tail}".removeprefix("."), one
+
+
+def _leaves(value: Any, depth: int, modules: set[int]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, nn.Module):
+        if id(value) not in modules:
+            yield from ((f".{name}", p) for name, p in value.named_parameters())
+    elif isinstance(value, Tensor):
+        if value.requires_grad and value.is_leaf:
+            yield "", value
+    elif isinstance(value, Mapping) and depth < 3:
+        for key, part in value.items():
+            yield from ((f"[{key!r}]{tail}", one) for tail, one in _leaves(part, depth + 1, modules))
+    elif isinstance(value, list | tuple | set) and depth < 3 and len(value) < 10_000:
+        for at, part in enumerate(value):
+            yield from ((f"[{at}]{tail}", one) for tail, one in _leaves(part, depth + 1, modules))
+
+
+@rule("hidden-modules", "error", "wiring")
+def hidden_modules(case: Case) -> Iterator[Seen]:
+    """A layer in a plain list, dict or tensor attribute is not part of the model: it is neither trained, nor saved, nor moved.
+
+    Looks at the attributes of every module for layers and tensors that get a gradient from the loss, that
+    ``model.parameters()`` does not know, and that the optimizer does not hold. What gets no gradient (a frozen teacher)
+    may be hidden on purpose.
+    """
+    found = [
+        name for name, one in _hidden(case.model)
+        if id(one) in case.now.reached and one.requires_grad and id(one) not in case.held
+    ]  # fmt: skip
+    if found:
+        yield Seen(
+            "layers that the loss depends on are not part of the model, and are not trained.",
+            f"{len(found)} tensors get a gradient, and are not in model.parameters()",
+            f"{named(found)} of {type(case.model).__name__}",
+            "keep layers in nn.ModuleList or nn.ModuleDict, and tensors in nn.Parameter",
+        )
+
+
+@rule("foreign-parameters", "error", "wiring")
+def foreign_parameters(case: Case) -> Iterator[Seen]:
+    """The optimizer moves tensors that the model does not compute with: the model was copied or rebuilt after it was made.
+
+    Looks at what the optimizer holds and the model does not, and at whether the loss gives it a gradient. What does get
+    one (a learned weight of the loss, say) may be meant so.
+    """
+    if case.optimizer is None:
+        return
+    modules = case.run.state.modules
+    known = {id(p) for module in modules for p in module.parameters()}
+    hidden = {id(one) for _, one in _hidden(case.model)}
+    held = [p for group in case.optimizer.param_groups for p in group["params"]]
+    foreign = [p for p in held if id(p) not in known | hidden and id(p) not in case.now.reached and p.requires_grad]
+    missed = [name for name, p in case.trained.items() if id(p) not in case.held and id(p) in case.now.reached]
+    if foreign and missed:
+        yield Seen(
+            "the optimizer holds parameters that are not the model's, and lacks some that are.",
+            f"{len(foreign)} of its {len(held)} parameters are of another model; {len(missed)} of this one's are not in it",
+            f"{type(case.optimizer).__name__}; not in it: {named(missed)}",
+            "make the optimizer after the last change of the model, over model.parameters()",
+        )
+    elif foreign:
+        yield Seen(
+            "the optimizer holds parameters that the loss does not depend on, and the model does not have.",
+            f"{len(foreign)} of its {len(held)} parameters",
+            f"{type(case.optimizer).__name__}, tensors of shape {tuple(foreign[0].shape)} and so on",
+            "make the optimizer over model.parameters()",
+            level="warning",
+        )
+
+
+@rule("not-in-optimizer", "warning", "wiring")
+def not_in_optimizer(case: Case) -> Iterator[Seen]:
+    """A weight that the optimizer does not hold stays as it was initialised, though a gradient is computed for it.
+
+    Looks at the parameters that want a gradient, get one from the loss, and are in no group. If none is in it, that is
+    an error. What shall stay as it is, is frozen by requires_grad_(False), which saves its gradient, too.
+    """
+    if case.optimizer is None:
+        return
+    missed = [name for name, p in case.trained.items() if id(p) not in case.held and id(p) in case.now.reached]
+    if missed and not any(foreign_parameters(case)):
+        count = sum(case.trained[name].numel() for name in missed)
+        yield Seen(
+            "the optimizer does not hold all of the parameters that are to be trained.",
+            f"{count:,} of {sum(p.numel() for p in case.trained.values()):,} weights get a gradient and are in no group",
+            f"{named(missed)}; {type(case.optimizer).__name__}",
+            "make it over model.parameters(), or freeze these: requires_grad_(False)",
+            level="error" if len(missed) == len(case.trained) else None,
+        )
+
+
+@rule("no-gradient", "warning", "wiring")
+def no_gradient(case: Case) -> Iterator[Seen]:
+    """A parameter that no backward pass reaches is never trained: it is unused, or cut off by .detach() or no_grad().
+
+    Looks at the graph of the loss in the first batches: a parameter that wants a gradient, is in the optimizer, and is in
+    none of them. Where its layer ran, its output was cut off; where it did not, it is not used.
+    """
+    without = set(case.passes[0].without).intersection(*(one.without for one in case.passes[1:]))
+    missed = [
+        name for name in case.trained if name in without and (not case.held or id(case.trained[name]) in case.held)
+    ]
+    if not missed or len(without) == len(case.trained):
+        return
+    ran = {layer.path for one in case.passes for layer in one.layers}
+    cut = [name for name in missed if name.rpartition(".")[0] in ran]
+    told = "ran, but its output is cut off from the loss" if cut else "is not used"
+    yield Seen(
+        "some parameters never get a gradient, and are not trained.",
+        f"{len(missed)} of {len(case.trained)} trained parameters in none of {len(case.passes)} passes; the layer {told}",
+        named(cut or missed),
+        "look for .detach(), .data, torch.no_grad() or NumPy after this layer"
+        if cut
+        else "use it in the forward, or leave it out of the model (or freeze it: requires_grad_(False))",
+        level=None if cut else "info",
+    )
+
+
+@rule("frozen-in-optimizer", "warning", "static")
+def frozen_in_optimizer(case: Case) -> Iterator[Seen]:
+    """A group of the optimizer whose parameters are all frozen trains nothing: its learning rate does not matter.
+
+    Looks at the groups of an optimizer that has trained ones as well. Frozen parameters among trained ones in a group do
+    no harm, and are not told.
+    """
+    groups = case.optimizer.param_groups if case.optimizer is not None else []
+    names = {id(p): name for name, p in case.model.named_parameters()}
+    for number, group in enumerate(groups):
+        if len(groups) > 1 and group["params"] and not any(p.requires_grad for p in group["params"]):
+            yield Seen(
+                "a group of the optimizer holds nothing but frozen parameters.",
+                f"group {number} of {len(groups)}: none of its {len(group['params'])} parameters wants a gradient",
+                named(names.get(id(p), "?") for p in group["params"]),
+                "unfreeze them, model.part.requires_grad_(True), or leave the group out",
+            )
+
+
+def _source(data: Any) -> Any:
+    return data.dataset if isinstance(data, DataLoader) else data
+
+
+def _indices(data: Any) -> tuple[Any, set[int] | None]:
+    """The data set in the end, and which of it; None for all."""
+    data = _source(data)
+    if not isinstance(data, Subset):
+        return data, None
+    base, rows = _indices(data.dataset)
+    mine = list(map(int, data.indices))
+    if rows is not None and isinstance(data.dataset, Subset):
+        mine = [int(data.dataset.indices[one]) for one in mine]
+    return base, set(mine)
+
+
+def _memory(data: Any) -> Tensor | None:
+    """The first array of data in memory."""
+    data = _source(data)
+    parts = data.tensors if isinstance(data, TensorDataset) else data
+    if isinstance(parts, Mapping):
+        parts = tuple(parts.values())
+    first = parts[0] if isinstance(parts, list | tuple) and parts else parts
+    try:
+        return first if isinstance(first, Tensor) else torch.from_numpy(first)
+    except TypeError:
+        return None
+
+
+@rule("val-in-train", "error", "static")
+def val_in_train(case: Case) -> Iterator[Seen]:
+    """What is validated on was trained on: the validation says how well it is remembered, not how well it is learned.
+
+    Looks at whether val is train itself, over the same memory, or has indices in common with it.
+    """
+    train, val = case.plan.train, case.plan.val
+    if val is None or isinstance(val, float):
+        return
+    (base, rows), (other, others) = _indices(train), _indices(val)
+    told = None
+    if _source(train) is _source(val):
+        told = "val is the very data that train is"
+    elif base is other and (rows is None or others is None or rows & others):
+        shared = len(rows & others) if rows is not None and others is not None else len(rows or others or ())
+        told = f"{shared or 'all'} indices are in both"
+    else:
+        one, two = _memory(train), _memory(val)
+        if one is not None and two is not None and one.numel() and two.numel():
+            begins, ends = one.data_ptr(), one.data_ptr() + one.numel() * one.element_size()
+            inside = begins <= two.data_ptr() < ends and one.is_contiguous() and one.device == two.device
+            told = "the arrays of val lie inside those of train" if inside else None
+    if told is not None:
+        yield Seen(
+            "the validation is made on data that are trained on.",
+            told,
+            f"train, val; {case.place}",
+            "give val=0.2, which divides train, or data that train does not have",
+        )
+
+
+def arrays(case: Case) -> Arrays | None:
+    """The training data, where they are in memory."""
+    source = case.run.train.source if isinstance(case.run.train, Loader) else None
+    return source if isinstance(source, Arrays) else None

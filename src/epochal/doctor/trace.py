@@ -1,0 +1,227 @@
+"""One pass as it is made: which layers ran on what, which losses were computed over what, and how it went back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+# torch's losses as they are called, by the names of epochal.
+LOSSES: dict[Callable, str] = {
+    functional.mse_loss: "mse", torch._C._nn.mse_loss: "mse",
+    functional.l1_loss: "l1", torch._C._nn.l1_loss: "l1",
+    functional.smooth_l1_loss: "smooth_l1", torch._C._nn.smooth_l1_loss: "smooth_l1",
+    functional.huber_loss: "huber", torch._C._nn.huber_loss: "huber",
+    functional.cross_entropy: "cross_entropy", functional.nll_loss: "nll",
+    functional.binary_cross_entropy: "bce", functional.binary_cross_entropy_with_logits: "bce_with_logits",
+}  # fmt: skip
+_BINARY = {"add", "sub", "rsub", "mul", "div", "__rsub__", "__radd__", "__rmul__", "square_difference", "subtract"}
+_SHAPES = ("View", "Reshape", "Squeeze", "Unsqueeze", "T", "Transpose", "Permute", "Clone", "Expand", "ToCopy",
+           "Contiguous", "UnsafeView", "Alias", "Slice", "Select", "Flatten", "Split", "Chunk", "Unbind")  # fmt: skip
+_OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+
+
+class Call(NamedTuple):
+    """A loss of torch's as it was called: over which tensors, where (``train.py:41``), and what it gave."""
+
+    name: str
+    outputs: Tensor
+    targets: Tensor
+    reduction: str
+    result: Tensor
+    place: str
+
+
+class Layer(NamedTuple):
+    """A module as it was called; version: of its input's memory then, and of its output's afterwards."""
+
+    path: str
+    module: nn.Module
+    input: Tensor | None
+    output: Any
+    is_training: bool
+    input_version: int
+    output_version: int
+
+
+class Operation(NamedTuple):
+    """An operation that a rule wants to see: its name, its inputs, its result, and where it stands."""
+
+    name: str
+    inputs: tuple[Any, ...]
+    result: Any
+    place: str
+
+
+class Trace(TorchFunctionMode):
+    """Inside ``with``, everything is computed as it would be without, and noted.
+
+    model: its layers are noted, outermost last. at_backward: called when a loss goes back, before it does.
+    """
+
+    def __init__(
+        self, model: nn.Module, at_backward: Callable[[Tensor], None] | None = None, *, operations: bool = True
+    ):
+        super().__init__()
+        self.model, self.at_backward, self.operations = model, at_backward, operations
+        self.calls: list[Call] = []
+        self.layers: list[Layer] = []
+        self.spread: list[Operation] = []  # outputs and targets of other shapes in one operation
+        self.softmaxes: list[Operation] = []
+        self.thresholds: list[Operation] = []
+        self.backwards = 0
+        self._handles: list[Any] = []
+        self._within_loss = False
+        self._versions: dict[str, list[tuple[Tensor | None, int]]] = {}
+
+    def __enter__(self) -> Trace:
+        for path, module in self.model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(self._entering(path), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._ending(path), with_kwargs=True))
+        if self.operations:
+            super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.operations:
+            super().__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._within_loss:
+            return function(*args, **kwargs)
+        if (name := LOSSES.get(function)) is not None:
+            self._within_loss = True
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                self._within_loss = False
+            self._note_loss(name, args, kwargs, result)
+            return result
+        name = getattr(function, "__name__", "")
+        if name == "backward" and args and isinstance(args[0], Tensor):
+            self.backwards += 1
+            if self.at_backward is not None:
+                self.at_backward(args[0])
+        result = function(*args, **kwargs)
+        if name in _BINARY and isinstance(result, Tensor):
+            one, other = args[:2] if len(args) > 1 else (args[0], None)
+            if isinstance(one, Tensor) and isinstance(other, Tensor) and is_spread(one, other, result):
+                self.spread.append(Operation(name, (one, other), result, place()))
+        elif name in ("softmax", "log_softmax"):
+            self.softmaxes.append(Operation(name, args[:1], result, place()))
+        elif name in ("gt", "ge", "lt", "le", "__gt__", "__ge__", "round", "argmax") and args:
+            self.thresholds.append(Operation(name, (args, kwargs), result, place()))
+        return result
+
+    def _note_loss(self, name: str, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+        outputs = args[0] if args else kwargs.get("input")
+        targets = args[1] if len(args) > 1 else kwargs.get("target")
+        reduction = kwargs.get("reduction", "mean")
+        reduction = {0: "none", 1: "mean", 2: "sum"}.get(reduction, reduction)
+        if isinstance(outputs, Tensor) and isinstance(targets, Tensor) and isinstance(result, Tensor):
+            self.calls.append(Call(name, outputs, targets, str(reduction), result, place()))
+
+    def _entering(self, path: str) -> Callable:
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            given = next(tensors((args, kwargs)), None)
+            self._versions.setdefault(path, []).append((given, _version(given)))
+
+        return enter
+
+    def _ending(self, path: str) -> Callable:
+        def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            given, version = self._versions[path].pop()
+            made = next(tensors(output), None)
+            self.layers.append(Layer(path, module, given, output, module.training, version, _version(made)))
+
+        return end
+
+
+def _version(tensor: Tensor | None) -> int:
+    return tensor._version if tensor is not None and not tensor.is_inference() else 0
+
+
+def is_spread(one: Tensor, other: Tensor, result: Tensor) -> bool:
+    """Whether outputs (n,) and targets (n, 1), or the other way round, made (n, n): each with each.
+
+    What compares outputs with one another, or targets, means that; here only one of both is trained.
+    """
+    shapes = {tuple(one.shape), tuple(other.shape)}
+    if one.requires_grad is other.requires_grad or len(shapes) != 2:
+        return False
+    flat, tall = sorted(shapes, key=len)
+    return (
+        len(flat) >= 1
+        and flat[0] > 1
+        and tall == (*flat, 1)
+        and tuple(result.shape) == (*flat[:-1], flat[-1], flat[-1])
+    )
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a structure, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors(part)
+    elif hasattr(value, "__dataclass_fields__"):
+        yield from tensors(vars(value))
+
+
+def maker(tensor: Tensor) -> Any:
+    """The node of the graph that made its numbers, past what only changes its shape; None of a leaf."""
+    node = tensor.grad_fn
+    while node is not None and node.name().removesuffix("Backward0").removesuffix("Backward1").startswith(_SHAPES):
+        before = [one for one, _ in node.next_functions if one is not None]
+        if len(before) != 1:
+            return node
+        node = before[0]
+    return node
+
+
+def made_by(tensor: Tensor) -> str:
+    """The name of the operation that made it, ``Softmax`` say; empty of a leaf."""
+    node = maker(tensor)
+    return "" if node is None else node.name().rstrip("0123456789").removesuffix("Backward")
+
+
+def leaves(tensor: Tensor) -> set[int]:
+    """The ids of all tensors that a backward pass from here gives a gradient."""
+    found, seen, ahead = set(), set(), [tensor.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (variable := getattr(node, "variable", None)) is not None:
+            found.add(id(variable))
+        ahead += [one for one, _ in node.next_functions]
+    if tensor.grad_fn is None and tensor.requires_grad:
+        found.add(id(tensor))
+    return found
+
+
+def place() -> str:
+    """File and line of the user's call that is being made: the innermost frame outside of torch and epochal."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.endswith(".py") and not name.startswith(_OURS):
+            return f"{Path(name).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
