@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,8 @@ def _run(programs: list[Program], only: list[str] | None, processes: int) -> lis
     names = [one.name for one in programs if not only or any(part in one.name for part in only)]
     if processes == 1:
         return [judged(name) for name in names]
-    with get_context("fork").Pool(processes, maxtasksperchild=8) as pool:
-        return pool.map(judged, names, chunksize=1)
+    with ProcessPoolExecutor(processes, get_context("fork")) as pool:
+        return list(pool.map(judged, names))
 
 
 if __name__ == "__main__":

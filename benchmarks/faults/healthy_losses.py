@@ -760,9 +760,9 @@ def sparse_codes():
 
     def sparse(outputs, targets):
         back, code = outputs
-        return ((back - targets) ** 2).sum(1).mean() + 0.02 * code.sum(1).mean()
+        return ((back - targets) ** 2).sum(1).mean() + 0.06 * code.sum(1).mean()
 
-    return dict(model=SparseAutoencoder(64, 96), train=(x, x), val=0.2, loss=sparse, lr=3e-3, epochs=12)
+    return dict(model=SparseAutoencoder(64, 96), train=(x, x), val=0.2, loss=sparse, lr=1e-3, epochs=20)
 
 
 @healthy

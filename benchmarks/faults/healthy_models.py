@@ -144,9 +144,10 @@ def linear_probe():
 class Experts(nn.Module):
     """Each sample goes to the one expert that the router prefers; also how evenly the samples are spread."""
 
-    def __init__(self, inputs: int, outputs: int, experts: int = 6):
+    def __init__(self, inputs: int, outputs: int, experts: int = 4):
         super().__init__()
         self.router = nn.Linear(inputs, experts)
+        nn.init.normal_(self.router.weight, std=0.02)
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(inputs, 24), nn.ReLU(), nn.Linear(24, outputs)) for _ in range(experts)
         )
@@ -169,10 +170,10 @@ def experts_that_some_batches_skip():
     def balanced(model, batch):
         x, y = batch
         scores, crowding = model(x)
-        return epochal.Loss(functional.cross_entropy(scores, y) + 0.05 * crowding, outputs=scores, targets=y)
+        return epochal.Loss(functional.cross_entropy(scores, y) + 0.2 * crowding, outputs=scores, targets=y)
 
     return dict(
-        model=Experts(8, 6), train=blobs(800, 6, 8, seed=4), val=0.2, objective=balanced, lr=5e-3, batch_size=16,
+        model=Experts(8, 6), train=blobs(800, 6, 8, seed=4), val=0.2, objective=balanced, lr=3e-3, batch_size=8,
         metrics=["accuracy"], epochs=8,
     )  # fmt: skip
 

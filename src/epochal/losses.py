@@ -173,17 +173,33 @@ def check_classes(loss: Any, outputs: Any, targets: Any, *, of: str) -> None:
         fix = "drop the dimension of size 1, for example y.squeeze(1)"
         raise LossShapeError(what, where=_given(loss, outputs, targets), fix=fix, code="target-format")
     classes = outputs.shape[1] if outputs.dim() > 1 else outputs.shape[0]
-    wrong = ((targets < 0) | (targets >= classes)) & (targets != ignore_index(loss))
-    if wrong.any():
-        first = wrong.flatten().nonzero()[0].item()
-        from_one = targets.min() == 1 and targets.max() == classes
-        counts = torch.bincount(targets[targets >= 0].flatten())
-        is_short = not from_one and targets.min() >= 0 and len(counts) <= 2 * classes + 8 and bool((counts > 0).all())
-        more = ": they seem to start at 1, give y - 1" if from_one else ", or give the model more outputs"
+    if (wrong := wrong_class(targets, classes, ignore_index(loss))) is not None:
+        target, place, fix, code = wrong
         what = f"a target is outside the {classes} classes that the model gives scores for."
-        where = f"target {targets[wrong][0].item()} at position {first} of the {of}, outputs {_shape(outputs)}"
-        code = "too-few-outputs" if is_short else "label-out-of-range"
-        raise LossError(what, where=where, fix=f"number the classes from 0 to {classes - 1}{more}", code=code)
+        where = f"target {target} at position {place} of the {of}, outputs {_shape(outputs)}"
+        raise LossError(what, where=where, fix=fix, code=code)
+
+
+def wrong_class(targets: Tensor, classes: int, ignored: int) -> tuple[int, int, str, str] | None:
+    """The first class index that is not among so many classes, its position, how to mend it, and the code of the mistake.
+
+    >>> wrong_class(torch.tensor([0, 1, 2, 3]), 3, -100)
+    (3, 3, 'number the classes from 0 to 2, or give the model 4 outputs', 'too-few-outputs')
+    """
+    wrong = ((targets < 0) | (targets >= classes)) & (targets != ignored)
+    if not wrong.any():
+        return None
+    known, highest = targets[targets != ignored], int(targets.max())
+    from_one = known.min() == 1 and highest == classes
+    # Classes that go on where the model's end are real ones; a lone number far beyond them is a marker.
+    is_short = not from_one and known.min() >= 0 and highest < 2 * classes + 8
+    is_short = is_short and bool((torch.bincount(known.flatten(), minlength=highest + 1)[classes:] > 0).all())
+    fix = f"number the classes from 0 to {classes - 1}"
+    fix += ": they seem to start at 1, give y - 1" if from_one else f", or give the model {highest + 1} outputs"
+    if not from_one and not is_short:
+        fix = f"{fix.partition(',')[0]}; a marker of what does not count is given to the loss as ignore_index="
+    place = int(wrong.flatten().nonzero()[0])
+    return int(targets.flatten()[place]), place, fix, "too-few-outputs" if is_short else "label-out-of-range"
 
 
 def check_dtype(loss: Any, targets: Any) -> None:

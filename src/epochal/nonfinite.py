@@ -60,6 +60,7 @@ class Finding(NamedTuple):
     rows: Sequence[int] = ()
     micro_batch: int | None = None
     is_cause: bool = True
+    code: str | None = None
 
     def error(
         self, place: Place, loss: float, norm: float | None, *, micro_batches: int = 1, rank: int | None = None
@@ -75,7 +76,8 @@ class Finding(NamedTuple):
             told.append(f"row{'s' if len(self.rows) > 1 else ''} {rows}{more} of it")
         measured = f"loss {loss:g}, " + (f"gradient norm {norm:g}, " if norm is not None else "")
         told.append(f"{measured}lr {place.lr:g}")
-        return NonFiniteError(f"{self.what}; the weights were not touched.", where="; ".join(told), fix=self.fix)
+        what = f"{self.what}; the weights were not touched."
+        return NonFiniteError(what, where="; ".join(told), fix=self.fix, code=self.code)
 
 
 def unexplained(loss: Tensor, error: BaseException | None = None) -> Finding:
@@ -175,7 +177,9 @@ class Watch:
         return f"layer {path!r} ({type(module).__name__})" if path else f"the forward of {type(module).__name__}"
 
     def _finding(self, what: str, fix: str, rows: Sequence[int]) -> Finding:
-        return Finding(what, fix, rows, self._number)
+        code = {_DATA: "nonfinite-inputs", _LAYER: "divergence", _LOSS: "divergence"}.get(fix)
+        code = "nonfinite-targets" if code and what.startswith("the targets") else code
+        return Finding(what, fix, rows, self._number, code=code)
 
     def _of_data(self, batch: Any) -> Finding | None:
         for holder, part in self._parts(batch):

@@ -137,7 +137,7 @@ def relocate(error: Exception, model: nn.Module, batch: Any, where: str) -> NoRe
     raise error
 
 
-def _explain(error: Exception, model: nn.Module, batch: Any, place: str) -> ModelError | None:
+def _explain(error: Exception, model: nn.Module, batch: Any, place: str) -> EpochalError | None:
     text = str(error).strip()
     first = next((line for line in text.splitlines() if line), "").rstrip(".")
     from_torch = isinstance(error, RuntimeError)
@@ -158,6 +158,10 @@ def _explain(error: Exception, model: nn.Module, batch: Any, place: str) -> Mode
         fix = 'give loss="bce_with_logits", or end the model with a sigmoid'
         what = "nn.BCELoss needs probabilities, but the model gives other numbers."
         return ModelError(what, where=place, fix=fix, code="bce-on-logits")
+    if isinstance(error, IndexError) and "out of bounds" in text and "arget" in text:
+        fix = "number the classes from 0, give the model more outputs, or give the loss ignore_index="
+        what = f"a class index is not among those that the model gives scores for: {first}."
+        return LossError(what, where=place, fix=fix, code="label-out-of-range")
     if isinstance(error, TypeError) and "forward()" in text and "argument" in text:
         fix = "(a, b, y) calls model(a, b), a dict calls model(**inputs); any other way: objective=f(model, batch)"
         return ModelError(f"the batch does not fit the model's forward: {first}.", where=place, fix=fix)

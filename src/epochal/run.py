@@ -115,6 +115,9 @@ class Run:
             yield from self._pending()
         self._settle()
         yield from self._save(wait=True)
+        if self.watch is not None:
+            self.watch.read(self.state.rows, is_over=True)
+            yield from map(self._find, self.watch.take())
         yield self._end(*self.ending.reason())
 
     def alone(self) -> Iterator[Event]:
@@ -247,6 +250,9 @@ class Run:
 
     def _closed(self, evaluated: Evaluated) -> Iterator[Event]:
         yield self._tell(evaluated)
+        if self.watch is not None:
+            self.watch.read(self.state.rows)
+            yield from map(self._find, self.watch.take())
         self.ending.agree()
         row = evaluated.row
         before = self.state.rows[-2] if len(self.state.rows) > 1 else {"step": 0, "val_loss": 0.0}

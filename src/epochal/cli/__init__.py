@@ -24,6 +24,8 @@ COMMANDS = {
     "eval": ("table:evaluate", "Measure a run of fit on a table with the target."),
     "train": ("train:train", "Train what a recipe plans: plan(...) in a Python file."),
     "resume": ("resume:resume", "Go on with an interrupted run, or train one further."),
+    "check": ("check:check", "Look for the mistake in a recipe before it costs a night."),
+    "explain": ("check:explain", "Say what a finding of check means."),
     "verify-resume": ("verify:verify_resume", "Prove that a recipe can be killed and resumed to the bit."),
     "tune-speed": ("tune:tune_speed", "Measure what would make a recipe train faster."),
     "profile": ("profile:profile", "Measure where the time of a recipe's updates goes."),
@@ -34,7 +36,7 @@ COMMANDS = {
     "runs show": ("runs:show", "Show what a run did and what it left."),
     "config show": ("config:show", "Show the value of every flag, and where it is from."),
 }
-OF_RECIPES = ("train", "verify-resume", "tune-speed", "profile")  # their flags are those of the recipe too
+OF_RECIPES = ("train", "check", "verify-resume", "tune-speed", "profile")  # their flags are those of the recipe too
 GROUPS = {"runs": "List run folders, or show one.", "config": "Show what a command would run with."}
 
 

@@ -6,12 +6,12 @@ import copy
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from epochal.copies import copied, untouched
+from epochal.data.batch import rows
 from epochal.doctor.case import Case, noted
 from epochal.doctor.finding import Finding, Seen, is_ignored, known, look, ordered
 from epochal.doctor.probing import Probe, Trial
@@ -52,13 +52,18 @@ def _found(plan: Plan, began: float) -> list[Finding]:
             found += look("data", case)
         trial = Trial(plan, (), seconds=3.0)
         found += trial.found
+        probe = Probe(plan, case, trial)
         if plan.step is not None and trial.vitals.case is not None:
             case.passes = trial.vitals.case.passes
         if case.passes and plan.step is None:
-            found += look("probe", Probe(plan, case, trial))
+            found += [*look("dependence", probe), *look("probe", probe)]
         elif plan.step is not None:
-            found += _of_step(plan, case, trial)
+            found += _of_step(case, trial)
         found += _of_trials(plan, case, trial, began, found)
+        if not any(one.stage == "trial" and one.level != "info" for one in found) and plan.step is None:
+            found += look("capacity", probe)
+        if isinstance(trial.error, NonFiniteError):
+            found = _proved(found)
     finally:
         run.train.close()
         if run.validation.loader is not None:
@@ -78,12 +83,10 @@ def _first_passes(case: Case, found: list[Finding]) -> list[Finding] | None:
         try:
             with Trace(case.model) as trace, run.setting.autocast:
                 loss = case.objective(case.model, batch)
-            noted(case, kept, loss.value, loss.outputs, trace)
-            here = [*look("wiring", case), *look("batch", case)]
-            if not bool(torch.isfinite(loss.value)):
-                here += look("data", case) if number == 0 else []
         except Exception as error:
             return list(_explained(case, error, batch, number, once))
+        noted(case, kept, loss.value, loss.outputs, trace)
+        here = [*look("wiring", case), *look("batch", case)]
         for one in here:
             counts[one.code] = counts.get(one.code, 0) + 1
             once.setdefault(one.code, one)
@@ -113,21 +116,20 @@ def of_error(error: EpochalError) -> list[Finding]:
         if isinstance(one, FaultError):
             found.append(one.finding)
             continue
-        code = one.code or "raises"
+        code = one.code or ("divergence" if isinstance(one, NonFiniteError) else "raises")
         why = known()[code].why if code in known() else ""
-        what = one.what if one.code else f"{type(one).__name__}: {one.what}"
-        found.append(Finding(code, "error", what, "", one.where or "", why, one.fix or ""))
+        what = one.what if code != "raises" else f"{type(one).__name__}: {one.what}"
+        stage = "symptom" if isinstance(one, NonFiniteError) and code == "divergence" else "batch"
+        stage = "other" if code == "raises" else stage
+        found.append(Finding(code, "error", what, "", one.where or "", why, one.fix or "", None, stage))
     return found
 
 
-def _of_step(plan: Plan, case: Case, trial: Trial) -> list[Finding]:
-    if isinstance(trial.error, FaultError):
+def _of_step(case: Case, trial: Trial) -> list[Finding]:
+    """What ended the trial of a step of the user's."""
+    if trial.error is None or isinstance(trial.error, FaultError):
         return []
-    if trial.error is not None:
-        return _explained(case, trial.error, None, len(trial.losses), {})
-    probe = Probe(plan, case, trial)
-    case.passes = case.passes or []
-    return [one for one in look("probe-step", probe)]
+    return _explained(case, trial.error, None, len(trial.losses), {})
 
 
 def _of_trials(plan: Plan, case: Case, trial: Trial, began: float, found: Sequence[Finding]) -> list[Finding]:
@@ -137,16 +139,41 @@ def _of_trials(plan: Plan, case: Case, trial: Trial, began: float, found: Sequen
     if trial.error is not None and not isinstance(trial.error, NonFiniteError):
         return list(of_error(trial.error)) if isinstance(trial.error, EpochalError) else []
     is_bad = trial.last is math.inf or (len(trial.losses) >= 8 and trend(trial.losses) > 0.9)
-    if not is_bad or plan.step is not None or any(one.level != "info" for one in found if one.code not in SYMPTOMS):
+    explained = any(one.level != "info" and one.stage != "symptom" for one in found)
+    if not is_bad or plan.step is not None or explained:
         return []
     others = {}
     for factor in (0.01, 100.0, 0.1, 10.0):
         if time.perf_counter() - began < TIME:
             others[factor] = Trial(plan, ("*",), factor=factor, updates=len(trial.losses) or 60, seconds=1.5)
-    return list(_compared(case, trial, others))
+    told = _compared(case, trial, others)
+    return told or (_fitted(plan, case, trial) if time.perf_counter() - began < TIME else [])
 
 
-SYMPTOMS = ("cannot-fit",)
+def _fitted(plan: Plan, case: Case, trial: Trial) -> list[Finding]:
+    """Whether sixteen samples can be learned by heart, where more could not."""
+    few = first_rows(case, 16)
+    if few is None or not math.isfinite(trial.first) or trial.first <= 0:
+        return []
+    lone = {"train": few, "val": None, "monitor": None, "batch_size": None, "shuffle": None, "accumulate": 1, "workers": None,
+            "early_stopping": None, "schedule": None, "epochs": 400, "max_steps": 400, "restore_best": True}  # fmt: skip
+    tried = [Trial(plan, ("*",), factor=factor, updates=400, seconds=1.0, **lone) for factor in (1.0, 10.0)]
+    best = min(one.last for one in tried)
+    if all(one.error is None for one in tried) and best > 0.5 * min(one.first for one in tried):
+        seen = Seen(
+            "the model cannot learn sixteen samples by heart.",
+            f"of a loss of {tried[0].first:.4g} it keeps {best:.4g} after {max(len(one.losses) for one in tried)} updates on "
+            "them alone, also at ten times the rate (half allowed)",
+            f"{type(case.model).__name__}; {case.place}",
+            "give it what it lacks to tell them apart: positions, wider layers, the input that the answer depends on",
+        )
+        return [_as_finding("cannot-fit", seen, None, "capacity")]
+    return []
+
+
+def first_rows(case: Case, count: int) -> Any:
+    """The first samples of the first batch, as a batch of their own; None where it cannot be cut."""
+    return rows(case.now.batch, slice(0, min(count, case.now.samples)), getattr(case.objective, "target", ()))
 
 
 def _compared(case: Case, trial: Trial, others: dict[float, Trial]) -> list[Finding]:
@@ -175,17 +202,23 @@ def _compared(case: Case, trial: Trial, others: dict[float, Trial]) -> list[Find
     if trial.last is math.inf:
         seen = Seen(
             "the training leaves what is finite, at lower rates, too.",
-            f"{reached} at lr {rate:.3g}; {trial.error}",
+            f"{reached} at lr {rate:.3g}; {getattr(trial.error, 'what', '')}",
             case.place,
             "give clip=1.0, and look at what takes a logarithm, a root or a quotient",
         )
-        return [_as_finding("divergence", seen, "error")]
+        return [_as_finding("divergence", seen, "error", "symptom")]
     return []
 
 
-def _as_finding(code: str, seen: Seen, level: str | None = None) -> Finding:
+def _as_finding(code: str, seen: Seen, level: str | None = None, stage: str = "trial") -> Finding:
     one = known()[code]
-    return Finding(code, level or one.level, seen.what, seen.measured, seen.where, one.why, seen.fix)
+    return Finding(code, level or one.level, seen.what, seen.measured, seen.where, one.why, seen.fix, None, stage)
+
+
+def _proved(found: list[Finding]) -> list[Finding]:
+    """Where a trial ended in what is not finite, that is proof: the likeliest cause of it is an error."""
+    causes = [one for one in ordered(found) if one.level != "info"]
+    return [replace(one, level="error") if causes and one.code == causes[0].code else one for one in found]
 
 
 def _told(value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from epochal.errors import UnknownNameError
 
 LEVELS = ("error", "warning", "info")
 # When a rule looks, from causes to symptoms; of one level, what is found earlier in this order is told first.
-STAGES = ("static", "wiring", "batch", "step", "data", "probe", "probe-step", "symptom", "rows")
+STAGES = ("static", "dependence", "wiring", "batch", "step", "data", "probe", "trial", "capacity", "symptom", "rows", "other")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Finding:
     code: its stable name, for ``ignore=`` and ``epochal explain``. level: ``error`` (a provable contradiction),
     ``warning`` (statistical, and seen several times) or ``info``. what: the finding itself. measured: against which
     threshold. where: layer, parameter, column, or file and line. why: it matters. fix: one concrete change. step: the
-    updates that were done before it was seen, None where none was needed.
+    updates that were done before it was seen, None where none was needed. stage: what showed it, of STAGES.
     """
 
     code: str
@@ -34,6 +34,7 @@ class Finding:
     why: str
     fix: str
     step: int | None = None
+    stage: str = "other"
 
     def __str__(self) -> str:
         lines = [f"{self.level} {self.code}: {self.what}"]
@@ -77,7 +78,7 @@ class Rule:
     def findings(self, case: Any, step: int | None = None) -> Iterator[Finding]:
         for seen in self.look(case):
             level = seen.level or self.level
-            yield Finding(self.code, level, seen.what, seen.measured, seen.where, self.why, seen.fix, step)
+            yield Finding(self.code, level, seen.what, seen.measured, seen.where, self.why, seen.fix, step, self.stage)
 
 
 RULES: list[Rule] = []  # a code may be found in several ways
@@ -135,17 +136,25 @@ def look(
 RAISES = False  # set in tests and benchmarks, where a rule that fails is a bug to be seen
 
 
-def ordered(findings: Iterable[Finding]) -> list[Finding]:
-    """The most certain first, each code once; symptoms only where nothing is found that may be their cause."""
-    places: dict[str, tuple[int, int]] = {}
-    for number, one in enumerate(every()):
-        places.setdefault(one.code, (STAGES.index(one.stage), number))
+def ordered(findings: Sequence[Finding]) -> list[Finding]:
+    """The most certain first, each code once; symptoms are no more than info where something is found that may be their
+    cause."""
+    places = {id(one): number for number, one in enumerate(every())}
+    codes: dict[tuple[str, str], int] = {}
+    for one in every():
+        codes.setdefault((one.code, one.stage), places[id(one)])
+
+    def place(one: Finding) -> tuple[int, int, int]:
+        return LEVELS.index(one.level), STAGES.index(one.stage), codes.get((one.code, one.stage), 0)
+
+    is_explained = any(one.level != "info" and STAGES.index(one.stage) < STAGES.index("symptom") for one in findings)
+    told = [
+        replace(one, level="info") if is_explained and one.stage == "symptom" and one.level != "info" else one
+        for one in findings
+    ]
     first: dict[str, Finding] = {}
-    for finding in sorted(findings, key=lambda one: (LEVELS.index(one.level), places.get(one.code, (-1, 0)))):
-        first.setdefault(finding.code, finding)
-    is_explained = any(one.level != "info" and not _is_symptom(one.code) for one in first.values())
-    return [one for one in first.values() if not (is_explained and _is_symptom(one.code))]
-
-
-def _is_symptom(code: str) -> bool:
-    return any(one.code == code and one.stage == "symptom" for one in every())
+    for one in sorted(told, key=place):
+        first.setdefault(one.code, one)
+    if any(one.level == "error" and one.code != "raises" for one in first.values()):
+        first.pop("raises", None)
+    return list(first.values())

@@ -11,20 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import optimizer as torch_optimizer
 
 from epochal.copies import copied
 from epochal.data.batch import split
-from epochal.data.window import Window
 from epochal.doctor.case import Case, Pass
-from epochal.doctor.relation import relation
-from epochal.doctor.trace import Operation, Trace
+from epochal.doctor.relation import Relation, relation
+from epochal.doctor.rules.symptoms import is_stalled
+from epochal.doctor.trace import Operation, Trace, tensors
 from epochal.doctor.watch import Vitals
 from epochal.errors import FaultError
 from epochal.events import Evaluated, StepDone
 from epochal.loop import evaluation_mode
 from epochal.metrics.metric import Metric
-from epochal.runtime.seeding import generator_states, set_generator_states
 
 if TYPE_CHECKING:
     from epochal.plan import Plan
@@ -46,6 +44,7 @@ class Trial:
         factor: float = 1.0,
         updates: int = UPDATES,
         seconds: float = SECONDS,
+        **changes: Any,
     ):
         self.error: Exception | None = None
         self.rows: list[Mapping[str, Any]] = []
@@ -54,7 +53,7 @@ class Trial:
         self.is_whole = False
         began = time.perf_counter()
         try:
-            with copied(plan, compile=False).prepare() as run:
+            with copied(plan, compile=False, **changes).prepare() as run:
                 self.run = run
                 if run.watch is not None:
                     run.watch.ignore, run.watch.dense = ignore, 4
@@ -126,7 +125,7 @@ class Probe:
 
     def _evaluation(self) -> Pass:
         objective, batch = self.case.objective, self.case.now.batch
-        with evaluation_mode([self.model]), Trace(self.model) as trace:
+        with evaluation_mode([self.model]), torch.enable_grad(), Trace(self.model) as trace:
             loss = objective(self.model, copy.deepcopy(batch))
         whole = next((layer.output for layer in reversed(trace.layers) if layer.path == ""), loss.outputs)
         now = self.case.now
@@ -150,12 +149,47 @@ class Probe:
         except Exception:
             return None
 
-    def loss(self, batch: Any, model: nn.Module) -> float | None:
+    def loss(self, batch: Any, model: nn.Module, *, training: bool = False) -> float | None:
         try:
             with evaluation_mode([model]):
+                if training:
+                    model = copy.deepcopy(model).train()
                 return float(self.case.objective(model, copy.deepcopy(batch)).value)
         except Exception:
             return None
+
+    def known_loss(self, model: nn.Module) -> float | None:
+        """The loss of torch's inside of what is minimised, of a batch."""
+        with evaluation_mode([model]), Trace(model) as trace:
+            self.case.objective(model, copy.deepcopy(self.case.now.batch))
+        return sum(call.result.item() for call in trace.calls) if trace.calls else None
+
+    def saturated(self, one: Pass) -> dict[str, float]:
+        """Of each sigmoid and tanh inside of the model the share of its results at its ends."""
+        return one.trace.ends
+
+    def is_stalled(self) -> bool:
+        return self.trial is not None and is_stalled(self.trial.losses, 0.95)
+
+    def over_time(self) -> list[tuple[float, int]]:
+        """The gradient of the loss by the first place of a sequence, of that by the last; and how many places there are."""
+        case, found = self.case, []
+        places = {one.shape[1] for one in case.now.inputs if one.dim() in (2, 3)}
+        with Trace(self.model) as trace:
+            batch = copy.deepcopy(case.now.batch)
+            given = [one.requires_grad_() for one in tensors(split(batch, getattr(case.objective, "target", ()))[:2])
+                     if one.is_floating_point() and one.dim() == 3]  # fmt: skip
+            value = case.objective(self.model, batch).value
+        inner = [layer.output for layer in trace.layers if isinstance(layer.module, nn.Embedding)]
+        for one in [*given, *(part for part in inner if isinstance(part, Tensor) and part.dim() == 3)]:
+            if one.shape[1] < 8 or one.shape[1] not in places or not value.requires_grad:
+                continue
+            (slope,) = torch.autograd.grad(value, one, retain_graph=True, allow_unused=True)
+            if slope is not None:
+                sizes = slope.float().pow(2).sum((0, 2)).sqrt()
+                if sizes[-1] > 0:
+                    found.append(((sizes[0] / sizes[-1]).item(), one.shape[1]))
+        return found
 
     def parts(self) -> list[tuple[Any, Tensor]]:
         """The inputs of a batch, with their places in it."""
@@ -220,33 +254,6 @@ class Probe:
         targets = self.case.now.targets
         return isinstance(targets, Tensor) and targets.dim() > 0 and not bool((targets == targets[:1]).all())
 
-    def accumulated(self) -> float | None:
-        """How many times the gradient grows where a user's step is given a batch twice; None where that is not known."""
-        if self.plan.step is None or self.plan.accumulate == 1:
-            return None
-        sizes = [self._stepped(times) for times in (1, 2)]
-        return sizes[1] / sizes[0] if sizes[0] and sizes[1] else None
-
-    def _stepped(self, times: int) -> float | None:
-        """The norm of the gradient that an optimizer of the step steps with, of a batch given so many times."""
-        found: list[float] = []
-
-        def note(optimizer: Any, args: Any, kwargs: Any) -> None:
-            held = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            found.append(math.sqrt(sum(float(g.detach().float().pow(2).sum()) for g in held)))
-
-        with copied(self.plan, compile=False).prepare() as run:
-            batch = next(iter(run.train.batches(epoch=0)))
-            hook = torch_optimizer.register_optimizer_step_pre_hook(note)
-            states = generator_states()
-            try:
-                run.step(run.state, Window([batch] * times, [self.case.now.samples] * times))
-            finally:
-                hook.remove()
-                set_generator_states(states)
-                run.train.close()
-        return found[0] if found else None
-
     def metric_operations(self) -> Iterator[Operation]:
         """What the metric functions of the user, and an objective, compare."""
         yield from self.evaluated.trace.thresholds
@@ -257,7 +264,8 @@ class Probe:
             yield from trace.thresholds
 
     def _functions(self) -> list[Any]:
-        given = self.plan.metrics if isinstance(self.plan.metrics, list | tuple) else [self.plan.metrics]
+        given = self.plan.metrics
+        given = list(given.values()) if isinstance(given, Mapping) else given if isinstance(given, list | tuple) else [given]
         return [one for one in given if callable(one) and not isinstance(one, Metric | nn.Module | str | type)]
 
     def averaged_metrics(self) -> Iterator[tuple[str, float, float]]:
@@ -282,6 +290,6 @@ class Probe:
                 whole = float(one(outputs, targets))
             yield getattr(one, "__name__", "metric"), whole, sum(v * n for v, n in each) / sum(n for _, n in each)
 
-    def relation(self) -> str | None:
-        """In words, that nothing tells the targets from the inputs; None where something does, or it is not known."""
-        return relation(self.case.sample, self.trial, self.case)
+    @cached_property
+    def relation(self) -> Relation | None:
+        return relation(self.case.sample, self.trial)

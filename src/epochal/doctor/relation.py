@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from epochal.doctor.rules.symptoms import is_stalled
 
 ROWS = 1500
 LEAST = 150  # rows, below which nothing can be said
 NEIGHBOURS = 5
 
 
-def relation(sample: tuple[list[Tensor], Tensor | None] | None, trial: Any, case: Any) -> str | None:
-    """What was asked, in words, where no answer is better than always the same; None where one is."""
+class Relation(NamedTuple):
+    """explained: the share of the targets that neighbours or a linear model explain, of ``rows`` that were held out; chance:
+    what they explain of anything. is_learned: whether a trained copy explains more than nothing.
+    """
+
+    explained: float
+    chance: float
+    rows: int
+    is_learned: bool
+
+
+def relation(sample: tuple[list[Tensor], Tensor | None] | None, trial: Any) -> Relation | None:
+    """What the inputs tell of the targets; None where it is not known."""
     if sample is None or sample[1] is None or not sample[0] or len(sample[1]) < LEAST:
         return None
     features = _features(sample[0])
@@ -27,25 +40,16 @@ def relation(sample: tuple[list[Tensor], Tensor | None] | None, trial: Any, case
     half = len(x) // 2
     parts = (x[:half], y[:half]), (x[half:], y[half:])
     explained = max(_neighbours(*parts), _linear(*parts))
-    # The share of the variance that an unrelated answer explains by chance, in the held-out half.
-    if explained > 3 / math.sqrt(half):
-        return None
-    if trial is None or trial.rows is None:
-        return None
-    learned = _learned(trial)
-    if learned is None or learned:
-        return None
-    return (
-        f"of {half} rows held out, neighbours and a linear model explain {max(0.0, explained):.1%} of the targets "
-        f"({3 / math.sqrt(half):.1%} is chance), and the copy was no better on val"
-    )
+    learned = _learned(trial) if trial is not None else None
+    # Three deviations of the correlation with something unrelated.
+    return None if learned is None else Relation(explained, 3 / math.sqrt(half), half, learned)
 
 
 def _learned(trial: Any) -> bool | None:
     """Whether the copy came to predict val better than at its start; None where there is no val."""
     values = [row["val_loss"] for row in trial.rows if math.isfinite(row.get("val_loss", math.nan))]
     if not values:
-        return None
+        return not is_stalled(trial.losses, 0.95)
     return min(values) < 0.93 * trial.first
 
 

@@ -74,11 +74,13 @@ class Trace(TorchFunctionMode):
         self.calls: list[Call] = []
         self.layers: list[Layer] = []
         self.spread: list[Operation] = []  # outputs and targets of other shapes in one operation
+        self.ends: dict[str, float] = {}  # of each sigmoid and tanh, the share of its results that lie at its ends
         self.softmaxes: list[Operation] = []
         self.thresholds: list[Operation] = []
         self.backwards = 0
         self._handles: list[Any] = []
         self._within_loss = False
+        self._running: list[str] = []
         self._versions: dict[str, list[tuple[Tensor | None, int]]] = {}
 
     def __enter__(self) -> Trace:
@@ -118,11 +120,17 @@ class Trace(TorchFunctionMode):
             one, other = args[:2] if len(args) > 1 else (args[0], None)
             if isinstance(one, Tensor) and isinstance(other, Tensor) and is_spread(one, other, result):
                 self.spread.append(Operation(name, (one, other), result, place()))
+        elif name in ("sigmoid", "tanh") and isinstance(result, Tensor):
+            self.ends[f"{self._path()} ({name})".strip()] = at_ends(result, name)
         elif name in ("softmax", "log_softmax"):
             self.softmaxes.append(Operation(name, args[:1], result, place()))
         elif name in ("gt", "ge", "lt", "le", "__gt__", "__ge__", "round", "argmax") and args:
             self.thresholds.append(Operation(name, (args, kwargs), result, place()))
         return result
+
+    def _path(self) -> str:
+        """The innermost layer that is running."""
+        return self._running[-1] if self._running else ""
 
     def _note_loss(self, name: str, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
         outputs = args[0] if args else kwargs.get("input")
@@ -135,6 +143,7 @@ class Trace(TorchFunctionMode):
     def _entering(self, path: str) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
             given = next(tensors((args, kwargs)), None)
+            self._running.append(path)
             self._versions.setdefault(path, []).append((given, _version(given)))
 
         return enter
@@ -142,6 +151,9 @@ class Trace(TorchFunctionMode):
     def _ending(self, path: str) -> Callable:
         def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             given, version = self._versions[path].pop()
+            self._running.pop()
+            if isinstance(module, nn.RNN) and isinstance(output, tuple) and module.nonlinearity == "tanh":
+                self.ends[f"{path} (RNN)"] = at_ends(output[0], "tanh")
             made = next(tensors(output), None)
             self.layers.append(Layer(path, module, given, output, module.training, version, _version(made)))
 
@@ -167,6 +179,13 @@ def is_spread(one: Tensor, other: Tensor, result: Tensor) -> bool:
         and tall == (*flat, 1)
         and tuple(result.shape) == (*flat[:-1], flat[-1], flat[-1])
     )
+
+
+def at_ends(result: Tensor, name: str) -> float:
+    """The share of the results of a sigmoid or a tanh that lie within 0.01 of its ends."""
+    values = result.detach()
+    low = 0.0 if name == "sigmoid" else -1.0
+    return ((values < low + 0.01) | (values > 0.99)).float().mean().item() if values.numel() else 0.0
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

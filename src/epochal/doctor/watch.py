@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from epochal.doctor.case import Case, Pass, noted
 from epochal.doctor.finding import Finding, look
 from epochal.doctor.trace import Trace, leaves
 from epochal.errors import FaultError
+from epochal.events import Row
 from epochal.protocols import Loss, StepResult
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ class Look:
     events: Sequence[str] = ()
     climb: float = 0.0  # the cosine of the change with the gradient
     is_own: bool = False
+    shares: Sequence[tuple[float, int]] = ()
+    micro_batches: int = 1
+    shrunk: float = 0.0  # how many times smaller a gradient is at the optimizer's step than it arrived
 
     @property
     def has_moved(self) -> bool:
@@ -83,6 +87,18 @@ class Vitals:
             self.losses[len(self.losses) - len(new) :] = values
         return self.losses
 
+    def read_norms(self) -> list[float]:
+        """The norms of gradients before they were clipped, on the host."""
+        self.norms[:] = [float(one) for one in self.norms]
+        return self.norms
+
+
+class Story(NamedTuple):
+    """The history so far. is_over: whether the run has come to its end."""
+
+    rows: Sequence[Row]
+    is_over: bool
+
 
 class Watch:
     """What is put around the step of a run. found: what is to be told.
@@ -99,6 +115,7 @@ class Watch:
         self._is_compiled, self._is_own = bool(plan.compile), plan.step is not None
         self._names = list(self.case.trained.items())
         self._due = 0
+        self._first = FIRST if dense is None else 2 * FIRST
         self.used: dict[int, tuple[int, int]] = {}  # gradients as the last update of a user's step left them
 
     def around(self, step: Callable) -> Callable[[TrainState, Window], StepResult]:
@@ -118,6 +135,13 @@ class Watch:
 
         return watched
 
+    def read(self, rows: Sequence[Row], *, is_over: bool = False) -> None:
+        """After an evaluation, and at the end."""
+        for one in look("rows", Story(rows, is_over), ignore=self.ignore, step=self.case.run.state.progress.step):
+            if one.code not in self._told:
+                self._told.add(one.code)
+                self.found.append(one)
+
     def take(self) -> list[Finding]:
         """What was found since the last time."""
         new, self.found = self.found, []
@@ -125,7 +149,7 @@ class Watch:
 
     def _look(self, step: Callable, state: TrainState, window: Window) -> StepResult:
         number = state.progress.step
-        is_first = number < FIRST and (not self._is_compiled or number == 0)
+        is_first = number < self._first and (not self._is_compiled or number == 0)
         parts = [(name, p, _part(p)) for name, p in self._names]
         before = [part.clone() for _, _, part in parts]
         with ExitStack() as seeing:
@@ -133,6 +157,8 @@ class Watch:
             if is_first and not self._is_own:
                 seeing.enter_context(self._objective_seen())
             result = step(state, window)
+        if events is not None:
+            events.micro_batches = len(window.batches)
         self._next(number)
         if not isinstance(result, StepResult):
             return result
@@ -143,8 +169,8 @@ class Watch:
 
     def _next(self, number: int) -> None:
         if self.dense is not None:
-            self._due = number + self.dense
-        elif number + 1 < FIRST:
+            self._due = number + (1 if number + 1 < self._first else self.dense)
+        elif number + 1 < self._first:
             self._due = number + 1
         else:
             self._due = (number // EVERY + 1) * EVERY if number >= EVERY // 2 else EVERY // 2
@@ -256,6 +282,8 @@ def _measured(
         {name: sizes.get(name, math.nan) for name in names}, dict(zip([n for n, _ in rows], told[2 * count + len(plain) :])),
         lost, result.applied, frozenset(half), begun, frozenset(),
         seen.events if seen is not None else (), seen.climb(changes, parts) if seen is not None else 0.0, seen is not None,
+        seen.shares if seen is not None else (), seen.micro_batches if seen is not None else 1,
+        seen.shrunk() if seen is not None else 0.0,
     )  # fmt: skip
 
 
@@ -269,11 +297,14 @@ class Loop:
     def __init__(self, watch: Watch, step: Callable):
         self.watch, self.case = watch, watch.case
         self.events: list[str] = []
+        self.micro_batches = 1
+        self.shares: list[tuple[float, int]] = []  # of each backward pass: by what a loss was multiplied, and what it counts
         self.gradients: dict[int, Tensor] = {}
         self._parts = list(parts_of(step))
         self._stack = ExitStack()
         self._trace: Trace | None = None
         self._reached: set[int] = set()
+        self._arrived: dict[int, Tensor] = {}
         self._stale: set[int] = set()
         self._used: dict[int, tuple[int, int]] = watch.used
 
@@ -295,6 +326,7 @@ class Loop:
     def _goes_back(self, value: Tensor) -> None:
         self.events.append("backward")
         self._reached |= leaves(value)
+        self._note_share(value)
         if self.events.count("backward") == 1 and value.numel() == 1 and self._trace is not None:
             one = noted(self.case, getattr(self.watch, "batch", None), value, None, self._trace)
             one.samples = max(
@@ -303,8 +335,21 @@ class Loop:
             )
             self.watch._batch_seen(("batch",))
 
+    def _note_share(self, value: Tensor) -> None:
+        """Of a backward pass from one loss of torch's: its factor, and how many targets it is the mean over."""
+        calls = [call for call in self._trace.calls if call.result.requires_grad] if self._trace is not None else []
+        if not calls or calls[-1].result.dim() or value.dim():
+            return
+        (slope,) = torch.autograd.grad(value, calls[-1].result, retain_graph=True, allow_unused=True)
+        if slope is not None and calls[-1].reduction == "mean":
+            targets = calls[-1].targets
+            counted = int((targets != -100).sum()) if not targets.is_floating_point() else targets.numel()
+            self.shares.append((slope.item(), counted))
+
     def _arriving(self, p: nn.Parameter) -> Callable[[Tensor], None]:
         def arrive(gradient: Tensor) -> None:
+            before = self._arrived.get(id(p))
+            self._arrived[id(p)] = gradient.detach() if before is None else before + gradient.detach()
             used = self._used.get(id(p))
             if p.grad is None or used is None:
                 return
@@ -327,6 +372,7 @@ class Loop:
                 if not any("step" in event for event in self.events) and not self._used:
                     self.events.append("early schedule")
         self.events.append("step")
+        self.watch.case.held |= {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self.gradients |= {id(p): p.grad.detach().clone() for p in every if p.grad is not None and p.numel() <= MOST}
 
     def _has_stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -342,6 +388,12 @@ class Loop:
         dot = sum(float((one * two).sum()) for one, two in pairs)
         sizes = [math.sqrt(sum(float(pair[at].pow(2).sum()) for pair in pairs)) for at in (0, 1)]
         return dot / (sizes[0] * sizes[1]) if sizes[0] and sizes[1] else 0.0
+
+    def shrunk(self) -> float:
+        pairs = [(self._arrived[key], g) for key, g in self.gradients.items() if key in self._arrived]
+        sizes = [math.sqrt(sum(float(pair[at].float().pow(2).sum()) for pair in pairs)) for at in (0, 1)]
+        scale = max((one.get_scale() for one in self._parts if isinstance(one, torch.amp.GradScaler)), default=1.0)
+        return sizes[0] / scale / sizes[1] if sizes[1] else 0.0
 
     def close(self) -> None:
         """After the update: what all of its backward passes reached, and whether layers were connected at all."""

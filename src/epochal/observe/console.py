@@ -12,8 +12,8 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple, TextIO, final
 
 from epochal.errors import PlanError
-from epochal.events import Ended, Evaluated, Event, Noted, Row, Started, StepDone, StopReason
-from epochal.observe.overfitting import overfitting_since
+from epochal.events import Ended, Evaluated, Event, Found, Noted, Row, Started, StepDone, StopReason
+from epochal.observe.fitting import verdict
 
 FIRST_LINES, SECONDS_A_LINE = 10, 2.0  # off a terminal: so many lines as they come, then one in so many seconds
 SECONDS_A_REFRESH, SECONDS_A_LOSS = 0.1, 0.5  # of the live line; reading the loss waits for the device
@@ -69,6 +69,8 @@ class Console:
                 self._write(aligned(event.facts, self._paint, self._width) + "\n")
         elif isinstance(event, Noted) and self._has_begun:
             self._write(self._paint(f"note: {event.message}", ODD) + "\n", live=self._live)
+        elif isinstance(event, Found) and self._has_begun and event.finding.level != "info":  # the summary says the rest
+            self._write(self._paint(str(event.finding), ODD) + "\n", live=self._live)
         elif isinstance(event, Ended) and self._has_begun:  # a loop that was only prepared has nothing to tell
             self._ended(event)
 
@@ -229,8 +231,9 @@ def summary(ended: Ended, rows: list[Row], by_step: bool = False) -> dict[str, s
     lines["trained"] = f"{counted(ended.epochs, 'epoch')}, {counted(ended.steps, 'step')} in {took}"
     if skipped := sum(row.get("skipped", 0) for row in rows):
         lines["trained"] += f"; {counted(skipped, 'update')} left out"
-    if (since := overfitting_since(rows)) is not None:
-        lines["note"] = f"val_loss has risen since epoch {since} while train_loss fell: the model may be overfitting"
+    stopped, restored = ended.reason is StopReason.EARLY_STOPPING, best.epoch if best and ended.restored else None
+    if (told := verdict(rows, restored=restored, stopped=stopped)) is not None:
+        lines["fit"] = told
     return lines
 
 

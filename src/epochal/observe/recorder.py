@@ -17,7 +17,7 @@ from torch import Tensor
 from epochal.checkpoint import files
 from epochal.checkpoint.weights import IMPORTED, save_weights
 from epochal.errors import FileError, RunFolderError
-from epochal.events import Ended, Evaluated, Event, Noted, Row, Saved, Started, StepDone
+from epochal.events import Ended, Evaluated, Event, Found, Noted, Row, Saved, Started, StepDone
 from epochal.runtime.lock import Lock, was_held
 
 SECONDS_A_NOTE = 10.0  # between two writings of run.json while a run goes on
@@ -75,6 +75,8 @@ class Recorder:
             self._tell("saved", step=event.step, checkpoint=event.path.name)
         elif isinstance(event, Noted):
             self._tell("noted", message=event.message)
+        elif isinstance(event, Found):
+            self._tell("found", **event.finding.as_dict())
         elif isinstance(event, Started):
             self._start(event)
         elif isinstance(event, Ended):

@@ -139,6 +139,37 @@ def image_layout(case: Case) -> Iterator[Seen]:
             return
 
 
+@rule("image-layout", "warning", "data")
+def scrambled_images(case: Case) -> Iterator[Seen]:
+    """A reshape does not exchange dimensions: it deals the pixels of an image out to others.
+
+    Looks at inputs of 2 to 4 channels that go into a convolution: neighbouring pixels differ as much as any two, and far less
+    where the memory is read with the channels last.
+    """
+    first = next((layer for layer in case.now.layers if isinstance(layer.module, nn.Conv2d)), None)
+    given = first.input.detach().float() if first is not None and first.input is not None else None
+    if given is None or given.dim() != 4 or given.shape[1] not in (2, 3, 4) or min(given.shape[2:]) < 4:
+        return
+    n, channels, height, width = given.shape
+    turned = given.reshape(n, height, width, channels).permute(0, 3, 1, 2)
+    rough, smooth = _roughness(given), _roughness(turned)
+    if rough > 0.4 and smooth < 0.5 * rough:
+        yield Seen(
+            "the pixels of the images lie in another order than that of their shape.",
+            f"neighbours differ by {rough:.2f} of what any two do, and by {smooth:.2f} where the channels are read as the last "
+            "dimension (half of it is enough to tell)",
+            f"what {first.path if first is not None else ''} gets, {tuple(given.shape)}",
+            "exchange dimensions with X.permute(0, 3, 1, 2), not with reshape or view",
+        )
+
+
+def _roughness(images: Tensor) -> float:
+    """The squared difference between neighbours, of that between any two pixels of a channel."""
+    spread = 2 * images.flatten(2).var(2).mean().item()
+    steps = [(images[..., 1:] - images[..., :-1]).pow(2).mean(), (images[..., 1:, :] - images[..., :-1, :]).pow(2).mean()]
+    return float(sum(steps)) / 2 / max(spread, 1e-12)
+
+
 def _digests(inputs: Sequence[Tensor], targets: Tensor | None) -> list[bytes]:
     parts = [
         part.detach().cpu().contiguous().flatten(1) if part.dim() > 1 else part.detach().cpu()[:, None]

@@ -103,19 +103,49 @@ def update_climbs(seen: Look) -> Iterator[Seen]:
         )
 
 
+@rule("unscaled-accumulation", "error", "step")
+def unscaled_accumulation(seen: Look) -> Iterator[Seen]:
+    """Gradients of micro-batches add up: without a division their sum is that of a rate so many times as high.
+
+    Watches a step of the user's whose window has several micro-batches, and the factor of the loss in each backward pass:
+    together they make 1. Where a loss counts words, each has the share of its words; the same for all is told as a warning
+    (the mistake of many trainers until 2024).
+    """
+    shares = seen.shares
+    if seen.micro_batches < 2 or len(shares) != seen.micro_batches:
+        return
+    total, factors, counts = sum(one for one, _ in shares), [one for one, _ in shares], [count for _, count in shares]
+    is_even = max(factors) - min(factors) < 1e-6 * max(factors)
+    if is_even and abs(total - len(shares)) < 1e-3 * len(shares):
+        yield Seen(
+            "the gradients of micro-batches are added up, and not averaged.",
+            f"the factors of {len(shares)} backward passes make {total:.4g} (1 is the mean)",
+            f"step=, update {seen.step}",
+            "divide: (loss / len(window.batches)).backward(), or by samples, size / window.samples",
+        )
+    elif is_even and abs(total - 1) < 1e-3 and min(counts) > 0 and max(counts) > 1.5 * min(counts):
+        yield Seen(
+            "each micro-batch counts the same, though they hold different numbers of targets.",
+            f"from {min(counts)} to {max(counts)} targets, each with the factor {factors[0]:.4g} (half as many more allowed)",
+            f"step=, update {seen.step}",
+            "weigh by what is counted: (loss * counted / total).backward()",
+            level="warning",
+        )
+
+
 @rule("lost-updates", "warning", "step")
 def lost_updates(seen: Look) -> Iterator[Seen]:
     """A weight in bf16 has 8 bits: an update that is smaller than a 256th of it is rounded away, and it never moves.
 
-    Looks at weights of half precision in the updates that are watched: more than 90 of 100 numbers have a gradient and did
+    Looks at weights of half precision in the updates that are watched: more than half of the numbers have a gradient and did
     not change.
     """
-    lost = {name: share for name, share in seen.lost.items() if share > 0.9 and seen.gradient.get(name, 0) > 0}
+    lost = {name: share for name, share in seen.lost.items() if share > 0.5 and seen.gradient.get(name, 0) > 0}
     if lost and len(lost) * 2 >= len(seen.lost) and seen.rate > 0:
         worst = max(lost.values())
         yield Seen(
             "updates are rounded away: the weights are in half precision.",
-            f"{worst:.0%} of the numbers have a gradient and did not change (90 % allowed)",
+            f"{worst:.0%} of the numbers have a gradient and did not change (half allowed)",
             named(lost),
             'keep the weights in fp32, model.float(), and give precision="bf16", which computes in bf16',
         )

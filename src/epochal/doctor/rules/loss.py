@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -282,7 +283,7 @@ def _prefers_errors(case: Case) -> Iterator[Seen]:
         return
     with torch.no_grad():
         given, perfect = float(loss(outputs.detach(), targets)), float(loss(targets.to(outputs.dtype), targets))
-    if perfect > given + 1e-6 and perfect >= -1e-6 >= given:
+    if math.isfinite(perfect) and perfect > given + 1e-6 and perfect >= -1e-6 >= given:
         yield Seen(
             "the loss is lower for wrong outputs than for right ones.",
             f"{given:.4g} for the outputs of the model, {perfect:.4g} for the targets themselves",
@@ -418,40 +419,48 @@ def initial_loss(case: Case) -> Iterator[Seen]:
 def penalty_dominates(case: Case) -> Iterator[Seen]:
     """The penalty is larger than the error: the weights shrink towards 0 instead of learning.
 
-    Looks at the gradient of what is minimised beside that of torch's losses inside it, over all weights: the rest is at
-    least 2 times as large (TheDeepChecker), and so is its value.
+    Looks at the gradient of torch's losses inside of what is minimised, and at that of the rest, where the rest does not go
+    through the model's outputs (a penalty on weights; weight_decay, but adamw's): the rest is more than 2 times as large
+    (TheDeepChecker). ``epochal check`` also looks at a trained copy: its weights are less than half of what they began
+    with, and the error is not smaller.
     """
     value, calls = case.now.value, [call for call in case.now.calls if call.result.requires_grad]
     decays = _decays(case)
     if not calls or not value.requires_grad or any(call.result.dim() for call in calls):
         return
     parameters = [p for p in case.trained.values() if id(p) in case.now.reached]
+    outputs = [one for one in tensors(case.now.outputs) if one.requires_grad]
     slopes = torch.autograd.grad(value, [call.result for call in calls], retain_graph=True, allow_unused=True)
     known = [(call.result, slope) for call, slope in zip(calls, slopes) if slope is not None]
-    if not known:
+    if not known or not outputs:
         return
-    results, weights = zip(*known)
-    data = torch.autograd.grad(list(results), parameters, list(weights), retain_graph=True, allow_unused=True)
+    results, factors = map(list, zip(*known))
+    of_outputs = _sized(value, outputs) - _sized(results, outputs, factors)
+    if abs(of_outputs) > 1e-4 * _sized(value, outputs):
+        return
+    data = torch.autograd.grad(results, parameters, factors, retain_graph=True, allow_unused=True)
     whole = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    rest = [a - (0 if b is None else b) for a, b in zip(whole, data) if a is not None]
-    rest = [a + decays.get(id(p), 0.0) * p.detach() for a, p in zip(rest, parameters)] if decays else rest
-    of_data = math.sqrt(sum(float(one.pow(2).sum()) for one in data if one is not None))
-    of_rest = math.sqrt(sum(float(one.pow(2).sum()) for one in rest))
-    share = float(sum(result.item() * weight.item() for result, weight in known))
-    if of_rest > 2 * of_data > 0 and (decays or value.item() - share > 2 * abs(share)):
-        told = "weight_decay" if decays else "a term of the objective beside the loss"
+    rest = [
+        (0 if a is None else a) - (0 if b is None else b) + decays.get(id(p), 0.0) * p.detach()
+        for a, b, p in zip(whole, data, parameters)
+    ]  # fmt: skip
+    of_data, of_rest = (math.sqrt(sum(float(one.pow(2).sum()) for one in part if isinstance(one, Tensor))) for part in (data, rest))
+    if of_rest > 2 * of_data > 0:
         yield Seen(
-            f"the penalty on the weights is stronger than the error itself ({told}).",
+            "the penalty on the weights is stronger than the error itself.",
             f"its gradient is {of_rest / of_data:.3g} times that of the error (2 allowed)",
             case.place,
             "make it smaller: weight_decay=0.01 with adamw, or a factor of 1e-4 in the objective",
         )
 
 
+def _sized(value: Any, wanted: list[Tensor], factors: Any = None) -> float:
+    slopes = torch.autograd.grad(value, wanted, factors, retain_graph=True, allow_unused=True)
+    return math.sqrt(sum(float(one.pow(2).sum()) for one in slopes if one is not None))
+
+
 def _decays(case: Case) -> dict[int, float]:
     """Of each parameter the weight decay that is added to its gradient; adamw's is not."""
     if case.optimizer is None or type(case.optimizer).__name__ in ("AdamW", "Muon", "NAdam", "RAdam", "Adafactor"):
         return {}
-    return {
-        key: float(group.get("weight_decay") or 0.0) for key, group in case.held.items() if group.get("weight_decay")
-    }
+    return {key: float(group.get("weight_decay") or 0.0) for key, group in case.held.items() if group.get("weight_decay")}

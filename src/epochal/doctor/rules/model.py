@@ -39,7 +39,7 @@ def missing_nonlinearity(case: Case) -> Iterator[Seen]:
 
 def _fed(seen: Pass) -> Iterator[tuple[Layer, Layer]]:
     makers: dict[int, Layer] = {}
-    for layer in sorted((one for one in seen.layers if isinstance(one.module, LINEAR)), key=seen.layers.index):
+    for layer in (one for one in seen.layers if isinstance(one.module, LINEAR)):
         given = layer.input
         if given is not None:
             before = makers.get(given.untyped_storage().data_ptr())

@@ -16,17 +16,7 @@ def all_frozen(case: object) -> Iterator[Seen]:
     return iter(())
 
 
-@rule("label-out-of-range", "error", "batch")
-def label_out_of_range(case: object) -> Iterator[Seen]:
-    """A class index that is not among the model's outputs cannot be learned; on a GPU it ends the process.
-
-    Looks at all class indices where they are in memory, else at those of each batch: they go from 0 to the number of
-    outputs, less one; the ignore_index does not count.
-    """
-    return iter(())
-
-
-@rule("raises", "error", "batch")
+@rule("raises", "error", "other")
 def raises(case: object) -> Iterator[Seen]:
     """A pass over a batch, or an update, raises an error: the training would end there.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,9 +22,8 @@ def rates(case: Case) -> list[float] | None:
     return _rates(case.run) if case.run.state.schedule is not None else None
 
 
-@lru_cache(maxsize=1)
 def _rates(run: Any) -> list[float] | None:
-    scheduled, epochs, steps = run.state.schedule, run.started.epochs, run.started.steps
+    scheduled, steps = run.state.schedule, run.started.steps
     if isinstance(scheduled.scheduler, lr_scheduler.ReduceLROnPlateau) or steps is None or steps > MOST:
         return None
     each = steps_of(run.train, run.accumulate, 1, None)

@@ -44,6 +44,86 @@ def _matrices(vitals: Vitals) -> list[str]:
     return [name for name, p in case.trained.items() if p.dim() > 1] if case is not None else []
 
 
+@rule("clipping", "warning", "symptom")
+def clipping(vitals: Vitals) -> Iterator[Seen]:
+    """A gradient that is always cut down to a small part of itself is that of a rate so much lower.
+
+    Looks at the norms before clipping, while the loss does not fall: in nine of ten updates more than 20 times what clip
+    allows. In a step of the user's: the gradient that arrives is more than 20 times that with which the optimizer steps,
+    three times in a row, after a loss scale is taken off (gradients that were clipped while they were scaled).
+    """
+    if not is_stalled(vitals.read(), 0.9) or vitals.case is None:
+        return
+    clip, norms = vitals.case.plan.clip, vitals.read_norms()
+    told = None
+    if clip is not None and len(norms) >= LEAST and sum(norm > 20 * clip for norm in norms) > 0.9 * len(norms):
+        told = f"clip={clip:g}, and the gradient is {median(norms):.3g} in the median ({20 * clip:.3g} allowed)"
+    shrunk = [seen.shrunk for seen in vitals.looks if seen.shrunk]
+    if len(shrunk) >= LOOKS and min(shrunk[-LOOKS:]) > 20:
+        told = f"the optimizer steps with a {median(shrunk):.3g}th of the gradient that arrived (a 20th allowed), in {len(shrunk)} looks"
+    if told:
+        yield Seen(
+            "gradients are always cut down to a small part of themselves.",
+            told,
+            vitals.case.place,
+            "give clip=1.0, or none; with a loss scale, call scaler.unscale_(optimizer) before clip_grad_norm_",
+        )
+
+
+def update_ratio(seen: Look, names: Sequence[str]) -> float:
+    """The median over matrices of the size of a change to that of the weight."""
+    ratios = [seen.change[name] / seen.weight[name] for name in names if seen.weight[name] > 0]
+    return median(ratios) if ratios else math.nan
+
+
+@rule("lr-too-high", "warning", "symptom")
+def lr_too_high(vitals: Vitals) -> Iterator[Seen]:
+    """Updates that change the weights by a large part of themselves throw away what was learned.
+
+    Looks at the changes of weights in three looks in a row, while the loss does not fall: their median is above a tenth of
+    the weights (Karpathy's recipe asks for about a thousandth). ``epochal check`` tries a tenth and a hundredth of the
+    rate on a copy.
+    """
+    losses = vitals.read()
+    if not is_stalled(losses, 0.9) or vitals.case is None:
+        return
+    ratios = [update_ratio(seen, _matrices(vitals)) for seen in _recent(vitals) if seen.rate > 0]
+    if len(ratios) == LOOKS and min(ratios) > 0.1:
+        yield Seen(
+            "the learning rate is too high for this model.",
+            f"an update changes the weights by {min(ratios):.2g} of themselves (0.1 allowed; 0.001 is usual), in three looks; "
+            f"the loss went from {losses[0]:.3g} to {losses[-1]:.3g}",
+            vitals.case.place,
+            f"give lr={_nice(vitals.looks[-1].rate / 100)}",
+        )
+
+
+@rule("lr-too-low", "warning", "symptom")
+def lr_too_low(vitals: Vitals) -> Iterator[Seen]:
+    """Updates that change the weights by next to nothing will not get anywhere in the time that is planned.
+
+    Looks at the changes of weights in three looks in a row, while the loss does not fall: at this pace the weights will
+    have changed by less than 1 of 100 at the end of the plan. ``epochal check`` tries higher rates on a copy.
+    """
+    losses = vitals.read()
+    if not is_stalled(losses, 0.97) or vitals.case is None:
+        return
+    planned = vitals.case.run.started.steps
+    ratios = [update_ratio(seen, _matrices(vitals)) for seen in _recent(vitals)]
+    if planned and len(ratios) == LOOKS and 0 < max(ratios) * planned < 0.01:
+        yield Seen(
+            "the learning rate is too low for this model.",
+            f"an update changes the weights by {max(ratios):.2g} of themselves, and all {planned} by less than 1 %, in three "
+            f"looks; the loss went from {losses[0]:.3g} to {losses[-1]:.3g}",
+            vitals.case.place,
+            f"give lr={_nice(vitals.looks[-1].rate * 100)}",
+        )
+
+
+def _nice(rate: float) -> str:
+    return f"{rate:.0e}".replace("e-0", "e-") if rate > 0 else "1e-3"
+
+
 @rule("dead-units", "warning", "symptom")
 def dead_units(vitals: Vitals) -> Iterator[Seen]:
     """A unit behind a ReLU that is never above 0 gets no gradient, and does not come back.
@@ -109,7 +189,7 @@ def exploding_gradient(vitals: Vitals) -> Iterator[Seen]:
     losses = vitals.read()
     if len(losses) < LOOKS or (not is_stalled(losses, 0.9) and all(map(math.isfinite, losses))):
         return
-    sizes = [_total(seen.gradient) / max(_total(seen.weight), 1e-12) for seen in _recent(vitals)]
+    sizes = [total(seen.gradient) / max(total(seen.weight), 1e-12) for seen in _recent(vitals)]
     if min(sizes) > 100:
         yield Seen(
             "the gradient is huge.",
@@ -119,62 +199,8 @@ def exploding_gradient(vitals: Vitals) -> Iterator[Seen]:
         )
 
 
-def _total(sizes: dict[str, float]) -> float:
+def total(sizes: dict[str, float]) -> float:
     return math.sqrt(sum(size**2 for size in sizes.values() if math.isfinite(size)))
-
-
-def update_ratio(seen: Look, names: Sequence[str]) -> float:
-    """The median over matrices of the size of a change to that of the weight."""
-    ratios = [seen.change[name] / seen.weight[name] for name in names if seen.weight[name] > 0]
-    return median(ratios) if ratios else math.nan
-
-
-@rule("lr-too-high", "warning", "symptom")
-def lr_too_high(vitals: Vitals) -> Iterator[Seen]:
-    """Updates that change the weights by a large part of themselves throw away what was learned.
-
-    Looks at the changes of weights in three looks in a row, while the loss does not fall: their median is above a tenth of
-    the weights (Karpathy's recipe asks for about a thousandth). ``epochal check`` tries a tenth and a hundredth of the
-    rate on a copy.
-    """
-    losses = vitals.read()
-    if not is_stalled(losses, 0.9) or vitals.case is None:
-        return
-    ratios = [update_ratio(seen, _matrices(vitals)) for seen in _recent(vitals) if seen.rate > 0]
-    if len(ratios) == LOOKS and min(ratios) > 0.1:
-        yield Seen(
-            "the learning rate is too high for this model.",
-            f"an update changes the weights by {min(ratios):.2g} of themselves (0.1 allowed; 0.001 is usual), in three looks; "
-            f"the loss went from {losses[0]:.3g} to {losses[-1]:.3g}",
-            vitals.case.place,
-            f"give lr={_nice(vitals.looks[-1].rate / 100)}",
-        )
-
-
-@rule("lr-too-low", "warning", "symptom")
-def lr_too_low(vitals: Vitals) -> Iterator[Seen]:
-    """Updates that change the weights by next to nothing will not get anywhere in the time that is planned.
-
-    Looks at the changes of weights in three looks in a row, while the loss does not fall: at this pace the weights will
-    have changed by less than 1 of 100 at the end of the plan. ``epochal check`` tries higher rates on a copy.
-    """
-    losses = vitals.read()
-    if not is_stalled(losses, 0.97) or vitals.case is None:
-        return
-    planned = vitals.case.run.started.steps
-    ratios = [update_ratio(seen, _matrices(vitals)) for seen in _recent(vitals)]
-    if planned and len(ratios) == LOOKS and 0 < max(ratios) * planned < 0.01:
-        yield Seen(
-            "the learning rate is too low for this model.",
-            f"an update changes the weights by {max(ratios):.2g} of themselves, and all {planned} by less than 1 %, in three "
-            f"looks; the loss went from {losses[0]:.3g} to {losses[-1]:.3g}",
-            vitals.case.place,
-            f"give lr={_nice(vitals.looks[-1].rate * 100)}",
-        )
-
-
-def _nice(rate: float) -> str:
-    return f"{rate:.0e}".replace("e-0", "e-") if rate > 0 else "1e-3"
 
 
 @rule("zero-gradient", "warning", "symptom")

@@ -167,10 +167,38 @@ def unscaled_targets(case: Case) -> Iterator[Seen]:
         )
 
 
-@rule("too-few-outputs", "error", "batch")
+def _wrong_classes(case: Case) -> Iterator[tuple[str, Seen]]:
+    """The first class index out of range, over all targets that are like those of the loss."""
+    whole = case.sample[1] if case.sample is not None else None
+    for call in case.now.calls:
+        if call.name not in losses.CLASS_INDEX or call.targets.is_floating_point() or call.outputs.dim() < 2:
+            continue
+        ignored, classes = losses.ignore_index(getattr(case.objective, "loss", None)), call.outputs.shape[1]
+        parts = [call.targets]
+        if whole is not None and whole.shape[1:] == call.targets.shape[1:] and whole.dtype == call.targets.dtype:
+            parts.append(whole)
+        for part in parts:
+            if (wrong := losses.wrong_class(part, classes, ignored)) is not None:
+                target, place, fix, code = wrong
+                what = f"a target is outside the {classes} classes that the model gives scores for."
+                yield code, Seen(what, f"target {target} (0 to {classes - 1} allowed)", f"position {place}; {case.at(call.place)}", fix)
+                return
+
+
+@rule("label-out-of-range", "error", "data")
+def label_out_of_range(case: Case) -> Iterator[Seen]:
+    """A class index that is not among the model's outputs cannot be learned; on a GPU it ends the process.
+
+    Looks at all class indices where they are in memory, else at those of each batch: they go from 0 to the number of
+    outputs, less one; the ignore_index does not count.
+    """
+    yield from (seen for code, seen in _wrong_classes(case) if code == "label-out-of-range")
+
+
+@rule("too-few-outputs", "error", "data")
 def too_few_outputs(case: Case) -> Iterator[Seen]:
     """The model has fewer outputs than there are classes.
 
-    Told where class indices are looked at, with the classes that there are.
+    Looks at all class indices where they are in memory: they go on, without a gap, where the model's outputs end.
     """
-    return iter(())
+    yield from (seen for code, seen in _wrong_classes(case) if code == "too-few-outputs")

@@ -110,7 +110,7 @@ def not_in_optimizer(case: Case) -> Iterator[Seen]:
     Looks at the parameters that want a gradient, get one from the loss, and are in no group. If none is in it, that is
     an error. What shall stay as it is, is frozen by requires_grad_(False), which saves its gradient, too.
     """
-    if case.optimizer is None:
+    if not case.held:
         return
     missed = [name for name, p in case.trained.items() if id(p) not in case.held and id(p) in case.now.reached]
     if missed and not any(foreign_parameters(case)):
@@ -118,7 +118,7 @@ def not_in_optimizer(case: Case) -> Iterator[Seen]:
         yield Seen(
             "the optimizer does not hold all of the parameters that are to be trained.",
             f"{count:,} of {sum(p.numel() for p in case.trained.values()):,} weights get a gradient and are in no group",
-            f"{named(missed)}; {type(case.optimizer).__name__}",
+            f"{named(missed)}; {case.place}",
             "make it over model.parameters(), or freeze these: requires_grad_(False)",
             level="error" if len(missed) == len(case.trained) else None,
         )
