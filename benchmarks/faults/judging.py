@@ -38,7 +38,7 @@ def by_epochal(program: Program) -> Verdict:
         return Verdict(of_error(error), None, time.perf_counter() - began)
     seconds = time.perf_counter() - began
     ran: list[Finding] = []
-    steps: int | None = None
+    run, steps = None, None
     wanted = {program.cause, *program.also}
     try:
         with epochal.Plan(**program.make(), observers=()).prepare() as run:
@@ -50,7 +50,8 @@ def by_epochal(program: Program) -> Verdict:
             ran += list(run.result.findings)
     except epochal.EpochalError as error:
         ran += of_error(error)
-        steps = run.state.progress.step if any(one.code in wanted for one in of_error(error)) else steps
+        if any(one.code in wanted for one in of_error(error)):
+            steps = run.state.progress.step if run is not None else 0
     except Exception:
         pass  # which everybody sees
     return Verdict(ordered([*checked, *ran]), steps, seconds)

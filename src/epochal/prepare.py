@@ -116,9 +116,10 @@ def prepare(plan: Plan) -> Run:
     if world.size > 1:  # before a resume, which has states for each
         seeding.diverge(world.rank, processes.first(seeding.digest))
     run.notes += notes
-    _observe(plan, run)
     if "*" not in plan.ignore and world.size == 1:
         run.watch = Watch(plan, run, ignore=plan.ignore)
+        run.watch.begin()
+    _observe(plan, run)
     return run
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from epochal.copies import copied, untouched
@@ -15,7 +16,7 @@ from epochal.data.batch import rows
 from epochal.doctor.case import Case, noted
 from epochal.doctor.finding import Finding, Seen, is_ignored, known, look, ordered
 from epochal.doctor.probing import Probe, Trial
-from epochal.doctor.rules.symptoms import trend
+from epochal.doctor.rules.symptoms import trend, update_ratio
 from epochal.doctor.trace import Trace
 from epochal.errors import EpochalError, FaultError, NonFiniteError
 from epochal.objective import relocate
@@ -143,11 +144,19 @@ def _of_trials(plan: Plan, case: Case, trial: Trial, began: float, found: Sequen
     if not is_bad or plan.step is not None or explained:
         return []
     others = {}
-    for factor in (0.01, 100.0, 0.1, 10.0):
+    for factor in _factors(case, trial):
         if time.perf_counter() - began < TIME:
             others[factor] = Trial(plan, ("*",), factor=factor, updates=len(trial.losses) or 60, seconds=1.5)
     told = _compared(case, trial, others)
     return told or (_fitted(plan, case, trial) if time.perf_counter() - began < TIME else [])
+
+
+def _factors(case: Case, trial: Trial) -> list[float]:
+    """By what the rate is multiplied in other trials: what makes an update change the weights by a thousandth, too."""
+    names = [name for name, p in case.trained.items() if p.dim() > 1]
+    ratios = [ratio for look in trial.vitals.looks if math.isfinite(ratio := update_ratio(look, names)) and ratio > 0]
+    usual = 1e-3 / median(ratios) if ratios else 1.0
+    return [*([usual] if usual > 300 or usual < 1 / 300 else []), 0.01, 100.0, 0.1, 10.0]
 
 
 def _fitted(plan: Plan, case: Case, trial: Trial) -> list[Finding]:

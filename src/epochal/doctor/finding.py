@@ -65,6 +65,7 @@ class Rule:
     level: str
     stage: str
     look: Callable[[Any], Iterator[Seen]]
+    told: str  # the stage in whose place it is told, where that is another one
 
     @cached_property
     def page(self) -> str:
@@ -78,17 +79,17 @@ class Rule:
     def findings(self, case: Any, step: int | None = None) -> Iterator[Finding]:
         for seen in self.look(case):
             level = seen.level or self.level
-            yield Finding(self.code, level, seen.what, seen.measured, seen.where, self.why, seen.fix, step, self.stage)
+            yield Finding(self.code, level, seen.what, seen.measured, seen.where, self.why, seen.fix, step, self.told)
 
 
 RULES: list[Rule] = []  # a code may be found in several ways
 
 
-def rule(code: str, level: str, stage: str) -> Callable[[Callable], Callable]:
+def rule(code: str, level: str, stage: str, *, told: str | None = None) -> Callable[[Callable], Callable]:
     """Makes a function the rule of a code. It takes what its stage knows, and yields what it has :class:`Seen`."""
 
     def decorate(look: Callable) -> Callable:
-        RULES.append(Rule(code, level, stage, look))
+        RULES.append(Rule(code, level, stage, look, told or stage))
         return look
 
     return decorate
@@ -119,14 +120,14 @@ def known() -> dict[str, Rule]:
 
 
 def look(
-    stage: str, case: Any, *, ignore: Sequence[str] = (), step: int | None = None, levels: Sequence[str] = LEVELS
+    stage: str, case: Any, *, ignore: Sequence[str] = (), step: int | None = None, only_errors: bool = False
 ) -> list[Finding]:
     """What the rules of a stage find. A rule that fails finds nothing: it must not end a training that would go well."""
     found: list[Finding] = []
     for one in every():
-        if one.stage == stage and not is_ignored(one.code, ignore):
+        if one.stage == stage and not is_ignored(one.code, ignore) and (one.level == "error" or not only_errors):
             try:
-                found += [finding for finding in one.findings(case, step) if finding.level in levels]
+                found += [told for told in one.findings(case, step) if told.level == "error" or not only_errors]
             except Exception:
                 if RAISES:
                     raise
@@ -142,7 +143,7 @@ def ordered(findings: Sequence[Finding]) -> list[Finding]:
     places = {id(one): number for number, one in enumerate(every())}
     codes: dict[tuple[str, str], int] = {}
     for one in every():
-        codes.setdefault((one.code, one.stage), places[id(one)])
+        codes.setdefault((one.code, one.told), places[id(one)])
 
     def place(one: Finding) -> tuple[int, int, int]:
         return LEVELS.index(one.level), STAGES.index(one.stage), codes.get((one.code, one.stage), 0)

@@ -151,7 +151,7 @@ class Probe:
 
     def loss(self, batch: Any, model: nn.Module, *, training: bool = False) -> float | None:
         try:
-            with evaluation_mode([model]):
+            with evaluation_mode([model]), torch.enable_grad():
                 if training:
                     model = copy.deepcopy(model).train()
                 return float(self.case.objective(model, copy.deepcopy(batch)).value)
@@ -160,7 +160,7 @@ class Probe:
 
     def known_loss(self, model: nn.Module) -> float | None:
         """The loss of torch's inside of what is minimised, of a batch."""
-        with evaluation_mode([model]), Trace(model) as trace:
+        with evaluation_mode([model]), torch.enable_grad(), Trace(model) as trace:
             self.case.objective(model, copy.deepcopy(self.case.now.batch))
         return sum(call.result.item() for call in trace.calls) if trace.calls else None
 
@@ -182,7 +182,7 @@ class Probe:
             value = case.objective(self.model, batch).value
         inner = [layer.output for layer in trace.layers if isinstance(layer.module, nn.Embedding)]
         for one in [*given, *(part for part in inner if isinstance(part, Tensor) and part.dim() == 3)]:
-            if one.shape[1] < 8 or one.shape[1] not in places or not value.requires_grad:
+            if not one.requires_grad or one.shape[1] < 8 or one.shape[1] not in places or not value.requires_grad:
                 continue
             (slope,) = torch.autograd.grad(value, one, retain_graph=True, allow_unused=True)
             if slope is not None:
@@ -227,6 +227,21 @@ class Probe:
                 if len(batch) > 1
                 else [change(batch[0])]
             )
+        return change(batch)
+
+    def with_noise(self) -> Any:
+        """The batch with noise of size 1 in the place of its numbers."""
+        draw = torch.Generator().manual_seed(0)
+
+        def change(part: Any) -> Any:
+            is_float = isinstance(part, Tensor) and part.is_floating_point()
+            return torch.randn(part.shape, generator=draw).to(part) if is_float else part
+
+        batch = self.case.now.batch
+        if isinstance(batch, Mapping):
+            return {name: change(part) for name, part in batch.items()}
+        if isinstance(batch, list | tuple):
+            return [*(change(part) for part in batch[:-1]), batch[-1]] if len(batch) > 1 else [change(batch[0])]
         return change(batch)
 
     def with_inputs(self, inputs: list[Tensor]) -> Any:

@@ -75,6 +75,7 @@ class Trace(TorchFunctionMode):
         self.layers: list[Layer] = []
         self.spread: list[Operation] = []  # outputs and targets of other shapes in one operation
         self.ends: dict[str, float] = {}  # of each sigmoid and tanh, the share of its results that lie at its ends
+        self.likenesses: list[Operation] = []  # cosine similarities
         self.softmaxes: list[Operation] = []
         self.thresholds: list[Operation] = []
         self.backwards = 0
@@ -122,6 +123,8 @@ class Trace(TorchFunctionMode):
                 self.spread.append(Operation(name, (one, other), result, place()))
         elif name in ("sigmoid", "tanh") and isinstance(result, Tensor):
             self.ends[f"{self._path()} ({name})".strip()] = at_ends(result, name)
+        elif name == "cosine_similarity" and len(args) > 1 and isinstance(result, Tensor):
+            self.likenesses.append(Operation(name, args[:2], result, place()))
         elif name in ("softmax", "log_softmax"):
             self.softmaxes.append(Operation(name, args[:1], result, place()))
         elif name in ("gt", "ge", "lt", "le", "__gt__", "__ge__", "round", "argmax") and args:

@@ -115,8 +115,17 @@ class Watch:
         self._is_compiled, self._is_own = bool(plan.compile), plan.step is not None
         self._names = list(self.case.trained.items())
         self._due = 0
-        self._first = FIRST if dense is None else 2 * FIRST
         self.used: dict[int, tuple[int, int]] = {}  # gradients as the last update of a user's step left them
+
+    @property
+    def _first(self) -> int:
+        """How many updates are watched in full; more in a trial."""
+        return FIRST if self.dense is None else 2 * FIRST
+
+    def begin(self) -> None:
+        """Raises what can be proved before anything is read or trained."""
+        for one in look("static", self.case, ignore=self.ignore, only_errors=True):
+            raise FaultError.of(one)
 
     def around(self, step: Callable) -> Callable[[TrainState, Window], StepResult]:
         """The step, watched."""
@@ -227,7 +236,7 @@ class Watch:
             self.found.append(one)
 
     def _judge(self, seen: Look, number: int) -> None:
-        if seen.begun or seen.is_own:
+        if seen.begun or seen.is_own or seen.is_half:
             for one in look("step", seen, ignore=self.ignore, step=number):
                 self._account(one)
         if len(self.vitals.looks) >= PERSISTENT:
@@ -349,7 +358,8 @@ class Loop:
     def _arriving(self, p: nn.Parameter) -> Callable[[Tensor], None]:
         def arrive(gradient: Tensor) -> None:
             before = self._arrived.get(id(p))
-            self._arrived[id(p)] = gradient.detach() if before is None else before + gradient.detach()
+            if gradient.layout is torch.strided:
+                self._arrived[id(p)] = gradient.detach() if before is None else before + gradient.detach()
             used = self._used.get(id(p))
             if p.grad is None or used is None:
                 return
@@ -373,7 +383,8 @@ class Loop:
                     self.events.append("early schedule")
         self.events.append("step")
         self.watch.case.held |= {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        self.gradients |= {id(p): p.grad.detach().clone() for p in every if p.grad is not None and p.numel() <= MOST}
+        plain = [p for p in every if p.grad is not None and p.grad.layout is torch.strided and p.numel() <= MOST]
+        self.gradients |= {id(p): p.grad.detach().clone() for p in plain}
 
     def _has_stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups:

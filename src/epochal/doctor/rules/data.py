@@ -153,11 +153,11 @@ def scrambled_images(case: Case) -> Iterator[Seen]:
     n, channels, height, width = given.shape
     turned = given.reshape(n, height, width, channels).permute(0, 3, 1, 2)
     rough, smooth = _roughness(given), _roughness(turned)
-    if rough > 0.4 and smooth < 0.5 * rough:
+    if rough > 0.4 and smooth < 0.65 * rough:
         yield Seen(
             "the pixels of the images lie in another order than that of their shape.",
             f"neighbours differ by {rough:.2f} of what any two do, and by {smooth:.2f} where the channels are read as the last "
-            "dimension (half of it is enough to tell)",
+            "dimension (a third less is enough to tell)",
             f"what {first.path if first is not None else ''} gets, {tuple(given.shape)}",
             "exchange dimensions with X.permute(0, 3, 1, 2), not with reshape or view",
         )

@@ -271,6 +271,20 @@ def gradient_ascent(case: Case) -> Iterator[Seen]:
             yield Seen("the error is maximised, not minimised.", told, case.at(at), fix)
         return
     yield from _prefers_errors(case)
+    yield from _parts_from_targets(case)
+
+
+def _parts_from_targets(case: Case) -> Iterator[Seen]:
+    """Of cosine similarities between what is trained and what is not, whether they are made smaller."""
+    for one in case.now.trace.likenesses:
+        first, second = one.inputs
+        if case.now.value.requires_grad and first.requires_grad is not second.requires_grad:
+            (slope,) = torch.autograd.grad(case.now.value, one.result, retain_graph=True, allow_unused=True)
+            if slope is not None and bool((slope > 0).all()):
+                yield Seen("the likeness to the targets is minimised, not maximised.",
+                           f"the derivative by the cosine similarity is {slope.mean().item():.3g}, above 0", case.at(one.place),
+                           "minimise 1 - cosine_similarity(outputs, targets)")  # fmt: skip
+                return
 
 
 def _prefers_errors(case: Case) -> Iterator[Seen]:
@@ -283,7 +297,7 @@ def _prefers_errors(case: Case) -> Iterator[Seen]:
         return
     with torch.no_grad():
         given, perfect = float(loss(outputs.detach(), targets)), float(loss(targets.to(outputs.dtype), targets))
-    if math.isfinite(perfect) and perfect > given + 1e-6 and perfect >= -1e-6 >= given:
+    if abs(perfect) < 1e-6 and given < -1e-6:
         yield Seen(
             "the loss is lower for wrong outputs than for right ones.",
             f"{given:.4g} for the outputs of the model, {perfect:.4g} for the targets themselves",
@@ -393,7 +407,7 @@ def unreachable_targets(case: Case) -> Iterator[Seen]:
             )
 
 
-@rule("initial-loss", "warning", "batch")
+@rule("initial-loss", "warning", "batch", told="symptom")
 def initial_loss(case: Case) -> Iterator[Seen]:
     """Before it has learned anything, a classifier should lose about ln(classes); far more says that it begins by being
     sure of what is wrong.

@@ -22,18 +22,20 @@ def missing_nonlinearity(case: Case) -> Iterator[Seen]:
     """Two linear layers in a row are one linear layer: the second adds parameters, and nothing that can be learned.
 
     Looks at what the layers of the pass give and get: the output of an nn.Linear or a convolution is, unchanged, the
-    input of another one. Exempt: a narrow middle (low rank, as in LoRA), grouped and 1x1 convolutions, a narrow
-    embedding, and a model with a single layer.
+    input of another one. Exempt: a narrow middle (low rank, as in LoRA), grouped and 1x1 convolutions; where the
+    two belong to different parts of the model, it is told as info.
     """
     pairs = [(one, two) for one, two in _fed(case.now) if not _is_factored(one.module, two.module)]
     if not pairs:
         return
     weights = [layer for layer in case.now.layers if isinstance(layer.module, LINEAR)]
+    is_within = any(one.path.rpartition(".")[0] == two.path.rpartition(".")[0] for one, two in pairs)
     yield Seen(
         "linear layers follow one another with no activation between them.",
         f"{len(pairs)} of the {len(weights)} linear layers get the unchanged output of another one",
         ", ".join(f"{one.path} -> {two.path}" for one, two in pairs[:4]),
         "put an activation between them, nn.ReLU() say",
+        level=None if is_within else "info",
     )
 
 
@@ -67,7 +69,7 @@ def _sizes(module: Any) -> tuple[int, int]:
     return module.in_channels, module.out_channels
 
 
-@rule("dropout", "warning", "static")
+@rule("dropout", "error", "static")
 def dropout(case: Case) -> Iterator[Seen]:
     """A dropout that drops everything, or nothing, or nearly everything, is not what was meant.
 
@@ -90,6 +92,7 @@ def dropout(case: Case) -> Iterator[Seen]:
                 f"dropout={module.dropout:g}, num_layers=1",
                 f"{path} ({type(module).__name__})",
                 "put an nn.Dropout after it, or give num_layers=2",
+                level="warning",
             )
 
 

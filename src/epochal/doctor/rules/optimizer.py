@@ -14,7 +14,7 @@ ADAMS = (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Ada
 HIGHEST = 0.5  # of an Adam's rate: it moves each weight by as much in an update
 
 
-@rule("absurd-lr", "warning", "static")
+@rule("absurd-lr", "error", "static")
 def absurd_lr(case: Case) -> Iterator[Seen]:
     """The learning rate cannot be meant: at 0 nothing moves, and an Adam moves every weight by it in each update.
 
@@ -27,7 +27,7 @@ def absurd_lr(case: Case) -> Iterator[Seen]:
         if rate <= 0 and case.run.state.schedule is None:
             told = "error", "0: nothing is trained", "above 0"
         elif rate > highest:
-            told = None, f"{rate:g}", f"{highest:g} at most"
+            told = "warning", f"{rate:g}", f"{highest:g} at most"
         else:
             continue
         yield Seen(
@@ -60,6 +60,20 @@ def odd_betas(case: Case) -> Iterator[Seen]:
         yield Seen("settings of the optimizer are not those of an Adam that works.", told[0],
                    f"{type(case.optimizer).__name__}, {case.place}", f"give {told[1]}")  # fmt: skip
         return
+
+
+@rule("divergence", "error", "static")
+def endless_momentum(case: Case) -> Iterator[Seen]:
+    """A momentum of 1 never slows down: the weights swing wider and wider.
+
+    Looks at the momentum of each group: it has to be below 1.
+    """
+    for group in case.optimizer.param_groups if case.optimizer is not None else ():
+        momentum = max(float(group.get("momentum") or 0), *(float(one) for one in group.get("betas") or (0.0,)))
+        if momentum >= 1:
+            yield Seen("the momentum never slows down, and the weights will diverge.", f"{momentum:g} (below 1)",
+                       f"{type(case.optimizer).__name__}, {case.place}", "give momentum=0.9")  # fmt: skip
+            return
 
 
 @rule("decayed-norms", "info", "static")

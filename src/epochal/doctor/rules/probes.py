@@ -149,8 +149,8 @@ def causal_leak(probe: Probe) -> Iterator[Seen]:
 def inputs_ignored(probe: Probe) -> Iterator[Seen]:
     """A model whose output is the same for all samples has learned the mean of the targets, and nothing of the inputs.
 
-    Looks at the trained copy: on a batch whose inputs and targets differ, its outputs are the same within 1e-5 of their size;
-    or one of several inputs can be shuffled, and nothing changes.
+    Looks at the trained copy: on a batch whose inputs and targets differ, and on noise, its outputs are the same within 2e-7
+    of their size; or one of several inputs can be shuffled, and nothing changes.
     """
     model, case = probe.trained, probe.case
     if model is None or case.now.samples < 4:
@@ -162,16 +162,22 @@ def inputs_ignored(probe: Probe) -> Iterator[Seen]:
         if one.is_floating_point() and one.dim() and one.shape[0] == case.now.samples
     ]
     if found and not is_custom(case) and probe.targets_vary():
-        spread = max((one - one[:1]).abs().max().item() / max(one.abs().max().item(), 1e-6) for one in found)
-        if spread < 1e-5:
+        spread = _spread(found)
+        other = [one.detach().double() for one in tensors(probe.outputs(probe.with_noise(), model)) if one.is_floating_point()]
+        if spread < 2e-7 and (not other or _spread(other) < 2e-7):
             yield Seen(
                 "the outputs are the same for all inputs.",
-                f"after {probe.updates} updates those of {case.now.samples} samples differ by {spread:.1g} of their size (1e-5 at least)",
+                f"after {probe.updates} updates those of {case.now.samples} samples differ by {spread:.1g} of their size (2e-7 at least)",
                 f"{case.output_layer()}; {case.place}",
                 "look in the forward at what becomes of x: an unused variable, a layer that was not called, a unit that is dead",
             )
             return
     yield from _one_ignored(probe, model)
+
+
+def _spread(outputs: list[Tensor]) -> float:
+    """How far the outputs of samples lie apart, of their size."""
+    return max((one - one[:1]).abs().max().item() / max(one.abs().max().item(), 1e-6) for one in outputs)
 
 
 def _one_ignored(probe: Probe, model: Any) -> Iterator[Seen]:

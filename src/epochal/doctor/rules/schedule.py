@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,14 +61,11 @@ def schedule_horizon(case: Case) -> Iterator[Seen]:
     if not found or scheduled is None or len(found) < 4:
         return
     kind, per, highest = scheduled.scheduler, scheduled.per, max(found)
-    over = sum(rate < 1e-3 * highest for rate in found) / len(found)
+    fallen = found[found.index(highest) :]
+    over = sum(rate < 1e-3 * highest for rate in fallen) / len(found)
     told = None
     if over > 0.05 and not isinstance(kind, lr_scheduler.CosineAnnealingWarmRestarts):
-        first = (
-            next(at for at, rate in enumerate(found) if rate < 1e-3 * highest and at > found.index(highest))
-            if any(rate < 1e-3 * highest for rate in found[found.index(highest) :])
-            else 0
-        )
+        first = found.index(highest) + next(at for at, rate in enumerate(fallen) if rate < 1e-3 * highest)
         told = f"the rate is below a thousandth of its highest for {over:.0%} of the updates, from {first + 1} on (5 % allowed)"
     elif isinstance(kind, lr_scheduler.OneCycleLR) and highest < 0.9 * max(
         g["max_lr"] for g in kind.optimizer.param_groups
@@ -110,24 +108,21 @@ def warmup_order(case: Case) -> Iterator[Seen]:
     found = rates(case)
     if not found or len(found) < 10:
         return
-    early = found[: max(10, len(found) // 2)]
-    jump = next(
-        (
-            at
-            for at, (one, two) in enumerate(zip(early, early[1:]))
-            if two > 10 * max(one, 1e-12) and one < max(found) / 10
-        ),
-        None,
+    highest, kind = max(found), type(case.run.state.schedule.scheduler).__name__ if case.run.state.schedule else ""
+    steps = [] if "Restarts" in kind or "Cyclic" in kind else list(pairwise(found))
+    jump = next((at for at, (one, two) in enumerate(steps) if at > 1 and two > 10 * one and two > 0.3 * highest), None)
+    lowest = found.index(min(found))
+    rises_late = found[0] >= 0.99 * highest and max(found[lowest:]) > max(2 * found[lowest], 0.3 * highest)
+    if any(word in kind for word in ("Restarts", "Cyclic", "CosineAnnealingLR")):
+        rises_late = False
+    if jump is None and not rises_late:
+        return
+    at = jump if jump is not None else lowest
+    after = found[min(at + 1, len(found) - 1)]
+    yield Seen(
+        "the warm-up does not lead to the full rate.",
+        f"update 1: {found[0]:.3g}; update {at + 1}: {found[at]:.3g}; update {at + 2}: {after:.3g}; the highest is "
+        f"{highest:.3g} (10 times from one to the next allowed, and no warm-up after the peak)",
+        f"{kind}; {case.place}",
+        'give epochal.Schedule("cosine", warmup=100): it warms up first, and reaches the full rate',
     )
-    dip = early[0] >= 0.99 * max(found) and min(early[:-1]) < 0.5 * early[0] and early[-1] > 1.5 * min(early)
-    kind = type(case.run.state.schedule.scheduler).__name__ if case.run.state.schedule else ""
-    if (jump is not None and found[0] < max(found) and jump > 0) or (
-        dip and "Restarts" not in kind and "Cyclic" not in kind
-    ):
-        at = (jump if jump is not None else early.index(min(early))) + 1
-        yield Seen(
-            "the warm-up does not lead to the full rate.",
-            f"update 1: {found[0]:.3g}; update {at}: {found[at - 1]:.3g}; update {at + 1}: {found[at]:.3g}; the highest is {max(found):.3g}",
-            f"{kind}; {case.place}",
-            'give epochal.Schedule("cosine", warmup=100): it warms up first, and reaches the full rate',
-        )

@@ -44,7 +44,7 @@ def _matrices(vitals: Vitals) -> list[str]:
     return [name for name, p in case.trained.items() if p.dim() > 1] if case is not None else []
 
 
-@rule("clipping", "warning", "symptom")
+@rule("clipping", "warning", "symptom", told="probe")
 def clipping(vitals: Vitals) -> Iterator[Seen]:
     """A gradient that is always cut down to a small part of itself is that of a rate so much lower.
 
@@ -98,7 +98,7 @@ def lr_too_high(vitals: Vitals) -> Iterator[Seen]:
         )
 
 
-@rule("lr-too-low", "warning", "symptom")
+@rule("lr-too-low", "warning", "symptom", told="trial")
 def lr_too_low(vitals: Vitals) -> Iterator[Seen]:
     """Updates that change the weights by next to nothing will not get anywhere in the time that is planned.
 
@@ -122,6 +122,27 @@ def lr_too_low(vitals: Vitals) -> Iterator[Seen]:
 
 def _nice(rate: float) -> str:
     return f"{rate:.0e}".replace("e-0", "e-") if rate > 0 else "1e-3"
+
+
+@rule("divergence", "warning", "symptom")
+def divergence(vitals: Vitals) -> Iterator[Seen]:
+    """A loss that rises and does not come back has left the region where updates help.
+
+    Looks at the means of five windows in a row: all of the last three are above twice the lowest (TheDeepChecker), and
+    above the first.
+    """
+    losses = vitals.read()
+    if len(losses) < 25 or min(losses) <= 0 or not all(map(math.isfinite, losses)):
+        return
+    width = len(losses) // 5
+    means = [sum(losses[at * width : (at + 1) * width]) / width for at in range(5)]
+    if all(mean > 2 * min(means) for mean in means[2:]) and means[-1] > means[0]:
+        yield Seen(
+            "the loss rises.",
+            f"in fifths of {len(losses)} updates: {', '.join(f'{mean:.3g}' for mean in means)} (twice the lowest allowed)",
+            vitals.case.place if vitals.case is not None else "",
+            "lower lr, or give clip=1.0",
+        )
 
 
 @rule("dead-units", "warning", "symptom")
@@ -244,25 +265,4 @@ def stuck_at_chance(vitals: Vitals) -> Iterator[Seen]:
             f"{last:.4g} over the last {-(-len(losses) // 4)} updates; ln({classes}) = {chance:.4g}, within 2 %",
             case.place,
             "run `epochal check`: it tries other rates, and whether the inputs say anything about the labels",
-        )
-
-
-@rule("divergence", "warning", "symptom")
-def divergence(vitals: Vitals) -> Iterator[Seen]:
-    """A loss that rises and does not come back has left the region where updates help.
-
-    Looks at the means of five windows in a row: all of the last three are above twice the lowest (TheDeepChecker), and
-    above the first.
-    """
-    losses = vitals.read()
-    if len(losses) < 25 or min(losses) <= 0 or not all(map(math.isfinite, losses)):
-        return
-    width = len(losses) // 5
-    means = [sum(losses[at * width : (at + 1) * width]) / width for at in range(5)]
-    if all(mean > 2 * min(means) for mean in means[2:]) and means[-1] > means[0]:
-        yield Seen(
-            "the loss rises.",
-            f"in fifths of {len(losses)} updates: {', '.join(f'{mean:.3g}' for mean in means)} (twice the lowest allowed)",
-            vitals.case.place if vitals.case is not None else "",
-            "lower lr, or give clip=1.0",
         )

@@ -78,26 +78,26 @@ def foreign_parameters(case: Case) -> Iterator[Seen]:
     Looks at what the optimizer holds and the model does not, and at whether the loss gives it a gradient. What does get
     one (a learned weight of the loss, say) may be meant so.
     """
-    if case.optimizer is None:
+    if not case.held:
         return
     modules = case.run.state.modules
     known = {id(p) for module in modules for p in module.parameters()}
     hidden = {id(one) for _, one in _hidden(case.model)}
-    held = [p for group in case.optimizer.param_groups for p in group["params"]]
+    held = list({id(p): p for group in case.held.values() for p in group["params"]}.values())
     foreign = [p for p in held if id(p) not in known | hidden and id(p) not in case.now.reached and p.requires_grad]
     missed = [name for name, p in case.trained.items() if id(p) not in case.held and id(p) in case.now.reached]
     if foreign and missed:
         yield Seen(
             "the optimizer holds parameters that are not the model's, and lacks some that are.",
             f"{len(foreign)} of its {len(held)} parameters are of another model; {len(missed)} of this one's are not in it",
-            f"{type(case.optimizer).__name__}; not in it: {named(missed)}",
+            f"not in it: {named(missed)}; {case.place}",
             "make the optimizer after the last change of the model, over model.parameters()",
         )
     elif foreign:
         yield Seen(
             "the optimizer holds parameters that the loss does not depend on, and the model does not have.",
             f"{len(foreign)} of its {len(held)} parameters",
-            f"{type(case.optimizer).__name__}, tensors of shape {tuple(foreign[0].shape)} and so on",
+            f"tensors of shape {tuple(foreign[0].shape)} and so on; {case.place}",
             "make the optimizer over model.parameters()",
             level="warning",
         )
