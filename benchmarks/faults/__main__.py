@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from benchmarks.faults import data_faults, healthy_losses, healthy_models, loop_faults, loss_faults, model_faults
 from benchmarks.faults.judging import by_epochal, by_torch
 from benchmarks.faults.program import PROGRAMS, Program, halves
@@ -64,7 +63,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     healthy = [row for row in rows if not row["cause"]]
     places = [place_of(row) for row in faulty]
     steps = [row["steps"] for row in faulty if row["steps"] is not None]
-    accused = {level: sum(one == level for row in healthy for one, *_ in row["codes"]) for level in ("error", "warning")}
+    accused = {
+        level: sum(one == level for row in healthy for one, *_ in row["codes"]) for level in ("error", "warning")
+    }
     by_plain = sum(row["torch"] is not None for row in faulty)
     checks = [row["check"] for row in rows if row["check"]]
     lines = [
@@ -120,7 +121,12 @@ def main() -> None:
         for row in wrong:
             print(told(row))
             if chosen.details:
-                print("".join(f"      {level} {code}: {what} [{measured}]\n" for level, code, what, measured in row["codes"]), end="")
+                print(
+                    "".join(
+                        f"      {level} {code}: {what} [{measured}]\n" for level, code, what, measured in row["codes"]
+                    ),
+                    end="",
+                )
         if chosen.json:
             chosen.json.with_suffix(f".{half}.json").write_text(json.dumps(rows, indent=1))
 

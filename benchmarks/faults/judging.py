@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from benchmarks.faults.program import Program
 from torch import nn
 
 import epochal
-from benchmarks.faults.program import Program
 from epochal.doctor.checkup import of_error
 from epochal.doctor.finding import Finding, ordered
 
@@ -77,7 +77,12 @@ def _plain(options: dict[str, Any]) -> None:
     with suppress(epochal.EpochalError):
         options = {**options, "ignore": ("*",)}
     model, step = options["model"], options.get("step")
-    names = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
+    names = {
+        "sgd": torch.optim.SGD,
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "rmsprop": torch.optim.RMSprop,
+    }
     given = options.get("optimizer")
     parameters = list(model.parameters())
     if given is None or isinstance(given, str):

@@ -147,7 +147,9 @@ def check_scalar(value: Any, where: str) -> None:
     """Refuses what cannot be differentiated as a loss."""
     if not isinstance(value, Tensor):
         fix = "return the scalar tensor itself, not its .item()"
-        raise LossError(f"the loss is a {type(value).__name__}, not a tensor.", where=where, fix=fix, code="detached-loss")
+        raise LossError(
+            f"the loss is a {type(value).__name__}, not a tensor.", where=where, fix=fix, code="detached-loss"
+        )
     if value.numel() != 1:
         fix = "return the mean, for example loss.mean()"
         raise LossError("the loss is not a scalar.", where=f"{where}; its shape is {_shape(value)}", fix=fix)
@@ -208,7 +210,9 @@ def check_dtype(loss: Any, targets: Any) -> None:
         return
     if kind(loss) in CLASS_INDEX and targets.dtype in _OTHER_INTEGERS:
         where = f"targets {_type(targets)}; loss {describe(loss)}"
-        raise LossError("class indices must be 64-bit integers.", where=where, fix="give y.long()", code="target-format")
+        raise LossError(
+            "class indices must be 64-bit integers.", where=where, fix="give y.long()", code="target-format"
+        )
     if kind(loss) in BINARY and not targets.is_floating_point():
         what = f"{describe(loss)} needs floating point targets."
         raise LossError(what, where=f"targets {_type(targets)}", fix="give y.float()", code="target-format")

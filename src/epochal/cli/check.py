@@ -44,7 +44,9 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
     elif found:
         print("\n\n".join(map(str, found)))
         counts = {level: sum(one.level == level for one in found) for level in ("error", "warning", "info")}
-        told = ", ".join(f"{count} {level}{'s' if count > 1 and level != 'info' else ''}" for level, count in counts.items() if count)
+        told = ", ".join(
+            f"{count} {level}{'s' if count > 1 and level != 'info' else ''}" for level, count in counts.items() if count
+        )
         print(f"\n{told}; epochal explain {found[0].code} says more", file=sys.stderr)
     else:
         print("nothing found")
@@ -53,7 +55,12 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
         raise SystemExit(1)
 
 
-def explain(code: Annotated[str | None, Parameter(help="Of a finding; without one, all of them are listed.")] = None, /, *, json: Json = False) -> None:
+def explain(
+    code: Annotated[str | None, Parameter(help="Of a finding; without one, all of them are listed.")] = None,
+    /,
+    *,
+    json: Json = False,
+) -> None:
     """Say what a finding means: what is looked at, from which threshold on, and how it is mended."""
     from epochal.doctor.finding import every, known
     from epochal.errors import UnknownNameError

@@ -17,8 +17,8 @@ from epochal import losses
 from epochal.data.batch import size, split
 from epochal.data.loader import Loader
 from epochal.data.sources import Arrays
-from epochal.loop import evaluation_mode
 from epochal.doctor.trace import Call, Layer, Trace, leaves, tensors
+from epochal.loop import evaluation_mode
 from epochal.objective import Custom, Supervised
 
 if TYPE_CHECKING:

@@ -13,7 +13,20 @@ from epochal.errors import UnknownNameError
 
 LEVELS = ("error", "warning", "info")
 # When a rule looks, from causes to symptoms; of one level, what is found earlier in this order is told first.
-STAGES = ("static", "dependence", "wiring", "batch", "step", "data", "probe", "trial", "capacity", "symptom", "rows", "other")
+STAGES = (
+    "static",
+    "dependence",
+    "wiring",
+    "batch",
+    "step",
+    "data",
+    "probe",
+    "trial",
+    "capacity",
+    "symptom",
+    "rows",
+    "other",
+)
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,13 @@ class Probe:
 
     def _functions(self) -> list[Any]:
         given = self.plan.metrics
-        given = list(given.values()) if isinstance(given, Mapping) else given if isinstance(given, list | tuple) else [given]
+        given = (
+            list(given.values())
+            if isinstance(given, Mapping)
+            else given
+            if isinstance(given, list | tuple)
+            else [given]
+        )
         return [one for one in given if callable(one) and not isinstance(one, Metric | nn.Module | str | type)]
 
     def averaged_metrics(self) -> Iterator[tuple[str, float, float]]:

@@ -307,7 +307,9 @@ class Loop:
         self.watch, self.case = watch, watch.case
         self.events: list[str] = []
         self.micro_batches = 1
-        self.shares: list[tuple[float, int]] = []  # of each backward pass: by what a loss was multiplied, and what it counts
+        self.shares: list[
+            tuple[float, int]
+        ] = []  # of each backward pass: by what a loss was multiplied, and what it counts
         self.gradients: dict[int, Tensor] = {}
         self._parts = list(parts_of(step))
         self._stack = ExitStack()

@@ -71,7 +71,9 @@ def verdict(rows: Sequence[Row], *, restored: int | None = None, stopped: bool =
     stopped: whether early stopping ended the run.
     """
     if (since := overfitting_since(rows)) is not None:
-        best = min((row for row in rows if math.isfinite(row.get("val_loss", math.nan))), key=lambda row: row["val_loss"])
+        best = min(
+            (row for row in rows if math.isfinite(row.get("val_loss", math.nan))), key=lambda row: row["val_loss"]
+        )
         last = rows[-1]
         done = [*(["the run was stopped"] if stopped else [])]
         done += [f"the weights of epoch {restored} are back" if restored is not None else "the last weights are kept"]

@@ -166,7 +166,10 @@ def scrambled_images(case: Case) -> Iterator[Seen]:
 def _roughness(images: Tensor) -> float:
     """The squared difference between neighbours, of that between any two pixels of a channel."""
     spread = 2 * images.flatten(2).var(2).mean().item()
-    steps = [(images[..., 1:] - images[..., :-1]).pow(2).mean(), (images[..., 1:, :] - images[..., :-1, :]).pow(2).mean()]
+    steps = [
+        (images[..., 1:] - images[..., :-1]).pow(2).mean(),
+        (images[..., 1:, :] - images[..., :-1, :]).pow(2).mean(),
+    ]
     return float(sum(steps)) / 2 / max(spread, 1e-12)
 
 

@@ -442,7 +442,8 @@ def penalty_dominates(case: Case) -> Iterator[Seen]:
     decays = _decays(case)
     if not calls or not value.requires_grad or any(call.result.dim() for call in calls):
         return
-    parameters = [p for p in case.trained.values() if id(p) in case.now.reached]
+    tables = {id(part.weight) for part in case.model.modules() if getattr(part, "sparse", False)}
+    parameters = [p for p in case.trained.values() if id(p) in case.now.reached and id(p) not in tables]
     outputs = [one for one in tensors(case.now.outputs) if one.requires_grad]
     slopes = torch.autograd.grad(value, [call.result for call in calls], retain_graph=True, allow_unused=True)
     known = [(call.result, slope) for call, slope in zip(calls, slopes) if slope is not None]
@@ -458,7 +459,9 @@ def penalty_dominates(case: Case) -> Iterator[Seen]:
         (0 if a is None else a) - (0 if b is None else b) + decays.get(id(p), 0.0) * p.detach()
         for a, b, p in zip(whole, data, parameters)
     ]  # fmt: skip
-    of_data, of_rest = (math.sqrt(sum(float(one.pow(2).sum()) for one in part if isinstance(one, Tensor))) for part in (data, rest))
+    of_data, of_rest = (
+        math.sqrt(sum(float(one.pow(2).sum()) for one in part if isinstance(one, Tensor))) for part in (data, rest)
+    )
     if of_rest > 2 * of_data > 0:
         yield Seen(
             "the penalty on the weights is stronger than the error itself.",
@@ -477,4 +480,6 @@ def _decays(case: Case) -> dict[int, float]:
     """Of each parameter the weight decay that is added to its gradient; adamw's is not."""
     if case.optimizer is None or type(case.optimizer).__name__ in ("AdamW", "Muon", "NAdam", "RAdam", "Adafactor"):
         return {}
-    return {key: float(group.get("weight_decay") or 0.0) for key, group in case.held.items() if group.get("weight_decay")}
+    return {
+        key: float(group.get("weight_decay") or 0.0) for key, group in case.held.items() if group.get("weight_decay")
+    }

@@ -13,8 +13,8 @@ from epochal.doctor.case import is_custom
 from epochal.doctor.finding import Seen, rule
 from epochal.doctor.rules.model import _depends_on_mode
 from epochal.doctor.rules.symptoms import total
-from epochal.losses import CLASS_INDEX
 from epochal.doctor.trace import tensors
+from epochal.losses import CLASS_INDEX
 from epochal.objective import Supervised
 from epochal.runtime.seeding import generator_states, set_generator_states
 
@@ -163,7 +163,11 @@ def inputs_ignored(probe: Probe) -> Iterator[Seen]:
     ]
     if found and not is_custom(case) and probe.targets_vary():
         spread = _spread(found)
-        other = [one.detach().double() for one in tensors(probe.outputs(probe.with_noise(), model)) if one.is_floating_point()]
+        other = [
+            one.detach().double()
+            for one in tensors(probe.outputs(probe.with_noise(), model))
+            if one.is_floating_point()
+        ]
         if spread < 2e-7 and (not other or _spread(other) < 2e-7):
             yield Seen(
                 "the outputs are the same for all inputs.",
@@ -320,7 +324,9 @@ def weights_shrink(probe: Probe) -> Iterator[Seen]:
     vitals = probe.trial.vitals if probe.trial is not None else None
     if probe.trained is None or vitals is None or len(vitals.looks) < 2:
         return
-    first, last = (math.sqrt(sum(size**2 for size in look.weight.values())) for look in (vitals.looks[0], vitals.looks[-1]))
+    first, last = (
+        math.sqrt(sum(size**2 for size in look.weight.values())) for look in (vitals.looks[0], vitals.looks[-1])
+    )
     before, after = probe.known_loss(probe.model), probe.known_loss(probe.trained)
     if before and after and last < 0.5 * first and after > 0.9 * before:
         yield Seen(
@@ -423,7 +429,11 @@ def loss_metric_disagree(probe: Probe) -> Iterator[Seen]:
 
     Looks at the argmax of the model's outputs in a metric: for scores (n, classes, ...) it is taken over dimension 1.
     """
-    classes = {call.outputs.shape: call.outputs.shape[1] for call in probe.case.now.calls if call.name in CLASS_INDEX and call.outputs.dim() > 2}
+    classes = {
+        call.outputs.shape: call.outputs.shape[1]
+        for call in probe.case.now.calls
+        if call.name in CLASS_INDEX and call.outputs.dim() > 2
+    }
     for operation in probe.metric_operations():
         (args, kwargs), name = operation.inputs, operation.name
         given = args[0]

@@ -181,7 +181,15 @@ def _wrong_classes(case: Case) -> Iterator[tuple[str, Seen]]:
             if (wrong := losses.wrong_class(part, classes, ignored)) is not None:
                 target, place, fix, code = wrong
                 what = f"a target is outside the {classes} classes that the model gives scores for."
-                yield code, Seen(what, f"target {target} (0 to {classes - 1} allowed)", f"position {place}; {case.at(call.place)}", fix)
+                yield (
+                    code,
+                    Seen(
+                        what,
+                        f"target {target} (0 to {classes - 1} allowed)",
+                        f"position {place}; {case.at(call.place)}",
+                        fix,
+                    ),
+                )
                 return
 
 
