@@ -23,7 +23,7 @@ from epochal.events import Best, Ended, Evaluated, Saved, Started, StepDone, Sto
 from epochal.observe import console as console_module
 from epochal.observe import overfitting as overfitting_module
 from epochal.observe.console import Console, fitting, number
-from epochal.observe.overfitting import overfitting_since
+from epochal.observe.fitting import overfitting_since
 from epochal.protocols import StepResult
 
 FACTS = {"model": "Sequential, 4,810 parameters", "optimizer": "AdamW, lr 0.001"}

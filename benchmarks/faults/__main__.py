@@ -39,7 +39,8 @@ def judged(name: str) -> dict[str, Any]:
     plain = by_torch(program)
     return {
         "name": name, "cause": program.cause, "also": program.also, "codes": codes, "failure": failure, "torch": plain,
-        "steps": verdict and verdict.steps, "check": verdict and verdict.seconds, "seconds": time.perf_counter() - began,
+        "steps": verdict and verdict.steps, "check": verdict and verdict.seconds,
+        "seconds": time.perf_counter() - began,
     }  # fmt: skip
 
 
@@ -73,13 +74,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"  found                   {_share(sum(map(is_found, faulty)), faulty):>14} {_share(by_plain, faulty):>14}",
         f"  right cause first       {_share(sum(p == 1 for p in places), faulty):>14}",
         f"  right cause in three    {_share(sum(p is not None and p <= 3 for p in places), faulty):>14}",
-        f"  updates until the run itself told it: {len(steps)} told, median {statistics.median(steps) if steps else 0:g}, "
+        f"  updates until the run itself told it: {len(steps)} told, median "
+        f"{statistics.median(steps) if steps else 0:g}, "
         f"{sum(step == 0 for step in steps)} before the first",
         f"{len(healthy)} healthy programs",
         f"  errors a program        {accused['error'] / max(1, len(healthy)):14.3f} "
         f"{sum(row['torch'] is not None for row in healthy) / max(1, len(healthy)):14.3f}",
         f"  warnings a program      {accused['warning'] / max(1, len(healthy)):14.3f}",
-        f"a check takes {statistics.median(checks) if checks else 0:.1f} s in the median, {max(checks, default=0):.1f} s at most",
+        f"a check takes {statistics.median(checks) if checks else 0:.1f} s in the median, "
+        f"{max(checks, default=0):.1f} s at most",
     ]
     return "\n".join(lines)
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 from benchmarks.faults.program import Program
-from torch import nn
 
 import epochal
+from epochal import losses
 from epochal.doctor.checkup import of_error
 from epochal.doctor.finding import Finding, ordered
 
 
 @dataclass
 class Verdict:
-    """findings: in order, the most certain first. steps: updates before the first right one; None where it took none, or
-    there is none. seconds: of the check.
+    """findings: in order, the most certain first. steps: updates before the first right one; None where it took none,
+    or there is none. seconds: of the check.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -47,7 +47,6 @@ def by_epochal(program: Program) -> Verdict:
                     ran.append(event.finding)
                 if ran and steps is None and any(one.code in wanted for one in ran):
                     steps = run.state.progress.step
-            ran += list(run.result.findings)
     except epochal.EpochalError as error:
         ran += of_error(error)
         if any(one.code in wanted for one in of_error(error)):
@@ -91,9 +90,7 @@ def _plain(options: dict[str, Any]) -> None:
     else:
         optimizer = given if isinstance(given, torch.optim.Optimizer) else given(parameters)
     loss, objective = options.get("loss"), options.get("objective")
-    losses = {"mse": nn.MSELoss, "l1": nn.L1Loss, "smooth_l1": nn.SmoothL1Loss, "huber": nn.HuberLoss, "nll": nn.NLLLoss,
-              "cross_entropy": nn.CrossEntropyLoss, "bce": nn.BCELoss, "bce_with_logits": nn.BCEWithLogitsLoss}  # fmt: skip
-    loss = losses[loss]() if isinstance(loss, str) else loss
+    loss = losses.NAMES[loss]() if isinstance(loss, str) else loss
     model.train()
     for number, batch in enumerate(_batches(options)):
         if number >= 60:

@@ -69,9 +69,9 @@ _ROOMS = {
     "data.loader": "Loader",
     "data.window": "Window",
     "doctor.finding": "Finding",
-    "errors": """CheckpointError DataError DiskFullError EpochalError FaultError FileError Interrupted LossError LossShapeError
-        MissingPackageError ModelError NonFiniteError PlanError ProcessError RecipeError RunFolderError TableError
-        UnknownNameError WorkerError""",
+    "errors": """CheckpointError DataError DiskFullError EpochalError FaultError FileError Interrupted LossError
+        LossShapeError MissingPackageError ModelError NonFiniteError PlanError ProcessError RecipeError RunFolderError
+        TableError UnknownNameError WorkerError""",
     "events": "Ended Evaluated Found Noted Saved Started StepDone Stop StopReason",
     "metrics.metric": "Metric",
     "observe.console": "Console",

@@ -111,7 +111,8 @@ class Noted:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Something that the doctor has found in the run, and that does not end it: ``finding`` is an ``epochal.Finding``."""
+    """Something that the doctor has found in the run, and that does not end it: ``finding`` is an
+    ``epochal.Finding``."""
 
     finding: Finding
 

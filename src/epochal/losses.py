@@ -183,7 +183,8 @@ def check_classes(loss: Any, outputs: Any, targets: Any, *, of: str) -> None:
 
 
 def wrong_class(targets: Tensor, classes: int, ignored: int) -> tuple[int, int, str, str] | None:
-    """The first class index that is not among so many classes, its position, how to mend it, and the code of the mistake.
+    """The first class index that is not among so many classes, its position, how to mend it, and the code of the
+    mistake.
 
     >>> wrong_class(torch.tensor([0, 1, 2, 3]), 3, -100)
     (3, 3, 'number the classes from 0 to 2, or give the model 4 outputs', 'too-few-outputs')

@@ -313,7 +313,9 @@ def _record(plan: Plan, run: Run, folder: Path) -> None:
     run.saver, run.ending.signals = Saver(checkpoints, saving), Signals(terminate=True)
     if group.is_first:
         goes_on = saving.on_full == "continue"
-        recorder = Recorder(folder, run.weights, environment=run.about["environment"], goes_on=goes_on)
+        recorder = Recorder(
+            folder, lambda: weights_of(plan.model), environment=run.about["environment"], goes_on=goes_on
+        )
         run.observers = [recorder, *run.observers]  # first: another observer's error does not silence it
     state = run.state_dict()
     _, tensors = group.together(lambda: codec.encode(state))  # what cannot be saved is known before anything is trained

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from epochal import loop, nonfinite
 from epochal.checkpoint.saver import Saver
-from epochal.checkpoint.weights import weights_of
 from epochal.data.loader import Loader
 from epochal.data.window import Window, windows
 from epochal.data.workers import heard_while_awaited
-from epochal.doctor.finding import Finding
 from epochal.doctor.watch import Watch
 from epochal.ending import Ending, reason_of
 from epochal.errors import DiskFullError, EpochalError, PlanError, ProcessError, WorkerError
@@ -68,7 +66,6 @@ class Run:
     saver: Saver | None = None
     lock: Lock | None = None
     watch: Watch | None = None
-    findings: list[Finding] = field(default_factory=list)
     ended: Ended | None = field(default=None, init=False)
     _handlers: ExitStack = field(default_factory=ExitStack, init=False)  # put back when it is left
     _last_evaluation: float = field(default=0.0, init=False)
@@ -100,7 +97,7 @@ class Run:
                 if result.notes:
                     yield from map(self._note, result.notes)
                 if self.watch is not None and self.watch.found:
-                    yield from map(self._find, self.watch.take())
+                    yield from self._looked()
             due = self._evaluation_is_due(at_epoch_end)
             evaluated = self._evaluate(at_epoch_end) if due else None
             if due and evaluated is None:  # a signal came: it is made when the run is resumed
@@ -115,9 +112,7 @@ class Run:
             yield from self._pending()
         self._settle()
         yield from self._save(wait=True)
-        if self.watch is not None:
-            self.watch.read(self.state.rows, is_over=True)
-            yield from map(self._find, self.watch.take())
+        yield from self._looked(is_over=True)
         yield self._end(*self.ending.reason())
 
     def alone(self) -> Iterator[Event]:
@@ -183,7 +178,7 @@ class Run:
         history = History(self.state.rows, self.best.monitor, self.best.mode, self.best.best)
         return Result(
             self.state.model, history, ended.best, ended.reason, ended.message, ended.restored, self.started.run,
-            self.setting, tuple(self.findings),
+            self.setting, tuple(self.watch.told) if self.watch is not None else (),
         )  # fmt: skip
 
     def _begin(self) -> None:
@@ -221,9 +216,10 @@ class Run:
     def _note(self, message: str) -> Event:
         return self._tell(Noted(message))
 
-    def _find(self, finding: Finding) -> Event:
-        self.findings.append(finding)
-        return self._tell(Found(finding))
+    def _looked(self, is_over: bool | None = None) -> Iterator[Event]:
+        """What the doctor has found since the last time; with what the rows tell, at an evaluation and at the end."""
+        if self.watch is not None:
+            yield from map(self._tell, map(Found, self.watch.take(self.state.rows, is_over)))
 
     def _account_for(self, result: StepResult) -> None:
         if not isinstance(result, StepResult) or not isinstance(result.loss, Tensor):
@@ -250,9 +246,7 @@ class Run:
 
     def _closed(self, evaluated: Evaluated) -> Iterator[Event]:
         yield self._tell(evaluated)
-        if self.watch is not None:
-            self.watch.read(self.state.rows)
-            yield from map(self._find, self.watch.take())
+        yield from self._looked(is_over=False)
         self.ending.agree()
         row = evaluated.row
         before = self.state.rows[-2] if len(self.state.rows) > 1 else {"step": 0, "val_loss": 0.0}
@@ -366,10 +360,6 @@ class Run:
         else:
             if written is not None:
                 yield self._tell(Saved(written[1], written[0]))
-
-    def weights(self) -> dict[str, Tensor]:
-        """The model's, as the run leaves them."""
-        return weights_of(self.state.model)
 
     def _end(self, reason: StopReason, message: str, error: BaseException | None = None) -> Ended:
         """Puts the best weights and the modules' modes back, and tells. error: what ended the run."""

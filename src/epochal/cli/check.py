@@ -27,9 +27,9 @@ def check(
 ) -> None:
     """Look for the mistake in a recipe before it costs a night.
 
-    In its plan, its data, its first batches, and trials on copies of its model, for some seconds; nothing of the recipe is
-    changed. Prints what is found, the most certain first. The exit code is 1 if an error is among it. A finding that is
-    meant so is silenced by ignore=["its-code"] in the plan. The parameters of plan() are flags too.
+    In its plan, its data, its first batches, and trials on copies of its model, for some seconds; nothing of the
+    recipe is changed. Prints what is found, the most certain first. The exit code is 1 if an error is among it. A
+    finding that is meant so is silenced by ignore=["its-code"] in the plan. The parameters of plan() are flags too.
     """
     given = {name: value for name, value in locals().items() if name != "recipe"}
     carry_out(recipe, load(recipe), {}, given)

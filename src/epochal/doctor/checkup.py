@@ -164,14 +164,17 @@ def _fitted(plan: Plan, case: Case, trial: Trial) -> list[Finding]:
     few = first_rows(case, 16)
     if few is None or not math.isfinite(trial.first) or trial.first <= 0:
         return []
-    lone = {"train": few, "val": None, "monitor": None, "batch_size": None, "shuffle": None, "accumulate": 1, "workers": None,
-            "early_stopping": None, "schedule": None, "epochs": 400, "max_steps": 400, "restore_best": True}  # fmt: skip
+    lone = {
+        "train": few, "val": None, "monitor": None, "batch_size": None, "shuffle": None, "accumulate": 1,
+        "workers": None, "early_stopping": None, "schedule": None, "epochs": 400, "max_steps": 400,
+    }  # fmt: skip
     tried = [Trial(plan, ("*",), factor=factor, updates=400, seconds=1.0, **lone) for factor in (1.0, 10.0)]
     best = min(one.last for one in tried)
     if all(one.error is None for one in tried) and best > 0.5 * min(one.first for one in tried):
         seen = Seen(
             "the model cannot learn sixteen samples by heart.",
-            f"of a loss of {tried[0].first:.4g} it keeps {best:.4g} after {max(len(one.losses) for one in tried)} updates on "
+            f"of a loss of {tried[0].first:.4g} it keeps {best:.4g} after {max(len(one.losses) for one in tried)} "
+            "updates on "
             "them alone, also at ten times the rate (half allowed)",
             f"{type(case.model).__name__}; {case.place}",
             "give it what it lacks to tell them apart: positions, wider layers, the input that the answer depends on",
@@ -195,7 +198,8 @@ def _compared(case: Case, trial: Trial, others: dict[float, Trial]) -> list[Find
     if best_low is not None and best_low.last < 0.8 * min(start, trial.last):
         seen = Seen(
             "the learning rate is too high for this model.",
-            f"{reached} at lr {rate:.3g}, and to {_told(best_low.last)} at {rate * best_low.factor:.3g} (a fifth less is enough to tell)",
+            f"{reached} at lr {rate:.3g}, and to {_told(best_low.last)} at {rate * best_low.factor:.3g} (a fifth "
+            "less is enough to tell)",
             case.place,
             f"give lr={rate * best_low.factor:.1g}",
         )
@@ -203,7 +207,8 @@ def _compared(case: Case, trial: Trial, others: dict[float, Trial]) -> list[Find
     if best_high is not None and best_high.last < 0.8 * min(start, trial.last):
         seen = Seen(
             "the learning rate is too low for this model.",
-            f"{reached} at lr {rate:.3g}, and to {_told(best_high.last)} at {rate * best_high.factor:.3g} (a fifth less is enough to tell)",
+            f"{reached} at lr {rate:.3g}, and to {_told(best_high.last)} at {rate * best_high.factor:.3g} (a "
+            "fifth less is enough to tell)",
             case.place,
             f"give lr={rate * best_high.factor:.1g}",
         )

@@ -135,7 +135,8 @@ def known() -> dict[str, Rule]:
 def look(
     stage: str, case: Any, *, ignore: Sequence[str] = (), step: int | None = None, only_errors: bool = False
 ) -> list[Finding]:
-    """What the rules of a stage find. A rule that fails finds nothing: it must not end a training that would go well."""
+    """What the rules of a stage find. A rule that fails finds nothing: it must not end a training that would go
+    well."""
     found: list[Finding] = []
     for one in every():
         if one.stage == stage and not is_ignored(one.code, ignore) and (one.level == "error" or not only_errors):

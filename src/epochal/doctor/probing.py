@@ -26,6 +26,7 @@ from epochal.metrics.metric import Metric
 
 if TYPE_CHECKING:
     from epochal.plan import Plan
+    from epochal.run import Run
 
 UPDATES, SECONDS = 240, 3.0  # of a trial, at most
 
@@ -50,6 +51,7 @@ class Trial:
         self.rows: list[Mapping[str, Any]] = []
         self.factor, self.vitals, self.findings = factor, Vitals(), []
         self.model: nn.Module | None = None
+        self.run: Run | None = None
         self.is_whole = False
         began = time.perf_counter()
         try:
@@ -76,9 +78,8 @@ class Trial:
     @property
     def found(self) -> list[Any]:
         finding = self.error.finding if isinstance(self.error, FaultError) else None
-        return ([finding] if finding is not None else []) + list(
-            (getattr(self, "run", None) and self.run.findings) or []
-        )
+        told = self.run.watch.told if self.run is not None and self.run.watch is not None else []
+        return [*([finding] if finding is not None else []), *told]
 
     @property
     def first(self) -> float:
@@ -172,7 +173,8 @@ class Probe:
         return self.trial is not None and is_stalled(self.trial.losses, 0.95)
 
     def over_time(self) -> list[tuple[float, int]]:
-        """The gradient of the loss by the first place of a sequence, of that by the last; and how many places there are."""
+        """The gradient of the loss by the first place of a sequence, of that by the last; and how many places there
+        are."""
         case, found = self.case, []
         places = {one.shape[1] for one in case.now.inputs if one.dim() in (2, 3)}
         with Trace(self.model) as trace:

@@ -16,8 +16,8 @@ NEIGHBOURS = 5
 
 
 class Relation(NamedTuple):
-    """explained: the share of the targets that neighbours or a linear model explain, of ``rows`` that were held out; chance:
-    what they explain of anything. is_learned: whether a trained copy explains more than nothing.
+    """explained: the share of the targets that neighbours or a linear model explain, of ``rows`` that were held out;
+    chance: what they explain of anything. is_learned: whether a trained copy explains more than nothing.
     """
 
     explained: float

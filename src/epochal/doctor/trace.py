@@ -92,15 +92,15 @@ class Trace(TorchFunctionMode):
             super().__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         if self.operations:
-            super().__exit__(*error)
+            super().__exit__(exc_type, exc_val, exc_tb)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        function, kwargs = func, kwargs or {}
         if self._within_loss:
             return function(*args, **kwargs)
         if (name := LOSSES.get(function)) is not None:

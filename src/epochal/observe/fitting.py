@@ -78,7 +78,8 @@ def verdict(rows: Sequence[Row], *, restored: int | None = None, stopped: bool =
         done = [*(["the run was stopped"] if stopped else [])]
         done += [f"the weights of epoch {restored} are back" if restored is not None else "the last weights are kept"]
         return (
-            f"overfitting since epoch {since}: val_loss rose from {best['val_loss']:.4g} to {last['val_loss']:.4g} while "
+            f"overfitting since epoch {since}: val_loss rose from {best['val_loss']:.4g} to "
+            f"{last['val_loss']:.4g} while "
             f"train_loss fell to {last['train_loss']:.4g}; {gap(last)}; {', and '.join(done)}"
         )
     better = improvement(rows)

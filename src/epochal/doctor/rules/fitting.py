@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def overfitting(story: Story) -> Iterator[Seen]:
     """The model learns its data by heart: what it gains on train, it loses on all that is new.
 
-    Looks at the history: val_loss has stayed above its lowest in at least three evaluations, by a tenth of its range, while
-    train_loss went on falling.
+    Looks at the history: val_loss has stayed above its lowest in at least three evaluations, by a tenth of its range,
+    while train_loss went on falling.
     """
     if (since := overfitting_since(story.rows)) is not None:
         yield Seen(
@@ -32,8 +32,8 @@ def overfitting(story: Story) -> Iterator[Seen]:
 def too_few_epochs(story: Story) -> Iterator[Seen]:
     """The run ended while the model was still learning: what it could do is not known.
 
-    Looks at the history of a run that has ended: over the last fifth of its evaluations the loss fell by more than 1 of 100
-    each.
+    Looks at the history of a run that has ended: over the last fifth of its evaluations the loss fell by more than 1
+    of 100 each.
     """
     better = improvement(story.rows) if story.is_over else None
     if better is not None and better > 0.01:

@@ -1,4 +1,5 @@
-"""Rules over an update: what a step of the user's called, in which order, and whether the weights moved as they should."""
+"""Rules over an update: what a step of the user's called, in which order, and whether the weights moved as they
+should."""
 
 from __future__ import annotations
 
@@ -107,9 +108,9 @@ def update_climbs(seen: Look) -> Iterator[Seen]:
 def unscaled_accumulation(seen: Look) -> Iterator[Seen]:
     """Gradients of micro-batches add up: without a division their sum is that of a rate so many times as high.
 
-    Watches a step of the user's whose window has several micro-batches, and the factor of the loss in each backward pass:
-    together they make 1. Where a loss counts words, each has the share of its words; the same for all is told as a warning
-    (the mistake of many trainers until 2024).
+    Watches a step of the user's whose window has several micro-batches, and the factor of the loss in each backward
+    pass: together they make 1. Where a loss counts words, each has the share of its words; the same for all is told
+    as a warning (the mistake of many trainers until 2024).
     """
     shares = seen.shares
     if seen.micro_batches < 2 or len(shares) != seen.micro_batches:
@@ -126,7 +127,8 @@ def unscaled_accumulation(seen: Look) -> Iterator[Seen]:
     elif is_even and abs(total - 1) < 1e-3 and min(counts) > 0 and max(counts) > 1.5 * min(counts):
         yield Seen(
             "each micro-batch counts the same, though they hold different numbers of targets.",
-            f"from {min(counts)} to {max(counts)} targets, each with the factor {factors[0]:.4g} (half as many more allowed)",
+            f"from {min(counts)} to {max(counts)} targets, each with the factor {factors[0]:.4g} (half as many "
+            "more allowed)",
             f"step=, update {seen.step}",
             "weigh by what is counted: (loss * counted / total).backward()",
             level="warning",
@@ -137,8 +139,8 @@ def unscaled_accumulation(seen: Look) -> Iterator[Seen]:
 def lost_updates(seen: Look) -> Iterator[Seen]:
     """A weight in bf16 has 8 bits: an update that is smaller than a 256th of it is rounded away, and it never moves.
 
-    Looks at weights of half precision in the updates that are watched: more than half of the numbers have a gradient and did
-    not change.
+    Looks at weights of half precision in the updates that are watched: more than half of the numbers have a gradient
+    and did not change.
     """
     lost = {name: share for name, share in seen.lost.items() if share > 0.5 and seen.gradient.get(name, 0) > 0}
     if lost and len(lost) * 2 >= len(seen.lost) and seen.rate > 0:
@@ -153,11 +155,12 @@ def lost_updates(seen: Look) -> Iterator[Seen]:
 
 @rule("symmetric-init", "error", "step")
 def symmetric_init(seen: Look) -> Iterator[Seen]:
-    """Units that begin alike and get the same gradient stay alike for ever: the layer has one unit, however many are paid for.
+    """Units that begin alike and get the same gradient stay alike for ever: the layer has one unit, however many are
+    paid for.
 
-    Looks at the weights of each layer in the first update: rows that are equal, and whose gradients are equal, too (or
-    all 0, of a layer beside others that are). A layer that begins at 0 on purpose (the last of a residual branch, the B of
-    LoRA, a head) gets gradients that differ, and is not told.
+    Looks at the weights of each layer in the first update: rows that are equal, and whose gradients are equal, too
+    (or all 0, of a layer beside others that are). A layer that begins at 0 on purpose (the last of a residual branch,
+    the B of LoRA, a head) gets gradients that differ, and is not told.
     """
     for name, (weight, gradient) in seen.begun.items():
         if weight.dim() < 2 or weight.shape[0] < 2 or weight[0].numel() < 2 or gradient is None or gradient.is_sparse:

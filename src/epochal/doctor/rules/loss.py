@@ -10,188 +10,10 @@ import torch
 from torch import Tensor
 
 from epochal import losses
-from epochal.doctor.case import Case, is_custom, made_last
+from epochal.doctor.case import Case, is_custom
 from epochal.doctor.finding import Seen, rule
-from epochal.doctor.trace import Call, made_by, maker, tensors
-
-ROWS = 4  # a batch of fewer rows proves nothing
-SUM = 1e-3  # how far from 1 a sum of probabilities may lie
-BOUNDED = {"Sigmoid", "Tanh", "Hardtanh", "Hardsigmoid", "Relu", "Relu6", "HardtanhBackward"}
-RANGES = {  # what an activation can give at all
-    "Sigmoid": (0.0, 1.0), "Hardsigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0),
-    "Relu": (0.0, math.inf), "Softplus": (0.0, math.inf), "LogSigmoid": (-math.inf, 0.0), "LogSoftmax": (-math.inf, 0.0),
-    "Exp": (0.0, math.inf),
-}  # fmt: skip
-REGRESSION = losses.ELEMENTWISE - losses.BINARY
-
-
-def _rows(outputs: Tensor) -> Tensor:
-    """Scores as (n, classes)."""
-    outputs = outputs.detach()
-    return outputs if outputs.dim() < 3 else outputs.movedim(1, -1).flatten(0, -2)
-
-
-def _are_probabilities(outputs: Tensor) -> bool:
-    rows = _rows(outputs).float()
-    if rows.dim() != 2 or rows.shape[0] < ROWS or rows.shape[1] < 2:
-        return False
-    return bool((rows >= 0).all() and ((rows.sum(1) - 1).abs() < SUM).all())
-
-
-def _made(case: Case, call: Call) -> str:
-    """Where the scores of a loss come from, in words."""
-    layer = made_last(case.now)
-    inside = any(one is call.outputs for one in tensors(case.now.outputs))
-    return f"{case.output_layer()}, {case.at(call.place)}" if layer and inside else case.at(call.place)
-
-
-@rule("softmax-over-one", "error", "batch")
-def softmax_over_one(case: Case) -> Iterator[Seen]:
-    """The softmax of a single number is always 1: the output does not depend on the inputs, and nothing is learned.
-
-    Looks at the output of the model and at what a loss gets: made by a softmax over a dimension of size 1. For one
-    output a sigmoid is meant, or two outputs for two classes.
-    """
-    for tensor in _finals(case):
-        node = maker(tensor)
-        if node is None or made_by(tensor) not in ("Softmax", "LogSoftmax"):
-            continue
-        result = node._saved_result
-        if result.dim() and result.shape[_dim(node, result)] == 1:
-            yield Seen(
-                "a softmax is taken over a single number, and is always 1.",
-                f"softmax over dimension {_dim(node, result)} of {tuple(result.shape)}, whose size is 1",
-                f"{case.output_layer()}, {case.place}",
-                'end the model with nn.Linear(..., 1) alone, and give loss="bce_with_logits"',
-            )
-            return
-
-
-@rule("softmax-dim", "error", "batch")
-def softmax_dim(case: Case) -> Iterator[Seen]:
-    """A softmax over the wrong dimension mixes the samples of a batch, and the scores of one sample do not sum to 1.
-
-    Looks at every softmax of the pass whose input has the samples in its first dimension: it must not be taken over
-    that dimension where the result becomes the output of the model or a loss's scores. For (n, classes) it is dim=1.
-    """
-    for tensor in _finals(case):
-        node, name = maker(tensor), made_by(tensor)
-        if node is None or name not in ("Softmax", "LogSoftmax"):
-            continue
-        result = node._saved_result
-        dim = _dim(node, result)
-        if result.dim() > 1 and dim == 0 and result.shape[0] == case.now.samples > 1:
-            yield Seen(
-                "a softmax is taken over the samples of the batch, not over the classes of each sample.",
-                f"{name.lower()} over dimension 0 of {tuple(result.shape)}, which counts the samples",
-                f"{case.output_layer()}, {case.place}",
-                "take it over the classes: torch.softmax(x, dim=1)",
-            )
-            return
-        classes = {call.outputs.shape[1] for call in case.now.calls if call.name in losses.CLASS_INDEX}
-        if result.dim() > 2 and classes and dim != 1 and result.shape[dim] not in classes:
-            yield Seen(
-                "a softmax is not taken over the classes.",
-                f"{name.lower()} over dimension {dim} of {tuple(result.shape)}, but the loss has its classes in dimension 1",
-                f"{case.output_layer()}, {case.place}",
-                "take it over the classes: torch.log_softmax(x, dim=1)",
-            )
-            return
-
-
-def _finals(case: Case) -> list[Tensor]:
-    """What the model gave, and what the losses got."""
-    every = [*tensors(case.now.outputs), *(call.outputs for call in case.now.calls)]
-    return list({id(one): one for one in every if one.grad_fn is not None}.values())
-
-
-def _dim(node: object, result: Tensor) -> int:
-    dim = int(node._saved_dim)  # type: ignore[attr-defined]
-    dim = dim - 2**64 if dim >= 2**63 else dim
-    return dim % max(1, result.dim())
-
-
-@rule("softmax-before-loss", "error", "batch")
-def softmax_before_loss(case: Case) -> Iterator[Seen]:
-    """A softmax of a softmax is nearly flat: gradients shrink, the loss cannot come near 0, and training stalls early.
-
-    Looks at what cross_entropy gets: made by a softmax, or rows that are not negative and sum to 1 within 0.001, all
-    of at least 4. A log_softmax before it is told as info: it changes nothing but costs time. Catalogue of AUTOTRAINER,
-    UMLAUT and others; the mistake most often asked about.
-    """
-    for call in case.now.calls:
-        if call.name != "cross_entropy":
-            continue
-        is_index = not call.targets.is_floating_point()
-        if made_by(call.outputs) == "Softmax" or (is_index and _are_probabilities(call.outputs)):
-            yield Seen(
-                "cross_entropy gets probabilities, and takes the softmax of them once more.",
-                f"the rows of {tuple(call.outputs.shape)} are not negative and sum to 1 within {SUM}",
-                _made(case, call),
-                'leave the softmax out of the model (and take it where you predict), or give its logarithm to loss="nll"',
-            )
-        elif made_by(call.outputs) == "LogSoftmax":
-            yield Seen(
-                "cross_entropy gets the logarithms of probabilities: it takes the log_softmax itself.",
-                "what it gets is made by log_softmax, which a second one does not change",
-                _made(case, call),
-                'leave the log_softmax out, or give loss="nll"',
-                level="info",
-            )
-
-
-@rule("nll-without-log-softmax", "error", "batch")
-def nll_without_log_softmax(case: Case) -> Iterator[Seen]:
-    """NLLLoss only picks numbers out: of anything but logarithms of probabilities it is no likelihood, and falls without end.
-
-    Looks at what nll_loss gets: an entry above 0, or rows whose exponentials do not sum to 1 within 0.01.
-    """
-    for call in case.now.calls:
-        if call.name != "nll" or _rows(call.outputs).dim() != 2:
-            continue
-        rows = _rows(call.outputs).float()
-        highest, off = rows.max().item(), (rows.exp().sum(1) - 1).abs().max().item()
-        if highest > 1e-4 or off > 1e-2:
-            yield Seen(
-                "NLLLoss needs logarithms of probabilities, and gets other numbers.",
-                f"the highest is {highest:.3g} (at most 0), and exp of a row sums to 1 within {off:.3g} (at most 0.01)",
-                _made(case, call),
-                'give loss="cross_entropy", which takes the scores as they are, or end the model with nn.LogSoftmax(1)',
-            )
-
-
-@rule("sigmoid-before-logits-loss", "error", "batch")
-def sigmoid_before_logits_loss(case: Case) -> Iterator[Seen]:
-    """The loss takes the sigmoid itself; of values between 0 and 1 it is between 0.5 and 0.73, and no class 0 is ever sure.
-
-    Looks at what binary_cross_entropy_with_logits gets: made by a sigmoid (or a softmax).
-    """
-    for call in case.now.calls:
-        if call.name == "bce_with_logits" and made_by(call.outputs) in ("Sigmoid", "Softmax", "Hardsigmoid"):
-            low, high = call.outputs.min().item(), call.outputs.max().item()
-            yield Seen(
-                f"bce_with_logits gets the output of a {made_by(call.outputs).lower()}, and takes the sigmoid once more.",
-                f"what it gets lies from {low:.3g} to {high:.3g}, made by {made_by(call.outputs).lower()}",
-                _made(case, call),
-                'leave the sigmoid out of the model, or give loss="bce"',
-            )
-
-
-@rule("bce-on-logits", "error", "batch")
-def bce_on_logits(case: Case) -> Iterator[Seen]:
-    """BCELoss takes logarithms of its inputs: of what is not a probability they do not exist, or mean nothing.
-
-    Looks at what binary_cross_entropy gets: an entry outside 0..1 (torch refuses it on the host), or scores that came
-    straight out of a layer.
-    """
-    for call in case.now.calls:
-        if call.name == "bce" and made_by(call.outputs) in ("Addmm", "Convolution", "Mm"):
-            yield Seen(
-                "BCELoss needs probabilities, and gets the scores of a layer.",
-                f"what it gets lies from {call.outputs.min().item():.3g} to {call.outputs.max().item():.3g}",
-                _made(case, call),
-                'give loss="bce_with_logits", or end the model with nn.Sigmoid()',
-            )
+from epochal.doctor.rules.scores import scores_of
+from epochal.doctor.trace import tensors
 
 
 @rule("broadcast-loss", "error", "batch")
@@ -282,8 +104,8 @@ def _parts_from_targets(case: Case) -> Iterator[Seen]:
             (slope,) = torch.autograd.grad(case.now.value, one.result, retain_graph=True, allow_unused=True)
             if slope is not None and bool((slope > 0).all()):
                 yield Seen("the likeness to the targets is minimised, not maximised.",
-                           f"the derivative by the cosine similarity is {slope.mean().item():.3g}, above 0", case.at(one.place),
-                           "minimise 1 - cosine_similarity(outputs, targets)")  # fmt: skip
+                           f"the derivative by the cosine similarity is {slope.mean().item():.3g}, above 0",
+                           case.at(one.place), "minimise 1 - cosine_similarity(outputs, targets)")  # fmt: skip
                 return
 
 
@@ -328,8 +150,8 @@ def negative_loss(case: Case) -> Iterator[Seen]:
 def sum_loss(case: Case) -> Iterator[Seen]:
     """The gradient of a sum grows with the batch: a learning rate that suits one batch size does not suit another.
 
-    Looks at the losses of torch's with reduction="sum" whose sum over the batch is minimised as it is: the derivative of
-    what is minimised by that sum is 1. It may be meant so (a likelihood over the dimensions of one sample).
+    Looks at the losses of torch's with reduction="sum" whose sum over the batch is minimised as it is: the derivative
+    of what is minimised by that sum is 1. It may be meant so (a likelihood over the dimensions of one sample).
     """
     value = case.now.value
     for call in case.now.calls:
@@ -338,73 +160,12 @@ def sum_loss(case: Case) -> Iterator[Seen]:
             if slope is not None and slope.item() == 1.0:
                 yield Seen(
                     f"{call.name} is summed over the batch, not averaged.",
-                    f"reduction='sum' over {call.outputs.numel()} entries of {case.now.samples} samples, divided by nothing",
+                    f"reduction='sum' over {call.outputs.numel()} entries of {case.now.samples} samples, divided "
+                    "by nothing",
                     case.at(call.place),
                     'divide by the samples: loss / len(targets), or leave reduction at "mean"',
                     level="warning",
                 )
-
-
-@rule("activation-before-loss", "warning", "batch")
-def activation_before_loss(case: Case) -> Iterator[Seen]:
-    """The scores of a classifier have to be free: an activation before the loss forbids most of them.
-
-    Looks at what cross_entropy and binary cross-entropy with logits get: made by ReLU, tanh, sigmoid or another bounded
-    activation. Without negative scores, or with scores from -1 to 1, a class cannot be ruled out.
-    """
-    made = {"Relu": "ReLU", "Tanh": "tanh", "Sigmoid": "sigmoid", "Hardtanh": "hardtanh", "LeakyRelu": "leaky ReLU",
-            "Gelu": "GELU", "Elu": "ELU", "Silu": "SiLU", "Hardsigmoid": "hardsigmoid", "Softplus": "softplus",
-            "NativeDropout": "dropout"}  # fmt: skip
-    for call in case.now.calls:
-        name = made_by(call.outputs)
-        if call.name not in ("cross_entropy", "bce_with_logits") or name not in made:
-            continue
-        if call.name == "bce_with_logits" and name in ("Sigmoid", "Hardsigmoid"):
-            continue  # which has a code of its own
-        yield Seen(
-            f"an activation ({made[name]}) stands between the last layer and {call.name}.",
-            f"the scores lie from {call.outputs.min().item():.3g} to {call.outputs.max().item():.3g}, made by {made[name]}",
-            _made(case, call),
-            "let the model end with its last nn.Linear",
-        )
-    yield from _floored(case)
-
-
-def _floored(case: Case) -> Iterator[Seen]:
-    """A regression that ends in an activation which most of its targets lie at the edge of, or outside of."""
-    for call in case.now.calls:
-        if call.name in REGRESSION and made_by(call.outputs) == "NativeDropout":
-            yield Seen(
-                f"dropout stands between the last layer and {call.name}: it sets whole predictions to 0.",
-                f"{(call.outputs == 0).float().mean().item():.0%} of the outputs are 0",
-                _made(case, call),
-                "let the model end with its last nn.Linear",
-            )
-
-
-@rule("unreachable-targets", "error", "batch")
-def unreachable_targets(case: Case) -> Iterator[Seen]:
-    """The activation at the model's end cannot give these targets: part of the error can never go away.
-
-    Looks at what a loss of differences gets: made by sigmoid, tanh, ReLU, softmax or softplus, and more than one of a
-    hundred targets outside of what that can give at all.
-    """
-    for call in case.now.calls:
-        name = made_by(call.outputs)
-        if call.name not in (REGRESSION | {"bce"}) or name not in RANGES or call.outputs.shape != call.targets.shape:
-            continue
-        low, high = RANGES[name]
-        every = case.sample[1] if case.sample is not None and case.sample[1] is not None else call.targets
-        every = every if every.is_floating_point() and every.shape[1:] == call.targets.shape[1:] else call.targets
-        outside = ((every < low - 1e-4) | (every > high + 1e-4)).float().mean().item()
-        if outside > 0.01:
-            yield Seen(
-                f"the model ends with {name.lower()}, which cannot give these targets.",
-                f"{outside:.0%} of the targets are outside of {low:g} to {high:g} (at most 1 %): "
-                f"they lie from {every.min().item():.4g} to {every.max().item():.4g}",
-                _made(case, call),
-                f"leave out the {name.lower()} at the end, or scale the targets into its range",
-            )
 
 
 @rule("initial-loss", "warning", "batch", told="symptom")
@@ -419,11 +180,12 @@ def initial_loss(case: Case) -> Iterator[Seen]:
         if call.name != "cross_entropy" or call.targets.is_floating_point() or call.reduction != "mean":
             continue
         classes, value = call.outputs.shape[1] if call.outputs.dim() > 1 else 2, call.result.item()
-        spread = _rows(call.outputs).float().std().item()
+        spread = scores_of(call.outputs).float().std().item()
         if value > 3 * math.log(classes) and spread > 3 and case.run.state.progress.step < 3:
             yield Seen(
                 f"at the start cross_entropy is {value:.3g}, far above what knowing nothing costs.",
-                f"ln({classes}) = {math.log(classes):.3g}, 3 times that allowed; the scores spread by {spread:.3g} (3 allowed)",
+                f"ln({classes}) = {math.log(classes):.3g}, 3 times that allowed; the scores spread by "
+                f"{spread:.3g} (3 allowed)",
                 f"{case.output_layer()}, {case.place}",
                 "normalise the inputs, or initialise the last layer smaller: nn.init.normal_(last.weight, std=0.01)",
             )
@@ -433,10 +195,10 @@ def initial_loss(case: Case) -> Iterator[Seen]:
 def penalty_dominates(case: Case) -> Iterator[Seen]:
     """The penalty is larger than the error: the weights shrink towards 0 instead of learning.
 
-    Looks at the gradient of torch's losses inside of what is minimised, and at that of the rest, where the rest does not go
-    through the model's outputs (a penalty on weights; weight_decay, but adamw's): the rest is more than 2 times as large
-    (TheDeepChecker). ``epochal check`` also looks at a trained copy: its weights are less than half of what they began
-    with, and the error is not smaller.
+    Looks at the gradient of torch's losses inside of what is minimised, and at that of the rest, where the rest does
+    not go through the model's outputs (a penalty on weights; weight_decay, but adamw's): the rest is more than 2
+    times as large (TheDeepChecker). ``epochal check`` also looks at a trained copy: its weights are less than half of
+    what they began with, and the error is not smaller.
     """
     value, calls = case.now.value, [call for call in case.now.calls if call.result.requires_grad]
     decays = _decays(case)

@@ -98,7 +98,8 @@ def dropout(case: Case) -> Iterator[Seen]:
 
 @rule("batch-norm-of-one", "error", "batch")
 def batch_norm_of_one(case: Case) -> Iterator[Seen]:
-    """Batch norm divides by the deviation over the batch, and one sample has none: the last batch of an epoch ends the run.
+    """Batch norm divides by the deviation over the batch, and one sample has none: the last batch of an epoch ends
+    the run.
 
     Looks at the number of samples, the batch size and drop_last, and at a batch norm in train mode that gets one number
     of each sample and channel.
@@ -177,7 +178,8 @@ def train_in_eval_mode(case: Case) -> Iterator[Seen]:
             "layers are in eval mode while they are trained.",
             f"{len(found)} of the layers whose mode matters",
             named(f"{layer.path} ({type(layer.module).__name__})" for layer in found),
-            "call model.train() before the update, and .eval() only for what is frozen; do not set modes in the forward",
+            "call model.train() before the update, and .eval() only for what is frozen; do not set modes in the "
+            "forward",
         )
 
 
@@ -185,8 +187,8 @@ def train_in_eval_mode(case: Case) -> Iterator[Seen]:
 def init_scale(case: Case) -> Iterator[Seen]:
     """Where layers blow their inputs up, or let them fade, the first updates go into mending that.
 
-    Looks at the deviation of what linear layers and convolutions give, in the first pass: between the first and the last
-    it grows or shrinks by more than 1000.
+    Looks at the deviation of what linear layers and convolutions give, in the first pass: between the first and the
+    last it grows or shrinks by more than 1000.
     """
     layers = [one for one in case.now.layers if isinstance(one.module, LINEAR) and isinstance(one.output, Tensor)]
     sizes = [one.output.detach().float().std().item() for one in layers]

@@ -66,17 +66,26 @@ def schedule_horizon(case: Case) -> Iterator[Seen]:
     told = None
     if over > 0.05 and not isinstance(kind, lr_scheduler.CosineAnnealingWarmRestarts):
         first = found.index(highest) + next(at for at, rate in enumerate(fallen) if rate < 1e-3 * highest)
-        told = f"the rate is below a thousandth of its highest for {over:.0%} of the updates, from {first + 1} on (5 % allowed)"
+        told = (
+            f"the rate is below a thousandth of its highest for {over:.0%} of the updates, from {first + 1} on "
+            "(5 % allowed)"
+        )
     elif isinstance(kind, lr_scheduler.OneCycleLR) and highest < 0.9 * max(
         g["max_lr"] for g in kind.optimizer.param_groups
     ):
-        told = f"the rate rises to {highest:.3g} in {len(found)} updates, and its peak would be {kind.optimizer.param_groups[0]['max_lr']:.3g}"
+        told = (
+            f"the rate rises to {highest:.3g} in {len(found)} updates, and its peak would be "
+            f"{kind.optimizer.param_groups[0]['max_lr']:.3g}"
+        )
     elif isinstance(kind, lr_scheduler.CosineAnnealingLR | lr_scheduler.LinearLR | lr_scheduler.PolynomialLR):
         length = getattr(kind, "T_max", None) or getattr(kind, "total_iters", None)
         falls = not isinstance(kind, lr_scheduler.LinearLR) or kind.end_factor < kind.start_factor
         moves = len(found) if per == "step" else case.run.started.epochs
         if length and moves and falls and found[-1] > 0.5 * highest and length > 2 * moves:
-            told = f"it is made for {length} moves, and there are {moves}, one each {per}: the rate ends at {found[-1]:.3g} of {highest:.3g}"
+            told = (
+                f"it is made for {length} moves, and there are {moves}, one each {per}: the rate ends at "
+                f"{found[-1]:.3g} of {highest:.3g}"
+            )
         elif length and moves and falls and isinstance(kind, lr_scheduler.CosineAnnealingLR) and moves > 1.5 * length:
             told = f"it is made for {length} moves, and there are {moves}, one each {per}: the rate goes up again"
     elif (

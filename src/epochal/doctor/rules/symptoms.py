@@ -48,9 +48,10 @@ def _matrices(vitals: Vitals) -> list[str]:
 def clipping(vitals: Vitals) -> Iterator[Seen]:
     """A gradient that is always cut down to a small part of itself is that of a rate so much lower.
 
-    Looks at the norms before clipping, while the loss does not fall: in nine of ten updates more than 20 times what clip
-    allows. In a step of the user's: the gradient that arrives is more than 20 times that with which the optimizer steps,
-    three times in a row, after a loss scale is taken off (gradients that were clipped while they were scaled).
+    Looks at the norms before clipping, while the loss does not fall: in nine of ten updates more than 20 times what
+    clip allows. In a step of the user's: the gradient that arrives is more than 20 times that with which the
+    optimizer steps, three times in a row, after a loss scale is taken off (gradients that were clipped while they
+    were scaled).
     """
     if not is_stalled(vitals.read(), 0.9) or vitals.case is None:
         return
@@ -60,7 +61,10 @@ def clipping(vitals: Vitals) -> Iterator[Seen]:
         told = f"clip={clip:g}, and the gradient is {median(norms):.3g} in the median ({20 * clip:.3g} allowed)"
     shrunk = [seen.shrunk for seen in vitals.looks if seen.shrunk]
     if len(shrunk) >= LOOKS and min(shrunk[-LOOKS:]) > 20:
-        told = f"the optimizer steps with a {median(shrunk):.3g}th of the gradient that arrived (a 20th allowed), in {len(shrunk)} looks"
+        told = (
+            f"the optimizer steps with a {median(shrunk):.3g}th of the gradient that arrived (a 20th allowed), "
+            f"in {len(shrunk)} looks"
+        )
     if told:
         yield Seen(
             "gradients are always cut down to a small part of themselves.",
@@ -80,9 +84,9 @@ def update_ratio(seen: Look, names: Sequence[str]) -> float:
 def lr_too_high(vitals: Vitals) -> Iterator[Seen]:
     """Updates that change the weights by a large part of themselves throw away what was learned.
 
-    Looks at the changes of weights in three looks in a row, while the loss does not fall: their median is above a tenth of
-    the weights (Karpathy's recipe asks for about a thousandth). ``epochal check`` tries a tenth and a hundredth of the
-    rate on a copy.
+    Looks at the changes of weights in three looks in a row, while the loss does not fall: their median is above a
+    tenth of the weights (Karpathy's recipe asks for about a thousandth). ``epochal check`` tries a tenth and a
+    hundredth of the rate on a copy.
     """
     losses = vitals.read()
     if not is_stalled(losses, 0.9) or vitals.case is None:
@@ -91,7 +95,8 @@ def lr_too_high(vitals: Vitals) -> Iterator[Seen]:
     if len(ratios) == LOOKS and min(ratios) > 0.1:
         yield Seen(
             "the learning rate is too high for this model.",
-            f"an update changes the weights by {min(ratios):.2g} of themselves (0.1 allowed; 0.001 is usual), in three looks; "
+            f"an update changes the weights by {min(ratios):.2g} of themselves (0.1 allowed; 0.001 is usual), in "
+            "three looks; "
             f"the loss went from {losses[0]:.3g} to {losses[-1]:.3g}",
             vitals.case.place,
             f"give lr={_nice(vitals.looks[-1].rate / 100)}",
@@ -113,7 +118,8 @@ def lr_too_low(vitals: Vitals) -> Iterator[Seen]:
     if planned and len(ratios) == LOOKS and 0 < max(ratios) * planned < 0.01:
         yield Seen(
             "the learning rate is too low for this model.",
-            f"an update changes the weights by {max(ratios):.2g} of themselves, and all {planned} by less than 1 %, in three "
+            f"an update changes the weights by {max(ratios):.2g} of themselves, and all {planned} by less than 1 "
+            "%, in three "
             f"looks; the loss went from {losses[0]:.3g} to {losses[-1]:.3g}",
             vitals.case.place,
             f"give lr={_nice(vitals.looks[-1].rate * 100)}",
@@ -139,7 +145,8 @@ def divergence(vitals: Vitals) -> Iterator[Seen]:
     if all(mean > 2 * min(means) for mean in means[2:]) and means[-1] > means[0]:
         yield Seen(
             "the loss rises.",
-            f"in fifths of {len(losses)} updates: {', '.join(f'{mean:.3g}' for mean in means)} (twice the lowest allowed)",
+            f"in fifths of {len(losses)} updates: {', '.join(f'{mean:.3g}' for mean in means)} (twice the lowest "
+            "allowed)",
             vitals.case.place if vitals.case is not None else "",
             "lower lr, or give clip=1.0",
         )
@@ -149,8 +156,8 @@ def divergence(vitals: Vitals) -> Iterator[Seen]:
 def dead_units(vitals: Vitals) -> Iterator[Seen]:
     """A unit behind a ReLU that is never above 0 gets no gradient, and does not come back.
 
-    Looks at the gradients of weights in three looks in a row, while the loss does not fall: the rows of more than half of
-    the units are exactly 0 (SageMaker's rule asks for half of a layer).
+    Looks at the gradients of weights in three looks in a row, while the loss does not fall: the rows of more than
+    half of the units are exactly 0 (SageMaker's rule asks for half of a layer).
     """
     if not is_stalled(vitals.read()):
         return
@@ -189,9 +196,11 @@ def vanishing_gradient(vitals: Vitals) -> Iterator[Seen]:
     if all(ratio < 1e-3 for ratio in ratios) and all(seen.gradient[last] > 0 for seen in _recent(vitals)):
         yield Seen(
             "the gradient vanishes on its way to the first layers.",
-            f"that of {first} is {max(ratios):.2g} of that of {last}, each of its weights (0.001 allowed), in three looks",
+            f"that of {first} is {max(ratios):.2g} of that of {last}, each of its weights (0.001 allowed), in "
+            "three looks",
             f"{first} to {last}",
-            "take nn.ReLU() for sigmoid or tanh, nn.init.kaiming_normal_, residual connections, or norms between the layers",
+            "take nn.ReLU() for sigmoid or tanh, nn.init.kaiming_normal_, residual connections, or norms between "
+            "the layers",
         )
 
 
@@ -202,10 +211,11 @@ def _relative(seen: Look, name: str) -> float:
 
 @rule("exploding-gradient", "warning", "symptom")
 def exploding_gradient(vitals: Vitals) -> Iterator[Seen]:
-    """Where the gradient grows from layer to layer, an update of any rate that moves the last layers destroys the first.
+    """Where the gradient grows from layer to layer, an update of any rate that moves the last layers destroys the
+    first.
 
-    Looks at the gradients of weights in three looks in a row, while the loss does not fall: that of the first is more than
-    1000 times that of the last, each of its size, or the norm of all is above 1000 times that of the weights.
+    Looks at the gradients of weights in three looks in a row, while the loss does not fall: that of the first is more
+    than 1000 times that of the last, each of its size, or the norm of all is above 1000 times that of the weights.
     """
     losses = vitals.read()
     if len(losses) < LOOKS or (not is_stalled(losses, 0.9) and all(map(math.isfinite, losses))):
@@ -226,7 +236,8 @@ def total(sizes: dict[str, float]) -> float:
 
 @rule("zero-gradient", "warning", "symptom")
 def zero_gradient(vitals: Vitals) -> Iterator[Seen]:
-    """A gradient of exactly 0 moves nothing: something on the way has no slope (a sign, a clamp, a dead unit, a factor of 0).
+    """A gradient of exactly 0 moves nothing: something on the way has no slope (a sign, a clamp, a dead unit, a
+    factor of 0).
 
     Looks at the gradients of weights in three looks in a row: exactly 0 in all of them, beside others that are not.
     """
@@ -249,8 +260,8 @@ def zero_gradient(vitals: Vitals) -> Iterator[Seen]:
 def stuck_at_chance(vitals: Vitals) -> Iterator[Seen]:
     """A classifier whose loss stays at ln(classes) says the same of every sample: it has learned nothing of the inputs.
 
-    Looks at cross_entropy over class indices: within 2 of 100 of ln(classes) in the last quarter of at least 60 updates,
-    and no lower than at the start.
+    Looks at cross_entropy over class indices: within 2 of 100 of ln(classes) in the last quarter of at least 60
+    updates, and no lower than at the start.
     """
     losses, case = vitals.read(), vitals.case
     if case is None or not case.passes or len(losses) < 60 or not is_stalled(losses, 0.98):

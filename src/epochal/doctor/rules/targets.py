@@ -14,10 +14,12 @@ from epochal.doctor.finding import Seen, rule
 
 @rule("target-format", "error", "batch")
 def target_format(case: Case) -> Iterator[Seen]:
-    """Classes are given as indices, or as probabilities that sum to 1; anything else is not what the loss computes with.
+    """Classes are given as indices, or as probabilities that sum to 1; anything else is not what the loss computes
+    with.
 
-    Looks at the targets of cross_entropy: floating point rows that are negative, or do not sum to 1 within 0.001; and at
-    those of a loss of differences over several outputs that are nothing but 0 and 1, one in each row, which is told as info.
+    Looks at the targets of cross_entropy: floating point rows that are negative, or do not sum to 1 within 0.001; and
+    at those of a loss of differences over several outputs that are nothing but 0 and 1, one in each row, which is
+    told as info.
     """
     for call in case.now.calls:
         targets, shapes = call.targets.detach(), (tuple(call.outputs.shape), tuple(call.targets.shape))
@@ -83,7 +85,8 @@ def class_counts(case: Case) -> tuple[Tensor, int] | None:
 
 @rule("missing-class", "warning", "data")
 def missing_class(case: Case) -> Iterator[Seen]:
-    """A class that never occurs is never learned; where it is class 0, or the last one, the labels are probably off by one.
+    """A class that never occurs is never learned; where it is class 0, or the last one, the labels are probably off
+    by one.
 
     Looks at the class indices: some class that the model has an output for does not occur, among at least 20 labels for
     each class.
@@ -160,7 +163,8 @@ def unscaled_targets(case: Case) -> Iterator[Seen]:
     if (spread > 50 or mean > 10 * spread > 0) and size < 0.1 * max(spread, mean):
         yield Seen(
             "the targets are far larger than what the model gives.",
-            f"their mean is {mean:.4g}, their deviation {spread:.4g} (50, or a tenth of the mean); outputs are {size:.3g} in size",
+            f"their mean is {mean:.4g}, their deviation {spread:.4g} (50, or a tenth of the mean); outputs are "
+            f"{size:.3g} in size",
             f"targets of train; {case.place}",
             "train on (y - y.mean()) / y.std(), and turn predictions back",
             level="warning" if spread > 50 and size < 0.01 * spread else None,

@@ -52,7 +52,8 @@ def _leaves(value: Any, depth: int, modules: set[int]) -> Iterator[tuple[str, Te
 
 @rule("hidden-modules", "error", "wiring")
 def hidden_modules(case: Case) -> Iterator[Seen]:
-    """A layer in a plain list, dict or tensor attribute is not part of the model: it is neither trained, nor saved, nor moved.
+    """A layer in a plain list, dict or tensor attribute is not part of the model: it is neither trained, nor saved,
+    nor moved.
 
     Looks at the attributes of every module for layers and tensors that get a gradient from the loss, that
     ``model.parameters()`` does not know, and that the optimizer does not hold. What gets no gradient (a frozen teacher)
@@ -73,7 +74,8 @@ def hidden_modules(case: Case) -> Iterator[Seen]:
 
 @rule("foreign-parameters", "error", "wiring")
 def foreign_parameters(case: Case) -> Iterator[Seen]:
-    """The optimizer moves tensors that the model does not compute with: the model was copied or rebuilt after it was made.
+    """The optimizer moves tensors that the model does not compute with: the model was copied or rebuilt after it was
+    made.
 
     Looks at what the optimizer holds and the model does not, and at whether the loss gives it a gradient. What does get
     one (a learned weight of the loss, say) may be meant so.
@@ -89,7 +91,8 @@ def foreign_parameters(case: Case) -> Iterator[Seen]:
     if foreign and missed:
         yield Seen(
             "the optimizer holds parameters that are not the model's, and lacks some that are.",
-            f"{len(foreign)} of its {len(held)} parameters are of another model; {len(missed)} of this one's are not in it",
+            f"{len(foreign)} of its {len(held)} parameters are of another model; {len(missed)} of this one's are "
+            "not in it",
             f"not in it: {named(missed)}; {case.place}",
             "make the optimizer after the last change of the model, over model.parameters()",
         )
@@ -117,7 +120,8 @@ def not_in_optimizer(case: Case) -> Iterator[Seen]:
         count = sum(case.trained[name].numel() for name in missed)
         yield Seen(
             "the optimizer does not hold all of the parameters that are to be trained.",
-            f"{count:,} of {sum(p.numel() for p in case.trained.values()):,} weights get a gradient and are in no group",
+            f"{count:,} of {sum(p.numel() for p in case.trained.values()):,} weights get a gradient and are in no "
+            "group",
             f"{named(missed)}; {case.place}",
             "make it over model.parameters(), or freeze these: requires_grad_(False)",
             level="error" if len(missed) == len(case.trained) else None,
@@ -128,8 +132,8 @@ def not_in_optimizer(case: Case) -> Iterator[Seen]:
 def no_gradient(case: Case) -> Iterator[Seen]:
     """A parameter that no backward pass reaches is never trained: it is unused, or cut off by .detach() or no_grad().
 
-    Looks at the graph of the loss in the first batches: a parameter that wants a gradient, is in the optimizer, and is in
-    none of them. Where its layer ran, its output was cut off; where it did not, it is not used.
+    Looks at the graph of the loss in the first batches: a parameter that wants a gradient, is in the optimizer, and
+    is in none of them. Where its layer ran, its output was cut off; where it did not, it is not used.
     """
     without = set(case.passes[0].without).intersection(*(one.without for one in case.passes[1:]))
     missed = [
@@ -142,7 +146,8 @@ def no_gradient(case: Case) -> Iterator[Seen]:
     told = "ran, but its output is cut off from the loss" if cut else "is not used"
     yield Seen(
         "some parameters never get a gradient, and are not trained.",
-        f"{len(missed)} of {len(case.trained)} trained parameters in none of {len(case.passes)} passes; the layer {told}",
+        f"{len(missed)} of {len(case.trained)} trained parameters in none of {len(case.passes)} passes; the layer "
+        f"{told}",
         named(cut or missed),
         "look for .detach(), .data, torch.no_grad() or NumPy after this layer"
         if cut
@@ -155,8 +160,8 @@ def no_gradient(case: Case) -> Iterator[Seen]:
 def frozen_in_optimizer(case: Case) -> Iterator[Seen]:
     """A group of the optimizer whose parameters are all frozen trains nothing: its learning rate does not matter.
 
-    Looks at the groups of an optimizer that has trained ones as well. Frozen parameters among trained ones in a group do
-    no harm, and are not told.
+    Looks at the groups of an optimizer that has trained ones as well. Frozen parameters among trained ones in a group
+    do no harm, and are not told.
     """
     groups = case.optimizer.param_groups if case.optimizer is not None else []
     names = {id(p): name for name, p in case.model.named_parameters()}

@@ -1,0 +1,113 @@
+"""Rules over metrics of the user's: what they compare, and how they are averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from epochal.doctor.finding import Seen, rule
+from epochal.losses import CLASS_INDEX
+
+if TYPE_CHECKING:
+    from epochal.doctor.probing import Probe
+
+
+@rule("logit-threshold", "warning", "probe")
+def logit_threshold(probe: Probe) -> Iterator[Seen]:
+    """A threshold of 0.5, or rounding, is for probabilities; of scores, 0 is the middle. An argmax over one column is
+    0.
+
+    Looks at the metrics and the loss as they are called: what is compared with 0.5 (or rounded) lies outside of 0..1;
+    or argmax is taken over a dimension of size 1.
+    """
+    for operation in probe.metric_operations():
+        (args, kwargs), name = operation.inputs, operation.name
+        given = args[0]
+        if not isinstance(given, Tensor) or not given.is_floating_point() or given.numel() < 4:
+            continue
+        low, high = given.min().item(), given.max().item()
+        if name == "argmax":
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            if isinstance(dim, int) and given.dim() > 1 and given.shape[dim] == 1:
+                yield Seen("an argmax is taken over a single column, and is always 0.",
+                           f"argmax over dimension {dim} of {tuple(given.shape)}", operation.place,
+                           "compare the score with 0: (outputs > 0)")  # fmt: skip
+                return
+            continue
+        bound = 0.5 if name == "round" else args[1] if len(args) > 1 else None
+        bound = bound.item() if isinstance(bound, Tensor) and bound.numel() == 1 else bound
+        if isinstance(bound, float) and bound == 0.5 and (low < -0.05 or high > 1.05):
+            yield Seen(
+                "scores are cut at 0.5, which is for probabilities.",
+                f"they go from {low:.3g} to {high:.3g}",
+                operation.place,
+                "compare them with 0, or take torch.sigmoid(outputs) > 0.5",
+            )
+            return
+
+
+@rule("wrong-average", "warning", "probe")
+def wrong_average(probe: Probe) -> Iterator[Seen]:
+    """A metric that is no mean over samples (a root, an f1, a correlation) is another one when it is averaged over
+    batches.
+
+    Computes a metric function of the user's over all of val at once, and as the mean over batches: they differ by
+    more than 5 of 100.
+    """
+    for name, whole, mean in probe.averaged_metrics():
+        if abs(whole - mean) > 0.05 * max(abs(whole), abs(mean), 1e-9):
+            yield Seen(
+                f"the metric {name!r} is averaged over batches, and is no mean.",
+                f"{mean:.4g} averaged over the batches of val, {whole:.4g} over all of it (5 % allowed)",
+                f"metrics=, {name}",
+                "give epochal.Metric or a torchmetrics metric, which keeps what it needs of each batch",
+            )
+
+
+@rule("impossible-metric", "error", "probe")
+def impossible_metric(probe: Probe) -> Iterator[Seen]:
+    """A share above 1, or below 0, is none: the metric counts something twice, or divides by the wrong number.
+
+    Looks at metrics whose names say accuracy, precision, recall, f1 or auc, over val.
+    """
+    for name, whole, mean in probe.averaged_metrics():
+        is_share = any(word in name.lower() for word in ("accuracy", "acc", "precision", "recall", "f1", "auc"))
+        for value in (whole, mean):
+            if is_share and not -1e-6 <= value <= 1 + 1e-6:
+                yield Seen(
+                    f"{name} is {value:.4g}, which no share can be.",
+                    f"{value:.4g} over val (0 to 1 allowed)",
+                    f"metrics=, {name}",
+                    "divide by the number of samples, and look at the shapes: (n,) == (n, 1) compares each with each",
+                )
+                return
+
+
+@rule("loss-metric-disagree", "warning", "probe")
+def loss_metric_disagree(probe: Probe) -> Iterator[Seen]:
+    """A metric that is computed over another dimension than the loss says nothing of what is learned.
+
+    Looks at the argmax of the model's outputs in a metric: for scores (n, classes, ...) it is taken over dimension 1.
+    """
+    classes = {
+        call.outputs.shape: call.outputs.shape[1]
+        for call in probe.case.now.calls
+        if call.name in CLASS_INDEX and call.outputs.dim() > 2
+    }
+    for operation in probe.metric_operations():
+        (args, kwargs), name = operation.inputs, operation.name
+        given = args[0]
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        if name != "argmax" or not isinstance(given, Tensor) or given.shape not in classes or not isinstance(dim, int):
+            continue
+        if dim % given.dim() != 1:
+            yield Seen(
+                "a metric takes the argmax over another dimension than the classes.",
+                f"argmax over dimension {dim % given.dim()} of {tuple(given.shape)}; the loss has its classes in "
+                "dimension 1",
+                operation.place,
+                "take outputs.argmax(1)",
+            )
+            return
