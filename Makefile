@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-distributed lint bench campaign clean
+.PHONY: demo test test-distributed lint bench bench-doctor campaign clean
 
 demo: $(VENV)/epochal
 	$(BIN)/epochal demo
@@ -28,6 +28,10 @@ WORKS ?= seed
 bench: $(BENCH)/bench
 	OMP_NUM_THREADS=1 $(BENCH)/bin/python -m benchmarks.speed $(WORKS) \
 		--arms seed hand bare bare_graph epochal compiled lightning transformers accelerate skorch ignite keras poutyne
+
+# Faulty and healthy programs, and what the doctor says of them; docs/doctor.md has what came of it.
+bench-doctor: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults
 
 # Hours of trying to lose something; docs/reliability.md has what came of it. `make campaign ROWS="r1 r5"` runs some.
 campaign: $(VENV)/test

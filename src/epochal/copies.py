@@ -103,7 +103,7 @@ def copied(plan: Plan, *, channels_last: bool = False, **changes: Any) -> Plan:
     if channels_last:
         devices.to_channels_last(parts["model"])
     silent = {"run": None, "resume": False, "save": None, "observers": (), "strategy": "auto", "early_stopping": None}
-    return plan.replace(**parts, **silent, patience=None, **changes)
+    return plan.replace(**{**parts, **silent, "patience": None, **changes})
 
 
 def _copy(part: Any, memo: dict[int, Any]) -> Any:

@@ -19,21 +19,29 @@ from epochal.runtime import device as devices
 
 if TYPE_CHECKING:
     from epochal.data.window import Window
+    from epochal.doctor.watch import Watch
     from epochal.state import Progress, TrainState
 
 
 def steps(
-    state: TrainState, step: Step, windows: Callable[[Progress], Iterable[Window]], until: Callable[[], bool]
+    state: TrainState,
+    step: Step,
+    windows: Callable[[Progress], Iterable[Window]],
+    until: Callable[[], bool],
+    watch: Watch | None = None,
 ) -> Iterator[StepResult | None]:
     """The loop: a result for each update, and None at the end of each epoch.
 
     It begins where ``state.progress`` stands, in the middle of an epoch too, and the state is complete
-    whenever it yields.
+    whenever it yields. watch: makes the updates that it wants to look at, and is told the results of all.
     """
     progress = state.progress
     while not until():
         for window in windows(progress):
-            result = step(state, window)
+            is_watched = watch is not None and progress.step >= watch.due
+            result = watch.look(step, state, window) if is_watched else step(state, window)  # type: ignore[union-attr]
+            if watch is not None:
+                watch.note(result)
             progress.tick(window)
             yield result
             if until():

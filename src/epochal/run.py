@@ -88,8 +88,7 @@ class Run:
         yield from self._save(wait=True)  # the start, too, can be resumed from, with all that is random in it
         if progress.windows and self._evaluation_is_due(at_epoch_end=False):
             yield from self._pending()  # the state was taken between a step and its evaluation
-        step = self.step if self.watch is None else self.watch.around(self.step)
-        for result in loop.steps(state, step, self._windows, self.ending.is_here):
+        for result in loop.steps(state, self.step, self._windows, self.ending.is_here, self.watch):
             at_epoch_end = result is None
             if result is not None:
                 self._account_for(result)

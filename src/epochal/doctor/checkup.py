@@ -153,10 +153,16 @@ def _of_trials(plan: Plan, case: Case, trial: Trial, began: float, found: Sequen
 
 def _factors(case: Case, trial: Trial) -> list[float]:
     """By what the rate is multiplied in other trials: what makes an update change the weights by a thousandth, too."""
+    ratio = _update_ratio(case, trial)
+    usual = 1e-3 / ratio if ratio > 0 else 1.0
+    return [*([usual] if usual > 300 or usual < 1 / 300 else []), 0.01, 100.0, 0.1, 10.0]
+
+
+def _update_ratio(case: Case, trial: Trial) -> float:
+    """By how much of themselves an update changes the weights, in the median; NaN where that is not known."""
     names = [name for name, p in case.trained.items() if p.dim() > 1]
     ratios = [ratio for look in trial.vitals.looks if math.isfinite(ratio := update_ratio(look, names)) and ratio > 0]
-    usual = 1e-3 / median(ratios) if ratios else 1.0
-    return [*([usual] if usual > 300 or usual < 1 / 300 else []), 0.01, 100.0, 0.1, 10.0]
+    return median(ratios) if ratios else math.nan
 
 
 def _fitted(plan: Plan, case: Case, trial: Trial) -> list[Finding]:
@@ -166,7 +172,7 @@ def _fitted(plan: Plan, case: Case, trial: Trial) -> list[Finding]:
         return []
     lone = {
         "train": few, "val": None, "monitor": None, "batch_size": None, "shuffle": None, "accumulate": 1,
-        "workers": None, "early_stopping": None, "schedule": None, "epochs": 400, "max_steps": 400,
+        "workers": None, "schedule": None, "epochs": 400, "max_steps": 400,
     }  # fmt: skip
     tried = [Trial(plan, ("*",), factor=factor, updates=400, seconds=1.0, **lone) for factor in (1.0, 10.0)]
     best = min(one.last for one in tried)
@@ -195,7 +201,8 @@ def _compared(case: Case, trial: Trial, others: dict[float, Trial]) -> list[Find
     start = next((one.losses[0] for one in (trial, *lower) if one.losses and math.isfinite(one.losses[0])), math.nan)
     best_low, best_high = (min(part, key=lambda one: one.last, default=None) for part in (lower, higher))
     reached = f"the loss went from {start:.4g} to {_told(trial.last)}"
-    if best_low is not None and best_low.last < 0.8 * min(start, trial.last):
+    ratio = _update_ratio(case, trial)
+    if best_low is not None and best_low.last < 0.8 * min(start, trial.last) and not ratio < 0.01:
         seen = Seen(
             "the learning rate is too high for this model.",
             f"{reached} at lr {rate:.3g}, and to {_told(best_low.last)} at {rate * best_low.factor:.3g} (a fifth "
@@ -204,7 +211,7 @@ def _compared(case: Case, trial: Trial, others: dict[float, Trial]) -> list[Find
             f"give lr={rate * best_low.factor:.1g}",
         )
         return [_as_finding("lr-too-high", seen)]
-    if best_high is not None and best_high.last < 0.8 * min(start, trial.last):
+    if best_high is not None and best_high.last < 0.8 * min(start, trial.last) and ratio < 3e-4:
         seen = Seen(
             "the learning rate is too low for this model.",
             f"{reached} at lr {rate:.3g}, and to {_told(best_high.last)} at {rate * best_high.factor:.3g} (a "

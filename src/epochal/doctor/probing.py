@@ -53,9 +53,9 @@ class Trial:
         self.model: nn.Module | None = None
         self.run: Run | None = None
         self.is_whole = False
-        began = time.perf_counter()
+        began, plan = time.perf_counter(), copied(plan, compile=False, **changes)
         try:
-            with copied(plan, compile=False, **changes).prepare() as run:
+            with plan.prepare() as run:
                 self.run = run
                 if run.watch is not None:
                     run.watch.ignore, run.watch.dense = ignore, 4
@@ -155,7 +155,7 @@ class Probe:
             with evaluation_mode([model]), torch.enable_grad():
                 if training:
                     model = copy.deepcopy(model).train()
-                return float(self.case.objective(model, copy.deepcopy(batch)).value)
+                return float(self.case.objective(model, copy.deepcopy(batch)).value.detach())
         except Exception:
             return None
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FIRST = 3  # updates that are watched in full
 EVERY = 100  # updates between two later looks
+KEPT = 1000  # losses of a run that are kept
 PERSISTENT = 3  # times that a warning has to be seen
 
 
@@ -69,16 +70,18 @@ class Vitals:
     classes: int = 0  # that cross_entropy is over, 0 where there is none
 
     def read(self) -> list[float]:
-        """The losses on the host."""
-        new = [one for one in self.losses if isinstance(one, Tensor)]
+        """The losses on the host; of a long run, evenly spaced ones."""
+        new = [one for one in self.losses if isinstance(one, Tensor)]  # the last ones
         if new:
             values = torch.stack([one.detach().float().reshape(()).cpu() for one in new]).tolist()
             self.losses[len(self.losses) - len(new) :] = values
+        if len(self.losses) > 2 * KEPT:
+            self.losses[:] = self.losses[::2]
         return self.losses
 
     def read_norms(self) -> list[float]:
         """The norms of gradients before they were clipped, on the host."""
-        self.norms[:] = [float(one) for one in self.norms]
+        self.norms[:] = [float(one) for one in self.norms[-KEPT:]]
         return self.norms
 
 
@@ -90,9 +93,9 @@ class Story(NamedTuple):
 
 
 class Watch:
-    """What is put around the step of a run. found: what is to be told; told: what was.
+    """What looks at the updates of a run. found: what is to be told; told: what was.
 
-    dense: look at every so many updates, for a trial; None: after EVERY. levels: of what is found by the first batches.
+    dense: look at every so many updates, for a trial; None: after EVERY.
     """
 
     def __init__(self, plan: Plan, run: Run, *, ignore: Sequence[str] = (), dense: int | None = None):
@@ -104,7 +107,8 @@ class Watch:
         self._codes: set[str] = set()
         self._is_compiled, self._is_own = bool(plan.compile), plan.step is not None
         self._names = list(self.case.trained.items())
-        self._due = 0
+        self.due = 0  # the next update that is looked at
+        self._losses, self._norms = self.vitals.losses, self.vitals.norms
         self.used: dict[int, tuple[int, int]] = {}  # gradients as the last update of a user's step left them
 
     @property
@@ -117,22 +121,12 @@ class Watch:
         for one in look("static", self.case, ignore=self.ignore, only_errors=True):
             raise FaultError.of(one)
 
-    def around(self, step: Callable) -> Callable[[TrainState, Window], StepResult]:
-        """The step, watched."""
-        losses, norms = self.vitals.losses, self.vitals.norms
-
-        def watched(state: TrainState, window: Window) -> StepResult:
-            if state.progress.step < self._due:
-                result = step(state, window)
-            else:
-                result = self._look(step, state, window)
-            if isinstance(result, StepResult):
-                losses.append(result.loss)
-                if result.grad_norm is not None:
-                    norms.append(result.grad_norm)
-            return result
-
-        return watched
+    def note(self, result: StepResult) -> None:
+        """What an update gave; nothing waits for it."""
+        if isinstance(result, StepResult):
+            self._losses.append(result.loss)
+            if result.grad_norm is not None:
+                self._norms.append(result.grad_norm)
 
     def take(self, rows: Sequence[Row] = (), is_over: bool | None = None) -> list[Finding]:
         """What was found since the last time. is_over: None between evaluations; else the rows are looked at, too."""
@@ -150,7 +144,8 @@ class Watch:
             self._codes.add(one.code)
             self.found.append(one)
 
-    def _look(self, step: Callable, state: TrainState, window: Window) -> StepResult:
+    def look(self, step: Callable, state: TrainState, window: Window) -> StepResult:
+        """Makes an update, and looks at it."""
         number = state.progress.step
         is_first = number < self._first and (not self._is_compiled or number == 0)
         parts = [(name, p, _part(p)) for name, p in self._names]
@@ -166,17 +161,18 @@ class Watch:
         if not isinstance(result, StepResult):
             return result
         look = _measured(parts, before, state, result, events, full=is_first)
-        self.vitals.looks.append(look)
+        self.vitals.looks = [*self.vitals.looks[-KEPT:], look]
         self._judge(look, number)
+        self.vitals.read(), self.vitals.read_norms()
         return result
 
     def _next(self, number: int) -> None:
         if self.dense is not None:
-            self._due = number + (1 if number + 1 < self._first else self.dense)
+            self.due = number + (1 if number + 1 < self._first else self.dense)
         elif number + 1 < self._first:
-            self._due = number + 1
+            self.due = number + 1
         else:
-            self._due = (number // EVERY + 1) * EVERY if number >= EVERY // 2 else EVERY // 2
+            self.due = (number // EVERY + 1) * EVERY if number >= EVERY // 2 else EVERY // 2
 
     @contextmanager
     def _objective_seen(self) -> Iterator[None]:

@@ -62,8 +62,8 @@ def clipping(vitals: Vitals) -> Iterator[Seen]:
     shrunk = [seen.shrunk for seen in vitals.looks if seen.shrunk]
     if len(shrunk) >= LOOKS and min(shrunk[-LOOKS:]) > 20:
         told = (
-            f"the optimizer steps with a {median(shrunk):.3g}th of the gradient that arrived (a 20th allowed), "
-            f"in {len(shrunk)} looks"
+            f"the gradient arrives {median(shrunk):.3g} times as large as that which the optimizer steps with "
+            f"(20 allowed), in {len(shrunk)} looks"
         )
     if told:
         yield Seen(

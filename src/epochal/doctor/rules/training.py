@@ -162,7 +162,8 @@ def grows_over_time(probe: Probe) -> Iterator[Seen]:
             )
             return
     looks = probe.trial.vitals.looks if probe.trial is not None else []
-    if looks and (size := total(looks[0].gradient) / max(total(looks[0].weight), 1e-12)) > 50:
+    weights = total(looks[0].weight) if looks else 0.0
+    if weights > 1e-3 and (size := total(looks[0].gradient) / weights) > 50:
         yield Seen(
             "the gradient is huge from the start.",
             f"its norm is {size:.3g} times that of the weights in the first update (50 allowed)",
