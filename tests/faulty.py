@@ -103,8 +103,10 @@ def missing_zero_grad():
 
 
 def negative_loss():
-    return numbers(objective=lambda model, batch: F.cross_entropy(model(batch[0]).repeat(1, 2), -torch.ones(len(batch[0]), 2)),
-                   loss=None)  # fmt: skip
+    def objective(model, batch):
+        return F.cross_entropy(model(batch[0]).repeat(1, 2), -torch.ones(len(batch[0]), 2))
+
+    return numbers(objective=objective, loss=None)
 
 
 def nonfinite_targets():
@@ -174,7 +176,9 @@ def step_without_effect():
 
 
 def sum_loss():
-    return numbers(loss=None, objective=lambda model, batch: F.mse_loss(model(batch[0]), batch[1], reduction="sum"), lr=1e-5)
+    return numbers(
+        loss=None, objective=lambda model, batch: F.mse_loss(model(batch[0]), batch[1], reduction="sum"), lr=1e-5
+    )
 
 
 def unreachable_targets():
@@ -186,4 +190,6 @@ def wrong_average():
         return (outputs - targets).square().mean().sqrt()
 
     spread = torch.where(torch.arange(320)[:, None] < 300, 0.1, 20.0)
-    return numbers(train=(X, LINE * spread), val=(draw(96, 8, seed=5), torch.cat([draw(64, 1), 40 * draw(32, 1)])), metrics=[rmse])
+    return numbers(
+        train=(X, LINE * spread), val=(draw(96, 8, seed=5), torch.cat([draw(64, 1), 40 * draw(32, 1)])), metrics=[rmse]
+    )

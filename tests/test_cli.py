@@ -56,6 +56,8 @@ The complete training loop for PyTorch.
 │ eval               Measure a run of fit on a table with the target.          │
 │ train              Train what a recipe plans: plan(...) in a Python file.    │
 │ resume             Go on with an interrupted run, or train one further.      │
+│ check              Look for the mistake in a recipe before it costs a night. │
+│ explain            Say what a finding of check means.                        │
 │ verify-resume      Prove that a recipe can be killed and resumed to the bit. │
 │ tune-speed         Measure what would make a recipe train faster.            │
 │ profile            Measure where the time of a recipe's updates goes.        │

@@ -103,7 +103,7 @@ OPTIONS = {
     "scheduled": {"optimizer": "adamw", "lr": 0.05, "schedule": "cosine"},
     "onecycle": {"optimizer": "adamw", "schedule": epochal.Schedule("onecycle", max_lr=0.05)},
     "bf16": {"precision": "bf16"},
-    "metrics": {"metrics": ["mae", "r2"], "val": (X[:30], Y[:30])},
+    "metrics": {"metrics": ["mae", "r2"], "val": (X[:30].clone(), Y[:30].clone())},
     "huber": {"loss": nn.HuberLoss()},
     "own_loss": {"loss": lambda outputs, targets: (outputs - targets).abs().mean()},
 }
@@ -139,7 +139,7 @@ def test_batch_norm_and_class_weights(graphs):
         optimizer="sgd",
         lr=0.05,
         metrics=["accuracy", "f1"],
-        val=(X[:20], CLASSES[:20]),
+        val=(X[:20].clone(), CLASSES[:20].clone()),
     )
     alike(eager, compiled, 1e-5)
     assert compiled.model[1].num_batches_tracked == eager.model[1].num_batches_tracked == 20
@@ -152,7 +152,7 @@ def test_an_objective_with_a_weight_of_its_own(graphs):
         counted = y.abs() > 0.3
         return epochal.Loss(((model(x) - y) ** 2 * counted).sum() / counted.sum(), weight=counted.sum())
 
-    eager, compiled = both(mlp, loss=None, objective=masked, val=(X[:20], Y[:20]))
+    eager, compiled = both(mlp, loss=None, objective=masked, val=(X[:20].clone(), Y[:20].clone()))
     alike(eager, compiled)
     assert compiled.history.val_loss == pytest.approx(eager.history.val_loss, rel=1e-5) and of_updates(graphs)
 
@@ -178,7 +178,14 @@ def test_a_learning_rate_that_moves_compiles_nothing_anew(graphs):
 
 def test_nobody_watches_and_the_bits_are_the_same(graphs):
     """With no observers guards are not evaluated at each update."""
-    given = {"loss": "mse", "epochs": 6, "batch_size": 16, "seed": 3, "compile": True, "val": (X[:30], Y[:30])}
+    given = {
+        "loss": "mse",
+        "epochs": 6,
+        "batch_size": 16,
+        "seed": 3,
+        "compile": True,
+        "val": (X[:30].clone(), Y[:30].clone()),
+    }
     watched = epochal.fit(mlp(), (X, Y), observers=[Watch()], **given)
     alone = epochal.fit(mlp(), (X, Y), observers=(), **given)
     assert all(torch.equal(*pair) for pair in zip(watched.model.parameters(), alone.model.parameters()))
@@ -329,9 +336,9 @@ def resumable():
 
 @pytest.mark.parametrize("cut", [1, 4, 5, 8])
 def test_a_compiled_run_that_is_resumed_has_the_bits_of_one_that_was_not(cut, tmp_path):
-    given = {"loss": "mse", "epochs": 3, "batch_size": 16, "seed": 3, "compile": True, "val": (X[:30], Y[:30]),
-             "clip": 1.0, "schedule": "cosine", "save": epochal.Saving("1 step", share=None),
-             "observers": ()}  # fmt: skip
+    given = {"loss": "mse", "epochs": 3, "batch_size": 16, "seed": 3, "compile": True,
+             "val": (X[:30].clone(), Y[:30].clone()), "clip": 1.0, "schedule": "cosine",
+             "save": epochal.Saving("1 step", share=None), "observers": ()}  # fmt: skip
     whole = epochal.fit(resumable(), (X, Y), run=tmp_path / "whole", **given)
     with epochal.Plan(resumable(), (X, Y), run=tmp_path / "cut", **given).prepare() as run:
         for event in run:
@@ -501,8 +508,8 @@ class TurningInEval(Turning):
 
 def test_what_a_model_writes_is_heeded_where_nobody_watches():
     same(Turning, epochs=8)
-    same(TurningInEval, val=(X[:30], Y[:30]), epochs=8)
-    same(TurningInEval, val={"x": X[:30], "y": Y[:30]}, data={"x": X, "y": Y}, epochs=8)
+    same(TurningInEval, val=(X[:30].clone(), Y[:30].clone()), epochs=8)
+    same(TurningInEval, val={"x": X[:30].clone(), "y": Y[:30].clone()}, data={"x": X, "y": Y}, epochs=8)
 
 
 def test_what_a_users_schedule_or_metric_writes_is_heeded():
@@ -619,11 +626,11 @@ def test_a_run_that_is_cut_again_and_again_stays_compiled(tmp_path):
     assert not [text for text in notes if text.startswith("compile")]
 
 
-def test_errors_in_a_later_batch_are_those_of_torch():
+def test_errors_in_a_later_batch_are_told_as_ever():
     labels = CLASSES.clone()
     labels[60] = 7
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, labels), batch_size=10)
-    with pytest.raises(IndexError, match="Target 7 is out of bounds"):
+    with pytest.raises(epochal.LossError, match="Target 7 is out of bounds"):
         epochal.fit(mlp(3), loader, loss="cross_entropy", epochs=1, compile=True, observers=())
 
 

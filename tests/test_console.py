@@ -21,7 +21,7 @@ import torch
 from epochal.errors import PlanError
 from epochal.events import Best, Ended, Evaluated, Saved, Started, StepDone, StopReason
 from epochal.observe import console as console_module
-from epochal.observe import overfitting as overfitting_module
+from epochal.observe import fitting as fitting_module
 from epochal.observe.console import Console, fitting, number
 from epochal.observe.fitting import overfitting_since
 from epochal.protocols import StepResult
@@ -86,7 +86,7 @@ class Run:
 # -- off a terminal --
 
 
-@pytest.mark.parametrize("module", [console_module, overfitting_module])
+@pytest.mark.parametrize("module", [console_module, fitting_module])
 def test_doctests(module):
     result = doctest.testmod(module)
     assert result.failed == 0 < result.attempted
@@ -572,7 +572,8 @@ def test_the_summary_says_so():
         "best     epoch 2, val_loss 0.4000\n"
         "weights  those of the last step\n"
         "trained  5 epochs, 160 steps in 1.50 s\n"
-        "note     val_loss has risen since epoch 3 while train_loss fell: the model may be overfitting\n"
+        "fit      overfitting since epoch 3: val_loss rose from 0.4 to 0.7 while train_loss fell to 0.1; "
+        "train_loss 0.1000, val_loss 0.7000: a gap of 0.6000; the run was stopped, and the last weights are kept\n"
     )
 
 
@@ -589,6 +590,7 @@ def test_long_facts_are_wrapped_between_words_on_a_terminal_and_the_end_has_no_p
         "best     epoch 2, val_loss 0.4000\n"
         "weights  those of epoch 2, the best\n"
         "trained  5 epochs, 160 steps in 1.50 s\n"
-        "note     val_loss has risen since epoch 3 while train_loss fell: the model may\n"
-        "         be overfitting\n"
+        "fit      overfitting since epoch 3: val_loss rose from 0.4 to 0.7 while\n"
+        "         train_loss fell to 0.1; train_loss 0.1000, val_loss 0.7000: a gap of\n"
+        "         0.6000; the weights of epoch 2 are back\n"
     )

@@ -130,7 +130,8 @@ def test_a_recipe_says_which_package_is_missing(name, monkeypatch):
 
 def test_diamonds_turns_three_categories_into_features():
     _, plan = small("diamonds", max_steps=1)
-    plan.check()
+    with plan.prepare():
+        pass
     assert plan.model[0].in_features == 6 + 5 + 7 + 8  # numbers; cuts, colors and clarities
     assert plan.train.height == 5000 and "price" not in plan.train.columns
 

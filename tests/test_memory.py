@@ -87,8 +87,8 @@ def same(one, two):
 def test_the_result_is_that_of_a_run_begun_with_the_smaller_batches(fail, backward):
     full = Full(8, fail, backward)
     one, two = net(full), net()
-    cut = epochal.fit(one, (X, Y), val=(X, Y), batch_size=16, **USUAL)
-    begun = epochal.fit(two, (X, Y), val=(X, Y), batch_size=8, accumulate=2, **USUAL)
+    cut = epochal.fit(one, (X, Y), val=(X.clone(), Y.clone()), batch_size=16, **USUAL)
+    begun = epochal.fit(two, (X, Y), val=(X.clone(), Y.clone()), batch_size=8, accumulate=2, **USUAL)
     assert full.failures == 1, "the size is kept"
     assert same(bits(one), bits(two))
     assert cut.history.train_loss == begun.history.train_loss

@@ -321,7 +321,8 @@ def test_val_as_a_fraction_is_stratified_and_seeded():
 
 
 def test_val_of_every_kind():
-    for val in [(X, Y), {"x": X, "y": Y}, TensorDataset(X, Y), DataLoader(TensorDataset(X, Y), batch_size=64), 0.5]:
+    x, y = X.clone(), Y.clone()
+    for val in [(x, y), {"x": x, "y": y}, TensorDataset(x, y), DataLoader(TensorDataset(x, y), batch_size=64), 0.5]:
         assert len(fit(nn.Linear(64, 10), (X, Y), val=val).history.val_loss) == 2
 
 
@@ -330,7 +331,7 @@ def test_val_of_every_kind():
 
 def test_metrics_of_every_kind():
     result = fit(
-        nn.Linear(64, 10), (X, Y), val=(X, Y), lr=0.01,
+        nn.Linear(64, 10), (X, Y), val=(X.clone(), Y.clone()), lr=0.01,
         metrics=["accuracy", "confusion", "f1", MulticlassAccuracy(10, average="micro")],
     )  # fmt: skip
     row = result.history.rows[-1]
@@ -350,7 +351,7 @@ def worse_and_worse(**given):
     model = nn.Linear(1, 1)
     with torch.no_grad():
         model.weight.zero_(), model.bias.zero_()
-    return fit(model, (A, B), val=(A, -B), loss="mse", lr=0.05, **{"epochs": 30, **given})
+    return fit(model, (A, B), val=(A.clone(), -B), loss="mse", lr=0.05, **{"epochs": 30, **given})
 
 
 def test_patience_stops_and_the_best_weights_are_restored():
@@ -377,7 +378,9 @@ def test_restore_best_however_the_run_ended(given):
 def test_restore_best_when_the_run_is_broken_off_or_fails():
     for mistake in (None, KeyboardInterrupt(), RuntimeError("boom")):
         model, seen, caught = nn.Linear(1, 1), [], None
-        plan = epochal.Plan(model, (A, B), val=(A, -B), loss="mse", lr=0.05, epochs=9, observers=[seen.append], seed=0)
+        plan = epochal.Plan(
+            model, (A, B), val=(A.clone(), -B), loss="mse", lr=0.05, epochs=9, observers=[seen.append], seed=0
+        )
         try:
             with plan.prepare() as run:
                 for event in run:
@@ -417,7 +420,7 @@ def test_a_nan_is_never_best():
         return torch.tensor(next(values) if len(outputs) == 50 else 0.0)
 
     result = fit(
-        nn.Linear(64, 10), (X, Y), val=(X[:50], Y[:50]), batch_size=100, epochs=5, metrics={"odd": odd},
+        nn.Linear(64, 10), (X, Y), val=(X[:50].clone(), Y[:50].clone()), batch_size=100, epochs=5, metrics={"odd": odd},
         early_stopping=epochal.EarlyStopping("val_odd", patience=9, mode="min"),
     )  # fmt: skip
     assert (result.best.epoch, result.best.value) == (4, 2.0)
@@ -582,6 +585,7 @@ def test_run_writes_a_folder_and_nothing_is_written_without_it(tmp_path):
     rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
     assert [float(row["val_loss"]) for row in rows] == result.history.val_loss
     events = [json.loads(line)["event"] for line in (folder / "journal.jsonl").read_text().splitlines()]
+    events = [event for event in events if event != "found"]
     assert (events[:2], events[-2:]) == (["started", "saved"], ["saved", "ended"])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{name: value for name, value in row.items() if name != "time"} for row in result.history]
@@ -594,8 +598,8 @@ def test_save_and_resume_at_the_edge_of_an_epoch(tmp_path):
         return nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 10))
 
     given = {
-        "val": (X, Y), "optimizer": "adamw", "schedule": "step", "metrics": ["accuracy"], "patience": 50,
-        "loss": "cross_entropy", "seed": 3, "observers": (),
+        "val": (X.clone(), Y.clone()), "optimizer": "adamw", "schedule": "step", "metrics": ["accuracy"],
+        "patience": 50, "loss": "cross_entropy", "seed": 3, "observers": (),
     }  # fmt: skip
     straight = epochal.fit(model(), (X, Y), epochs=6, run="runs/straight", **given)
     saving = epochal.Saving("1 epoch", keep=2, share=None)
@@ -640,7 +644,14 @@ def test_step_replaces_the_maths_of_an_update():
             p.data -= 0.01 * g.sign()
         return epochal.StepResult(loss.detach(), weight=window.samples, values={"size": torch.tensor(float(len(x)))})
 
-    result = fit(nn.Linear(64, 10), (X, Y), step=sign_descent, val=(X, Y), loss="cross_entropy", metrics=["accuracy"])
+    result = fit(
+        nn.Linear(64, 10),
+        (X, Y),
+        step=sign_descent,
+        val=(X.clone(), Y.clone()),
+        loss="cross_entropy",
+        metrics=["accuracy"],
+    )
     assert result.history.val_loss[-1] < result.history.val_loss[0]
     assert result.history.rows[0]["train_size"] == pytest.approx((6 * 32 * 32 + 8 * 8) / 200)
     assert result.history.rows[0]["lr"] is None
@@ -683,11 +694,13 @@ def test_check_finds_mistakes_and_trains_nothing(tmp_path):
     model = nn.Linear(64, 10)
     before = model.weight.clone()
     plan = epochal.Plan(model, (X, Y), loss="cross_entropy", epochs=1, run="runs/x")
-    plan.check()
+    assert [one for one in plan.check() if one.level != "info"] == []
     assert torch.equal(model.weight, before)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(epochal.EpochalError, match="no parameter to train"):
-        plan.replace(model=nn.Linear(64, 10).requires_grad_(False)).check()
+    found = plan.replace(model=nn.Linear(64, 10).requires_grad_(False)).check()
+    assert [(one.code, one.level, one.what) for one in found] == [
+        ("all-frozen", "error", "the model has no parameter to train.")
+    ]
 
 
 # what goes wrong later than at the start
@@ -739,3 +752,17 @@ def test_the_size_of_a_batch_is_that_of_its_named_target():
             pass
     assert run.state.progress.samples == 36
     assert len(result.history) == 1
+
+
+def test_ignore_silences_what_the_doctor_finds():
+    given = {"loss": "cross_entropy", "epochs": 1, "seed": 0, "observers": ()}
+    with pytest.raises(epochal.FaultError, match="the validation is made on data that are trained on") as caught:
+        epochal.fit(nn.Linear(64, 10), (X, Y), val=(X, Y), **given)
+    assert caught.value.finding.code == caught.value.code == "val-in-train"
+    for ignore in (["val-in-train"], ["val-*"], ("*",)):
+        assert epochal.fit(nn.Linear(64, 10), (X, Y), val=(X, Y), ignore=ignore, **given).findings == ()
+    with pytest.raises(epochal.UnknownNameError, match="'val-in-trian' is not a known finding") as unknown:
+        epochal.Plan(nn.Linear(64, 10), (X, Y), ignore=["val-in-trian"], **given)
+    assert "did you mean 'val-in-train'?" in unknown.value.fix
+    with pytest.raises(epochal.PlanError, match="ignore must be a list of codes"):
+        epochal.Plan(nn.Linear(64, 10), (X, Y), ignore="val-in-train", **given)

@@ -175,7 +175,7 @@ def made_whole(rank):
             model[0].register_forward_hook(lambda *_: calls.append(1))
 
     plan = {"loss": "mse", "epochs": 2, "batch_size": 16, "seed": 0, "optimizer": "adamw", "strategy": fsdp(Block)}
-    result = epochal.fit(model, (X, X[:, :1]), val=(X, X[:, :1]), observers=[hang], **plan)
+    result = epochal.fit(model, (X, X[:, :1]), val=(X.clone(), X[:, :1].clone()), observers=[hang], **plan)
     assert result.model is model and [type(part) for part in model.modules()] == kinds
     assert all(type(p) is nn.Parameter for p in model.parameters())
     assert [p.requires_grad for p in model[2:].parameters()] == [False, True, True, True]

@@ -827,7 +827,7 @@ def test_a_loader_that_keeps_its_place_is_not_read_twice_at_an_epochs_end(tmp_pa
         model = nn.Sequential(nn.Linear(4, 1), nn.Dropout(0.2))
         train = StatefulDataLoader(TensorDataset(X, Y), 4, shuffle=True, num_workers=workers)
         if when == "in a validation":
-            options |= {"val": DataLoader(Interrupting(X, Y), 4)}
+            options |= {"val": DataLoader(Interrupting(X.clone(), Y.clone()), 4)}
         else:
             options |= {"accumulate": 2}  # seven batches: the last window is a short one
         options |= {"loss": "mse", "epochs": 4, "save": "1000 steps", "observers": [watch] if watch else ()}

@@ -932,7 +932,7 @@ def test_predictions_of_a_model_that_takes_gradients_itself():
 
     torch.manual_seed(0)
     places = torch.randn(64, 2)
-    result = epochal.fit(Force(), (places, -places), (places, -places), loss="mse", lr=0.02, epochs=20, **QUIET)
+    result = epochal.fit(Force(), (places, -places), (places.clone(), -places), loss="mse", lr=0.02, epochs=20, **QUIET)
     assert result.history.val_loss[-1] < 0.5 * result.history.val_loss[0]
     assert not result.predict(places).requires_grad
 
@@ -966,10 +966,9 @@ def test_overfitting_is_told():
     result = epochal.fit(model, dataloader, validation(), observers=[epochal.Console(out)], **options)
     since = result.best.epoch + 1
     assert result.history.train_loss[-1] < 0.5 * result.history.train_loss[since - 2]
-    assert (
-        f"note     val_loss has risen since epoch {since} while train_loss fell: the model may be overfitting\n"
-        in out.getvalue()
-    )
+    assert f"\nfit      overfitting since epoch {since}: val_loss rose from " in out.getvalue()
+    assert "the weights of epoch" in out.getvalue()
+    assert [one.code for one in result.findings] == ["overfitting"]
 
 
 def test_overfitting_is_not_told_of_a_healthy_run():
@@ -1104,8 +1103,10 @@ def test_complete_template_over_ragged_batches(capsys):
         with torch.no_grad():
             model.weight.zero_()
             model.bias.copy_(torch.tensor([20.0, 0.0]))
-        loader = DataLoader(TensorDataset(torch.zeros(5, 1), torch.tensor([0, 0, 0, 0, 1])), batch_size=4)
-        return model, loader, loader
+        train, val = (
+            DataLoader(TensorDataset(torch.zeros(5, 1), torch.tensor([0, 0, 0, 0, 1])), batch_size=4) for _ in range(2)
+        )
+        return model, train, val
 
     def numbers():
         return [float(number) for number in re.findall(r"\d+\.\d{4}", capsys.readouterr().out)]

@@ -37,7 +37,7 @@ class Scaled(nn.Module):
 def fit(kind, *, watched, epochs=4, **options):
     torch.manual_seed(1)
     model, observers = kind(), [lambda event: None] if watched else ()
-    options = {"val": (X, Y), "loss": "mse", "compile": True, **GIVEN, **options}
+    options = {"val": (X.clone(), Y.clone()), "loss": "mse", "compile": True, **GIVEN, **options}
     return epochal.fit(model, (X, Y), epochs=epochs, observers=observers, **options)
 
 
@@ -85,7 +85,7 @@ class SwitchingItself(Scaled):
 
 @pytest.mark.parametrize("kind", [Scaled, BufferOfBefore, DictOfBefore, ObjectOfBefore, SwitchingItself])
 def test_unwatched_it_computes_what_it_computes_watched(kind):
-    watched, alone = (fit(kind, watched=watched, val=(X[:16], Y[:16])) for watched in (True, False))
+    watched, alone = (fit(kind, watched=watched, val=(X[:16].clone(), Y[:16].clone())) for watched in (True, False))
     weights = zip(watched.model.parameters(), alone.model.parameters())
     assert all(torch.equal(*pair) for pair in weights)
     assert [row["val_loss"] for row in watched.history.rows] == [row["val_loss"] for row in alone.history.rows]
@@ -215,7 +215,7 @@ def test_a_module_with_a_train_of_its_own_is_asked_to_train_again():
     torch.manual_seed(1)
     other = Merging()
     sgd = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
-    epochal.fit(other, (X, Y), val=(X, Y), loss="mse", optimizer=sgd, epochs=3, observers=(), **GIVEN)
+    epochal.fit(other, (X, Y), val=(X.clone(), Y.clone()), loss="mse", optimizer=sgd, epochs=3, observers=(), **GIVEN)
     assert other.training and not other.is_merged
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), other.parameters()))
 
@@ -223,7 +223,7 @@ def test_a_module_with_a_train_of_its_own_is_asked_to_train_again():
 def test_a_module_that_was_put_to_eval_mode_stays_so():
     model = nn.Sequential(nn.Linear(6, 6), Merging())
     model[0].eval()
-    epochal.fit(model, (X, Y), val=(X, Y), loss="mse", epochs=2, observers=(), **GIVEN)
+    epochal.fit(model, (X, Y), val=(X.clone(), Y.clone()), loss="mse", epochs=2, observers=(), **GIVEN)
     assert model.training and not model[0].training and model[1].training
 
 

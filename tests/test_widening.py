@@ -105,7 +105,13 @@ def trained(kind, *, epochs=3, before=lambda model: None, **options):
 
     model = kind()
     before(model)
-    options = {"loss": "mse", "val": (X[:40], Y[:40]), "batch_size": SMALL, "restore_best": False, **options}
+    options = {
+        "loss": "mse",
+        "val": (X[:40].clone(), Y[:40].clone()),
+        "batch_size": SMALL,
+        "restore_best": False,
+        **options,
+    }
     result = epochal.fit(model, (X, Y), epochs=epochs, observers=[watch], device="cpu", **options)
     return validations, model, result.history.rows
 
@@ -175,7 +181,9 @@ def hits(outputs, targets):
 
 
 def test_a_metric_of_the_users_is_computed_over_the_usual_batches():
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X[:40], Y[:40]), batch_size=SMALL)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(X[:40].clone(), Y[:40].clone()), batch_size=SMALL
+    )
     options = {"metrics": [hits], "optimizer": "sgd", "lr": 0.5}
     rows, others = (trained(Model, **options, **given)[2] for given in ({}, {"val": loader}))
     assert [row["val_hits"] for row in rows] == [row["val_hits"] for row in others]
@@ -198,7 +206,9 @@ def test_a_metric_that_is_a_mean_over_batches_keeps_its_batches():
 @pytest.mark.parametrize("kind", [Counting, CountingInside, CountingInABuffer, DrawingItself])
 def test_a_model_that_keeps_something_of_its_calls_has_the_bits_of_the_plain_loop(kind):
     """A DataLoader's batches are taken as they are."""
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X[:40], Y[:40]), batch_size=SMALL)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(X[:40].clone(), Y[:40].clone()), batch_size=SMALL
+    )
     _, model, rows = trained(kind)
     _, other, others = trained(kind, val=loader)
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), other.parameters()))
@@ -253,7 +263,7 @@ def test_a_signal_within_the_first_validation_leaves_it_to_the_next(tmp_path):
     """What was measured then does not count, and says nothing of larger batches."""
     SIZES.clear()
     with epochal.Plan(
-        Model(), (X, Y), val=(X[:40], Y[:40]), loss="mse", batch_size=SMALL, epochs=1, observers=()
+        Model(), (X, Y), val=(X[:40].clone(), Y[:40].clone()), loss="mse", batch_size=SMALL, epochs=1, observers=()
     ).prepare() as run:
         for event in run:
             if isinstance(event, StepDone):

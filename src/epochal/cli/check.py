@@ -61,7 +61,10 @@ def explain(
     *,
     json: Json = False,
 ) -> None:
-    """Say what a finding means: what is looked at, from which threshold on, and how it is mended."""
+    """Say what a finding of check means.
+
+    What is looked at, from which threshold on, and when it may be wrong. Without a code, all of them are listed.
+    """
     from epochal.doctor.finding import every, known
     from epochal.errors import UnknownNameError
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.MultiheadAttention)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
-ROWS = 4096  # of the data that are looked at
+ROWS, BYTES = 4096, 2**26  # of the data that are looked at
 
 
 @dataclass
@@ -69,11 +69,14 @@ class Pass:
 
 @dataclass
 class Case:
-    """plan: as it was given. passes: the first batches. where: the user's call, ``train.py:41``."""
+    """plan: as it was given. passes: the first batches. may_read: whether the data may be read for it, which draws from
+    generators; a run that goes on is not disturbed so.
+    """
 
     plan: Plan
     run: Run
     passes: list[Pass] = field(default_factory=list)
+    may_read: bool = False
 
     @property
     def model(self) -> nn.Module:
@@ -132,8 +135,8 @@ class Case:
         source = loader.source if isinstance(loader, Loader) else None
         if not isinstance(source, Arrays) or objective is None:
             return any(not bool(torch.isfinite(one.value)) for one in self.passes)
-        count = len(source)
-        rows = torch.linspace(0, count - 1, min(ROWS, count)).round().long()[[row, (row + 1) % min(ROWS, count)]]
+        every = rows_looked_at(source)
+        rows = every[[row, (row + 1) % len(every)]]
         with evaluation_mode(self.run.state.modules), suppress(Exception):
             return not bool(torch.isfinite(objective(self.model, source.take(rows)).value))
         return True
@@ -141,12 +144,12 @@ class Case:
     @cached_property
     def sample(self) -> tuple[list[Tensor], Tensor | None] | None:
         """Inputs and targets of evenly spaced rows of the training data; of a loader, of its first batches."""
-        return sampled(self.run.train, self.plan, self.passes)
+        return sampled(self.run.train, self.plan, self.passes, may_read=self.may_read)
 
     @cached_property
     def val_sample(self) -> tuple[list[Tensor], Tensor | None] | None:
         loader = self.run.validation.loader
-        return None if loader is None else sampled(loader, self.plan, ())
+        return None if loader is None else sampled(loader, self.plan, (), may_read=self.may_read)
 
 
 def made_last(seen: Pass) -> Layer | None:
@@ -155,17 +158,18 @@ def made_last(seen: Pass) -> Layer | None:
     return next((layer for layer in seen.layers if any(id(one) in final for one in tensors(layer.output))), None)
 
 
-def sampled(loader: Any, plan: Plan, passes: Sequence[Pass]) -> tuple[list[Tensor], Tensor | None] | None:
+def sampled(
+    loader: Any, plan: Plan, passes: Sequence[Pass], *, may_read: bool
+) -> tuple[list[Tensor], Tensor | None] | None:
     source = loader.source if isinstance(loader, Loader) else None
     target = [plan.target] if isinstance(plan.target, str) else list(plan.target or ())
     if isinstance(source, Arrays):
-        count = len(source)
-        rows = torch.linspace(0, count - 1, min(ROWS, count)).round().long()
+        rows = rows_looked_at(source)
         batches = [source.take(rows.to(source.tensors[0].device))]
     else:
         batches = [one.batch for one in passes]
         with suppress(Exception):
-            batches = _some(loader)
+            batches = _some(loader) if may_read else batches
     inputs: list[list[Tensor]] = []
     targets: list[Any] = []
     for batch in batches:
@@ -180,6 +184,13 @@ def sampled(loader: Any, plan: Plan, passes: Sequence[Pass]) -> tuple[list[Tenso
     fit = all(isinstance(one, Tensor) and one.dim() for one in targets)
     fit = fit and len({tuple(one.shape[1:]) for one in targets}) == 1
     return joined, torch.cat(targets) if fit else None
+
+
+def rows_looked_at(source: Arrays) -> Tensor:
+    """Evenly spaced rows, as many as are looked at."""
+    count = len(source)
+    most = min(ROWS, max(1, BYTES * count // max(1, source.nbytes)))
+    return torch.linspace(0, count - 1, min(most, count)).round().long()
 
 
 def _some(loader: Any) -> list[Any]:

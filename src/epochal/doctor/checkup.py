@@ -19,6 +19,7 @@ from epochal.doctor.probing import Probe, Trial
 from epochal.doctor.rules.symptoms import trend, update_ratio
 from epochal.doctor.trace import Trace
 from epochal.errors import EpochalError, FaultError, NonFiniteError
+from epochal.losses import BINARY, CLASS_INDEX
 from epochal.objective import relocate
 from epochal.runtime import device as devices
 
@@ -44,7 +45,7 @@ def _found(plan: Plan, began: float) -> list[Finding]:
         return list(of_error(error))
     found: list[Finding] = []
     try:
-        case = Case(plan, run)
+        case = Case(plan, run, may_read=True)
         found += look("static", case)
         if plan.step is None:
             failed = _first_passes(case, found)
@@ -87,7 +88,7 @@ def _first_passes(case: Case, found: list[Finding]) -> list[Finding] | None:
         except Exception as error:
             return list(_explained(case, error, batch, number, once))
         noted(case, kept, loss.value, loss.outputs, trace)
-        here = [*look("wiring", case), *look("batch", case)]
+        here = [one for stage in ("wiring", "batch", "graph") for one in look(stage, case)]
         for one in here:
             counts[one.code] = counts.get(one.code, 0) + 1
             once.setdefault(one.code, one)
@@ -167,7 +168,7 @@ def _update_ratio(case: Case, trial: Trial) -> float:
 
 def _fitted(plan: Plan, case: Case, trial: Trial) -> list[Finding]:
     """Whether sixteen samples can be learned by heart, where more could not."""
-    few = first_rows(case, 16)
+    few = first_rows(case, 16) if _can_be_zero(case) else None
     if few is None or not math.isfinite(trial.first) or trial.first <= 0:
         return []
     lone = {
@@ -187,6 +188,14 @@ def _fitted(plan: Plan, case: Case, trial: Trial) -> list[Finding]:
         )
         return [_as_finding("cannot-fit", seen, None, "capacity")]
     return []
+
+
+def _can_be_zero(case: Case) -> bool:
+    """Whether the loss is one that falls to 0 where all is right."""
+    loss, targets = getattr(case.objective, "loss", None), case.now.targets
+    is_hard = case.kind not in BINARY or bool(((targets == 0) | (targets == 1)).all())
+    is_index = case.kind not in CLASS_INDEX or not targets.is_floating_point()
+    return case.kind is not None and is_hard and is_index and not getattr(loss, "label_smoothing", 0.0)
 
 
 def first_rows(case: Case, count: int) -> Any:

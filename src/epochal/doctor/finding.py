@@ -18,6 +18,7 @@ STAGES = (
     "dependence",
     "wiring",
     "batch",
+    "graph",
     "step",
     "data",
     "probe",

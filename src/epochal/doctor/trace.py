@@ -120,15 +120,15 @@ class Trace(TorchFunctionMode):
         if name in _BINARY and isinstance(result, Tensor):
             one, other = args[:2] if len(args) > 1 else (args[0], None)
             if isinstance(one, Tensor) and isinstance(other, Tensor) and is_spread(one, other, result):
-                self.spread.append(Operation(name, (one, other), result, place()))
+                self.spread.append(Operation(name, (one, other), result, line()))
         elif name in ("sigmoid", "tanh") and isinstance(result, Tensor):
             self.ends[f"{self._path()} ({name})".strip()] = at_ends(result, name)
         elif name == "cosine_similarity" and len(args) > 1 and isinstance(result, Tensor):
-            self.likenesses.append(Operation(name, args[:2], result, place()))
+            self.likenesses.append(Operation(name, args[:2], result, line()))
         elif name in ("softmax", "log_softmax"):
-            self.softmaxes.append(Operation(name, args[:1], result, place()))
+            self.softmaxes.append(Operation(name, args[:1], result, line()))
         elif name in ("gt", "ge", "lt", "le", "__gt__", "__ge__", "round", "argmax") and args:
-            self.thresholds.append(Operation(name, (args, kwargs), result, place()))
+            self.thresholds.append(Operation(name, (args, kwargs), result, line()))
         return result
 
     def _path(self) -> str:
@@ -141,7 +141,7 @@ class Trace(TorchFunctionMode):
         reduction = kwargs.get("reduction", "mean")
         reduction = {0: "none", 1: "mean", 2: "sum"}.get(reduction, reduction)
         if isinstance(outputs, Tensor) and isinstance(targets, Tensor) and isinstance(result, Tensor):
-            self.calls.append(Call(name, outputs, targets, str(reduction), result, place()))
+            self.calls.append(Call(name, outputs, targets, str(reduction), result, line()))
 
     def _entering(self, path: str) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -239,11 +239,29 @@ def leaves(tensor: Tensor) -> set[int]:
 
 
 def place() -> str:
-    """File and line of the user's call that is being made: the innermost frame outside of torch and epochal."""
+    """File and line of the user's call of epochal: the innermost frame outside of it."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if name.endswith(".py") and not name.startswith(_OURS):
-            return f"{Path(name).name}:{frame.f_lineno}"
+    while frame is not None and not _is_users(frame):
         frame = frame.f_back
-    return ""
+    return _told(frame)
+
+
+def line() -> str:
+    """File and line where the user calls the operation that is being made; empty where epochal calls it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    while frame is not None and not _is_users(frame):
+        if frame.f_code.co_filename.startswith(_OURS[0]):
+            return ""
+        frame = frame.f_back
+    return _told(frame)
+
+
+def _is_users(frame: FrameType) -> bool:
+    name = frame.f_code.co_filename
+    return name.endswith(".py") and not name.startswith(_OURS)
+
+
+def _told(frame: FrameType | None) -> str:
+    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

@@ -154,7 +154,11 @@ class Watch:
             events = seeing.enter_context(self._seen(step)) if is_first and self._is_own else None
             if is_first and not self._is_own:
                 seeing.enter_context(self._objective_seen())
-            result = step(state, window)
+            try:
+                result = step(state, window)
+            except BaseException:
+                self._let_go()
+                raise
         if events is not None:
             events.micro_batches = len(window.batches)
         self._next(number)
@@ -165,6 +169,12 @@ class Watch:
         self._judge(look, number)
         self.vitals.read(), self.vitals.read_norms()
         return result
+
+    def _let_go(self) -> None:
+        """What fills memory: the pass of the update, and the rows that were looked at."""
+        self.case.passes[:] = [_light(one) for one in self.case.passes]
+        if self.due > self._first:
+            self.case.__dict__.pop("sample", None)
 
     def _next(self, number: int) -> None:
         if self.dense is not None:
@@ -187,6 +197,7 @@ class Watch:
                 loss = objective(forward, batch)
             noted(self.case, batch, loss.value, loss.outputs, trace)
             self._batch_seen(("batch", "wiring"))
+            self._let_go()  # before the backward pass, which may need the memory
             return loss
 
         objective.watch = seen
@@ -202,6 +213,7 @@ class Watch:
         with seen:
             yield seen
         seen.close()
+        self._let_go()
 
     def _batch_seen(self, stages: Sequence[str]) -> None:
         for call in self.case.now.calls:
@@ -211,7 +223,6 @@ class Watch:
             step = self.case.run.state.progress.step
             for one in look(stage, self.case, ignore=self.ignore, step=step):
                 self._account(one)
-        self.case.passes[:-1] = [_light(one) for one in self.case.passes[:-1]]
 
     def _account(self, one: Finding) -> None:
         """Raises what is an error; tells a warning when it was seen often enough."""
@@ -232,13 +243,11 @@ class Watch:
 
 
 def _light(one: Pass) -> Pass:
-    """A pass of which only the names are kept."""
-    one.batch = one.outputs = one.targets = None
-    one.inputs, one.trace.calls, one.trace.spread = [], [], []
-    one.trace.softmaxes, one.trace.thresholds = [], []
-    one.trace.layers = [layer._replace(input=None, output=None) for layer in one.trace.layers]
-    one.value = torch.zeros(())
-    return one
+    """A pass of which only names are kept, and which layers ran."""
+    trace = Trace(nn.Identity())
+    trace.layers = [layer._replace(input=None, output=None) for layer in one.layers]
+    nothing = torch.zeros(())
+    return Pass(None, [], None, one.samples, None, nothing, trace, one.without, one.reached)
 
 
 def _part(parameter: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def improvement(rows: Sequence[Row], share: float = 0.2) -> float | None:
     ``val_loss``, or of ``train_loss`` where there is no val. None for fewer than three rows.
 
     >>> round(improvement([{"train_loss": 1.0}, {"train_loss": 0.8}, {"train_loss": 0.6}]), 2)
-    0.25
+    0.2
     """
     name = "val_loss" if rows and "val_loss" in rows[-1] else "train_loss"
     values = [row.get(name, math.nan) for row in rows]

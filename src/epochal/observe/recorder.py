@@ -76,7 +76,7 @@ class Recorder:
         elif isinstance(event, Noted):
             self._tell("noted", message=event.message)
         elif isinstance(event, Found):
-            self._tell("found", **event.finding.as_dict())
+            self._tell("found", finding=event.finding.as_dict())
         elif isinstance(event, Started):
             self._start(event)
         elif isinstance(event, Ended):

@@ -55,6 +55,7 @@ def step_without_effect(seen: Look) -> Iterator[Seen]:
             f"no weight moved in update {seen.step}, and no optimizer stepped",
             f"step=, in this order: {order}",
             "call optimizer.zero_grad(), loss.backward() and optimizer.step() in it",
+            level=None if "backward" in seen.events else "warning",
         )
 
 

@@ -92,8 +92,20 @@ def gradient_ascent(case: Case) -> Iterator[Seen]:
             fix = "make the optimizer without maximize" if maximizes else f"minimise {name} itself: leave out the minus"
             yield Seen("the error is maximised, not minimised.", told, case.at(at), fix)
         return
-    yield from _prefers_errors(case)
     yield from _parts_from_targets(case)
+
+
+def _parts_from_targets(case: Case) -> Iterator[Seen]:
+    """Of cosine similarities between what is trained and what is not, whether they are made smaller."""
+    for one in case.now.trace.likenesses:
+        first, second = one.inputs
+        if case.now.value.requires_grad and first.requires_grad is not second.requires_grad:
+            (slope,) = torch.autograd.grad(case.now.value, one.result, retain_graph=True, allow_unused=True)
+            if slope is not None and bool((slope > 0).all()):
+                yield Seen("the likeness to the targets is minimised, not maximised.",
+                           f"the derivative by the cosine similarity is {slope.mean().item():.3g}, above 0",
+                           case.at(one.place), "minimise 1 - cosine_similarity(outputs, targets)")  # fmt: skip
+                return
 
 
 def _parts_from_targets(case: Case) -> Iterator[Seen]:
@@ -191,7 +203,7 @@ def initial_loss(case: Case) -> Iterator[Seen]:
             )
 
 
-@rule("penalty-dominates", "warning", "batch")
+@rule("penalty-dominates", "warning", "graph")
 def penalty_dominates(case: Case) -> Iterator[Seen]:
     """The penalty is larger than the error: the weights shrink towards 0 instead of learning.
 
