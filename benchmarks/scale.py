@@ -133,7 +133,7 @@ def play(_, rank, size, kind, blocks):
         X = torch.zeros(2 * batch, 8)
         began, before = time.perf_counter(), private()
         plan = epochal.Plan(
-            model, (X, X[:, :1]), val=(X[:batch], X[:batch, :1]), loss="mse", optimizer="adamw", strategy=kind,
+            model, (X, X[:, :1]), val=(X[:batch].clone(), X[:batch, :1]), loss="mse", optimizer="adamw", strategy=kind,
             batch_size=batch, evaluate_every="2 steps", max_steps=2, observers=(), seed=0, restore_best=False,
         )  # fmt: skip
         run, took, steps = plan.prepare(), {}, []
@@ -225,7 +225,8 @@ def count(_, size, options):
         torch.manual_seed(0)
         X = torch.randn(12 * size, 256)
         plan = epochal.Plan(
-            wide(256, 8), (X, X[:, :1]), val=(X[:size], X[:size, :1]), loss="mse", optimizer="adamw", batch_size=size,
+            wide(256, 8), (X, X[:, :1]), val=(X[:size].clone(), X[:size, :1]), loss="mse", optimizer="adamw",
+            batch_size=size,
             metrics=["r2"], evaluate_every="3 steps", max_steps=3, observers=(), seed=0, **options,
         )  # fmt: skip
         counted, exchanges = {}, Exchanges(size)
@@ -282,7 +283,7 @@ def weigh(rank, kind, size):
     model = wide(256, 8)
     before = private()
     plan = epochal.Plan(
-        model, (X, X[:, :1]), val=(X[:64], X[:64, :1]), loss="mse", optimizer="adamw", lr=1e-3, max_steps=3,
+        model, (X, X[:, :1]), val=(X[:64].clone(), X[:64, :1]), loss="mse", optimizer="adamw", lr=1e-3, max_steps=3,
         evaluate_every="3 steps", batch_size=64, observers=(), seed=0, strategy=kind,
     )  # fmt: skip
     with plan.prepare() as run:

@@ -157,7 +157,8 @@ def fit(folder: Path, variant: Variant, *, saving: str = "1 steps", watch: Any =
     observers = [Averaged(model)] if variant["averaged"] else []
     observers += [one for one in (watch, leg and ending(leg, model)) if one]
     return epochal.fit(
-        model, data, val=(X[:9], Y[:9]), loss="mse", metrics=["mae"], epochs=3, seed=1, run=folder, resume=True,
+        model, data, val=(X[:9].clone(), Y[:9].clone()), loss="mse", metrics=["mae"], epochs=3, seed=1, run=folder,
+        resume=True,
         lr=None if callable(variant["optimizer"]) else 0.01, observers=observers,
         save=epochal.Saving(saving, keep=2, share=None), **options,
     )  # fmt: skip

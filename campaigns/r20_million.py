@@ -72,7 +72,7 @@ def _train(part: Part, steps: int, leak: Callable[[], None] = lambda: None) -> N
         os.chdir(folder)
         began = time.perf_counter()
         result = epochal.fit(
-            model, (inputs, (inputs.sum(1) > 0).long()), val=(inputs[:8], (inputs[:8].sum(1) > 0).long()),
+            model, (inputs, (inputs.sum(1) > 0).long()), val=(inputs[:8].clone(), (inputs[:8].sum(1) > 0).long()),
             loss="cross_entropy", optimizer="sgd", lr=0.01, schedule="cosine", clip=1.0, metrics=["accuracy"],
             max_steps=steps, batch_size=4, patience=steps, evaluate_every=f"{EVERY} steps", seed=0, run=folder / "run",
             observers=[Console(told), sampler],

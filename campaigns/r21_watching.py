@@ -1,4 +1,5 @@
-"""R21: guard, recorder with checkpoints, console and observers, on or off: the same weights, and what they cost."""
+"""R21: guard, recorder with checkpoints, console, observers and the doctor, on or off: the same weights, and what they
+cost."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from epochal.accumulation import gradients
 from epochal.observe.console import Console
 from epochal.step import Update
 
-WHAT = "guard, recorder, console, observers on or off"
-PARTS = ("guard", "recorder", "console", "observers")
+WHAT = "guard, recorder, console, observers, doctor on or off"
+PARTS = ("guard", "recorder", "console", "observers", "doctor")
 ROUNDS = {"small": 0, "full": 15}  # of the timing, in turns
 X = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))
 Y = X[:, :10].argmax(1)
@@ -35,7 +36,7 @@ def run(scale: str) -> Outcome:
     def work(part: Part, rng: random.Random, share: int, shares: int) -> None:
         with harness.scratch() as folder:
             os.chdir(folder)
-            _bits(part, folder, [set(one) for n in range(5) for one in itertools.combinations(PARTS, n)])
+            _bits(part, folder, [set(one) for n in range(len(PARTS) + 1) for one in itertools.combinations(PARTS, n)])
             _cost(part, folder, ROUNDS[scale])
 
     return harness.outcome("R21", WHAT, work)
@@ -85,9 +86,9 @@ def fit(on: set[str], folder: Path, epochs: int) -> tuple[str, float]:
     with nullcontext() if "guard" in on else unguarded():
         began = time.perf_counter()
         result = epochal.fit(
-            model, (X, Y), val=(X[:128], Y[:128]), loss="cross_entropy", optimizer="adamw", lr=0.003, epochs=epochs,
-            batch_size=32, seed=0, metrics=["accuracy"], observers=watching,
-            run=folder if "recorder" in on else None,
+            model, (X, Y), val=(X[:128].clone(), Y[:128].clone()), loss="cross_entropy", optimizer="adamw",
+            lr=0.003, epochs=epochs,            batch_size=32, seed=0, metrics=["accuracy"], observers=watching,
+            run=folder if "recorder" in on else None, ignore=() if "doctor" in on else ("*",),
         )  # fmt: skip
         seconds = time.perf_counter() - began
     rows = [{name: value for name, value in row.items() if name != "time"} for row in result.history]

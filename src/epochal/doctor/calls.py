@@ -63,15 +63,14 @@ class Loop:
 
     def _goes_back(self, value: Tensor) -> None:
         self.events.append("backward")
-        self._reached |= leaves(value)
-        self._note_share(value)
-        if self.events.count("backward") == 1 and value.numel() == 1 and self._trace is not None:
-            one = noted(self.case, getattr(self.watch, "batch", None), value, None, self._trace)
-            one.samples = max(
-                (layer.input.shape[0] for layer in one.layers if layer.input is not None and layer.input.dim()),
-                default=1,
-            )
-            self.watch._batch_seen(("batch",))
+        with self.watch._quietly():
+            self._reached |= leaves(value)
+            self._note_share(value)
+            if self.events.count("backward") == 1 and value.numel() == 1 and self._trace is not None:
+                one = noted(self.case, None, value, None, self._trace)
+                sizes = [layer.input.shape[0] for layer in one.layers if layer.input is not None and layer.input.dim()]
+                one.samples = max(sizes, default=1)
+                self.watch._batch_seen(("batch",))
 
     def _note_share(self, value: Tensor) -> None:
         """Of a backward pass from one loss of torch's: its factor, and how many targets it is the mean over."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -66,70 +67,55 @@ class Trace(TorchFunctionMode):
     model: its layers are noted, outermost last. at_backward: called when a loss goes back, before it does.
     """
 
-    def __init__(
-        self, model: nn.Module, at_backward: Callable[[Tensor], None] | None = None, *, operations: bool = True
-    ):
+    def __init__(self, model: nn.Module, at_backward: Callable[[Tensor], None] | None = None):
         super().__init__()
-        self.model, self.at_backward, self.operations = model, at_backward, operations
+        self.model, self.at_backward = model, at_backward
         self.calls: list[Call] = []
         self.layers: list[Layer] = []
         self.spread: list[Operation] = []  # outputs and targets of other shapes in one operation
         self.ends: dict[str, float] = {}  # of each sigmoid and tanh, the share of its results that lie at its ends
         self.likenesses: list[Operation] = []  # cosine similarities
-        self.softmaxes: list[Operation] = []
         self.thresholds: list[Operation] = []
-        self.backwards = 0
         self._handles: list[Any] = []
-        self._within_loss = False
         self._running: list[str] = []
         self._versions: dict[str, list[tuple[Tensor | None, int]]] = {}
 
     def __enter__(self) -> Trace:
         for path, module in self.model.named_modules():
-            self._handles.append(module.register_forward_pre_hook(self._entering(path), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._ending(path), with_kwargs=True))
-        if self.operations:
-            super().__enter__()
+            with suppress(Exception):  # a module may refuse to be watched
+                self._handles.append(module.register_forward_pre_hook(self._entering(path), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self._ending(path), with_kwargs=True))
+        super().__enter__()
         return self
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
-        if self.operations:
-            super().__exit__(exc_type, exc_val, exc_tb)
+        super().__exit__(exc_type, exc_val, exc_tb)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        function, kwargs = func, kwargs or {}
-        if self._within_loss:
-            return function(*args, **kwargs)
-        if (name := LOSSES.get(function)) is not None:
-            self._within_loss = True
-            try:
-                result = function(*args, **kwargs)
-            finally:
-                self._within_loss = False
-            self._note_loss(name, args, kwargs, result)
-            return result
-        name = getattr(function, "__name__", "")
-        if name == "backward" and args and isinstance(args[0], Tensor):
-            self.backwards += 1
-            if self.at_backward is not None:
-                self.at_backward(args[0])
-        result = function(*args, **kwargs)
-        if name in _BINARY and isinstance(result, Tensor):
-            one, other = args[:2] if len(args) > 1 else (args[0], None)
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name == "backward" and self.at_backward is not None and args and isinstance(args[0], Tensor):
+            self.at_backward(args[0])
+        result = func(*args, **kwargs)
+        with suppress(Exception):  # what cannot be noted is not seen; the pass goes on
+            self._note(func, name, args, kwargs, result)
+        return result
+
+    def _note(self, function: Any, name: str, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+        if (loss := LOSSES.get(function)) is not None:
+            self._note_loss(loss, args, kwargs, result)
+        elif name in _BINARY and isinstance(result, Tensor) and len(args) > 1:
+            one, other = args[:2]
             if isinstance(one, Tensor) and isinstance(other, Tensor) and is_spread(one, other, result):
                 self.spread.append(Operation(name, (one, other), result, line()))
-        elif name in ("sigmoid", "tanh") and isinstance(result, Tensor):
+        elif name in ("sigmoid", "tanh"):
             self.ends[f"{self._path()} ({name})".strip()] = at_ends(result, name)
-        elif name == "cosine_similarity" and len(args) > 1 and isinstance(result, Tensor):
+        elif name == "cosine_similarity" and len(args) > 1:
             self.likenesses.append(Operation(name, args[:2], result, line()))
-        elif name in ("softmax", "log_softmax"):
-            self.softmaxes.append(Operation(name, args[:1], result, line()))
         elif name in ("gt", "ge", "lt", "le", "__gt__", "__ge__", "round", "argmax") and args:
             self.thresholds.append(Operation(name, (args, kwargs), result, line()))
-        return result
 
     def _path(self) -> str:
         """The innermost layer that is running."""
@@ -153,6 +139,8 @@ class Trace(TorchFunctionMode):
 
     def _ending(self, path: str) -> Callable:
         def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            if not self._versions.get(path):  # it was entered before it was watched
+                return
             given, version = self._versions[path].pop()
             self._running.pop()
             if isinstance(module, nn.RNN) and isinstance(output, tuple) and module.nonlinearity == "tanh":

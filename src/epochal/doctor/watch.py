@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from epochal.doctor import finding
 from epochal.doctor.calls import MOST, Loop
 from epochal.doctor.case import Case, Pass, noted
 from epochal.doctor.finding import Finding, look
@@ -107,7 +108,7 @@ class Watch:
         self._codes: set[str] = set()
         self._is_compiled, self._is_own = bool(plan.compile), plan.step is not None
         self._names = list(self.case.trained.items())
-        self.due = 0  # the next update that is looked at
+        self.due: float = 0  # the next update that is looked at
         self._losses, self._norms = self.vitals.losses, self.vitals.norms
         self.used: dict[int, tuple[int, int]] = {}  # gradients as the last update of a user's step left them
 
@@ -146,29 +147,47 @@ class Watch:
 
     def look(self, step: Callable, state: TrainState, window: Window) -> StepResult:
         """Makes an update, and looks at it."""
-        number = state.progress.step
+        number, before, parts = state.progress.step, [], []
         is_first = number < self._first and (not self._is_compiled or number == 0)
-        parts = [(name, p, _part(p)) for name, p in self._names]
-        before = [part.clone() for _, _, part in parts]
-        with ExitStack() as seeing:
-            events = seeing.enter_context(self._seen(step)) if is_first and self._is_own else None
-            if is_first and not self._is_own:
-                seeing.enter_context(self._objective_seen())
-            try:
-                result = step(state, window)
-            except BaseException:
-                self._let_go()
-                raise
-        if events is not None:
-            events.micro_batches = len(window.batches)
+        with self._quietly():
+            parts = [(name, p, _part(p)) for name, p in self._names]
+            before = [part.clone() for _, _, part in parts]
+        result, seen = self._step_seen(step, state, window) if is_first else (step(state, window), None)
         self._next(number)
-        if not isinstance(result, StepResult):
-            return result
-        look = _measured(parts, before, state, result, events, full=is_first)
-        self.vitals.looks = [*self.vitals.looks[-KEPT:], look]
-        self._judge(look, number)
-        self.vitals.read(), self.vitals.read_norms()
+        if isinstance(result, StepResult):
+            with self._quietly():
+                look = _measured(parts, before, state, result, seen, full=is_first)
+                self.vitals.looks = [*self.vitals.looks[-KEPT:], look]
+                self._judge(look, number)
+                self.vitals.read(), self.vitals.read_norms()
         return result
+
+    def _step_seen(self, step: Callable, state: TrainState, window: Window) -> tuple[StepResult, Loop | None]:
+        try:
+            if not self._is_own:
+                with self._objective_seen():
+                    return step(state, window), None
+            seen = Loop(self, step)
+            with seen:
+                result = step(state, window)
+            seen.micro_batches = len(window.batches)
+            with self._quietly():
+                seen.close()
+            return result, seen
+        finally:
+            self._let_go()
+
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """What fails inside ends the looking, and not the training; but a mistake that is proved is raised."""
+        try:
+            yield
+        except FaultError:
+            raise
+        except Exception:
+            self.due = math.inf
+            if finding.RAISES:
+                raise
 
     def _let_go(self) -> None:
         """What fills memory: the pass of the update, and the rows that were looked at."""
@@ -177,6 +196,8 @@ class Watch:
             self.case.__dict__.pop("sample", None)
 
     def _next(self, number: int) -> None:
+        if self.due == math.inf:
+            return
         if self.dense is not None:
             self.due = number + (1 if number + 1 < self._first else self.dense)
         elif number + 1 < self._first:
@@ -195,8 +216,9 @@ class Watch:
                 return objective(forward, batch)
             with Trace(self.case.model) as trace:
                 loss = objective(forward, batch)
-            noted(self.case, batch, loss.value, loss.outputs, trace)
-            self._batch_seen(("batch", "wiring"))
+            with self._quietly():
+                noted(self.case, batch, loss.value, loss.outputs, trace)
+                self._batch_seen(("batch", "wiring"))
             self._let_go()  # before the backward pass, which may need the memory
             return loss
 
@@ -205,15 +227,6 @@ class Watch:
             yield
         finally:
             objective.watch = None
-
-    @contextmanager
-    def _seen(self, step: Callable) -> Iterator[Loop]:
-        """A step of the user's, with all that it calls."""
-        seen = Loop(self, step)
-        with seen:
-            yield seen
-        seen.close()
-        self._let_go()
 
     def _batch_seen(self, stages: Sequence[str]) -> None:
         for call in self.case.now.calls:
