@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -143,6 +144,12 @@ def _explain(error: Exception, model: nn.Module, batch: Any, place: str) -> Epoc
     from_torch = isinstance(error, RuntimeError)
     if from_torch and any(words in text for words in ("same dtype", "expected scalar type", "Input type")):
         return _type_mismatch(batch, model, place, first)
+    if from_torch and (seen := re.search(r"expected input\[(.+?)\] to have (\d+) channels", text)):
+        shape, channels = [int(one) for one in seen[1].split(",")], int(seen[2])
+        if len(shape) == 4 and shape[3] == channels != shape[1]:
+            what = f"a convolution wants {channels} channels, and gets images with their channels last."
+            where = f"{place}; it gets {tuple(shape)}"
+            return ModelError(what, where=where, fix="give X.permute(0, 3, 1, 2)", code="image-layout")
     if from_torch and ("cannot be multiplied" in text or ("to have" in text and "channels" in text)):
         fix = "make the layer's input size match the data"
         return ModelError(f"a layer cannot take inputs of this shape: {first}.", where=place, fix=fix)

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from epochal.doctor.case import noted
 from epochal.doctor.finding import look
-from epochal.doctor.trace import Trace, leaves
+from epochal.doctor.trace import Trace, leaves, tensors
 
 if TYPE_CHECKING:
     from epochal.doctor.watch import Watch
@@ -28,7 +28,8 @@ class Loop:
     """Sees what a step of the user's calls, in which order: backward passes, optimizers, schedules, clipping.
 
     events: ``backward``, ``step``, ``empty step`` (no parameter had a gradient), ``stale step`` (one had an old
-    gradient in it), ``foreign step`` (nothing of the model's), ``early schedule``.
+    gradient in it), ``foreign step`` (nothing of the model's), ``early schedule``,
+    ``unscaled fp16``.
     """
 
     def __init__(self, watch: Watch, step: Callable):
@@ -41,7 +42,7 @@ class Loop:
         self._parts = list(parts_of(step))
         self._stack = ExitStack()
         self._trace: Trace | None = None
-        self._reached: set[int] = set()
+        self.reached: set[int] = set()
         self._arrived: dict[int, Tensor] = {}
         self._stale: set[int] = set()
         self._used: dict[int, tuple[int, int]] = watch.used
@@ -64,9 +65,13 @@ class Loop:
     def _goes_back(self, value: Tensor) -> None:
         self.events.append("backward")
         with self.watch._quietly():
-            self._reached |= leaves(value)
+            self.reached |= leaves(value)
             self._note_share(value)
             if self.events.count("backward") == 1 and value.numel() == 1 and self._trace is not None:
+                made = (one for layer in self._trace.layers for one in tensors(layer.output))
+                has_scaler = any(isinstance(one, torch.amp.GradScaler) for one in self._parts)
+                if not has_scaler and any(one.dtype is torch.float16 and one.requires_grad for one in made):
+                    self.events.append("unscaled fp16")
                 one = noted(self.case, None, value, None, self._trace)
                 sizes = [layer.input.shape[0] for layer in one.layers if layer.input is not None and layer.input.dim()]
                 one.samples = max(sizes, default=1)
@@ -89,9 +94,9 @@ class Loop:
             if gradient.layout is torch.strided:
                 self._arrived[id(p)] = gradient.detach() if before is None else before + gradient.detach()
             used = self._used.get(id(p))
-            if p.grad is None or used is None:
-                return
-            if used == (id(p.grad), p.grad._version) and bool(p.grad.any()):
+            if p.grad is None or not bool(p.grad.any()):
+                self._stale.discard(id(p))  # it was cleared
+            elif used == (id(p.grad), p.grad._version):
                 self._stale.add(id(p))
 
         return arrive
@@ -138,8 +143,8 @@ class Loop:
         """After the update: what all of its backward passes reached, and whether layers were connected at all."""
         if not self.case.passes or "backward" not in self.events:
             return
-        self.case.now.reached = self._reached
-        self.case.now.without = [name for name, p in self.case.trained.items() if id(p) not in self._reached]
+        self.case.now.reached = self.reached
+        self.case.now.without = [name for name, p in self.case.trained.items() if id(p) not in self.reached]
         step = self.case.run.state.progress.step
         for one in look("wiring", self.case, ignore=self.watch.ignore, step=step):
             self.watch._account(one)

@@ -163,11 +163,22 @@ class Probe:
         """The loss of torch's inside of what is minimised, of a batch."""
         with evaluation_mode([model]), torch.enable_grad(), Trace(model) as trace:
             self.case.objective(model, copy.deepcopy(self.case.now.batch))
-        return sum(call.result.item() for call in trace.calls) if trace.calls else None
+        return sum(call.result.mean().item() for call in trace.calls) if trace.calls else None
 
     def saturated(self, one: Pass) -> dict[str, float]:
         """Of each sigmoid and tanh inside of the model the share of its results at its ends."""
         return one.trace.ends
+
+    def dead(self, model: nn.Module) -> list[tuple[str, float]]:
+        """Of each activation of the model that can give 0, the share of units that give it for all samples."""
+        found = []
+        with evaluation_mode([model]), torch.enable_grad(), Trace(model) as trace:
+            self.case.objective(model, copy.deepcopy(self.case.now.batch))
+        for path, output in trace.cut_off:
+            if output.dim() > 1 and output.shape[0] == self.case.now.samples:
+                units = output.detach().movedim(1, 0).flatten(1)
+                found.append((path, (~units.any(1)).float().mean().item()))
+        return found
 
     def is_stalled(self) -> bool:
         return self.trial is not None and is_stalled(self.trial.losses, 0.95)

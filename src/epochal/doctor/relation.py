@@ -21,6 +21,7 @@ class Relation(NamedTuple):
     """
 
     explained: float
+    linear: float
     chance: float
     rows: int
     is_learned: bool
@@ -39,10 +40,11 @@ def relation(sample: tuple[list[Tensor], Tensor | None] | None, trial: Any) -> R
     x, y = features[order], targets[order]
     half = len(x) // 2
     parts = (x[:half], y[:half]), (x[half:], y[half:])
-    explained = max(_neighbours(*parts), _linear(*parts))
+    linear = _linear(*parts)
+    explained = max(_neighbours(*parts), linear)
     learned = _learned(trial) if trial is not None else None
     # Three deviations of the correlation with something unrelated.
-    return None if learned is None else Relation(explained, 3 / math.sqrt(half), half, learned)
+    return None if learned is None else Relation(explained, linear, 3 / math.sqrt(half), half, learned)
 
 
 def _learned(trial: Any) -> bool | None:

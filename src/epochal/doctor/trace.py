@@ -74,6 +74,7 @@ class Trace(TorchFunctionMode):
         self.layers: list[Layer] = []
         self.spread: list[Operation] = []  # outputs and targets of other shapes in one operation
         self.ends: dict[str, float] = {}  # of each sigmoid and tanh, the share of its results that lie at its ends
+        self.cut_off: list[tuple[str, Tensor]] = []  # what a ReLU gave, and in which layer
         self.likenesses: list[Operation] = []  # cosine similarities
         self.thresholds: list[Operation] = []
         self._handles: list[Any] = []
@@ -110,6 +111,8 @@ class Trace(TorchFunctionMode):
             one, other = args[:2]
             if isinstance(one, Tensor) and isinstance(other, Tensor) and is_spread(one, other, result):
                 self.spread.append(Operation(name, (one, other), result, line()))
+        elif name in ("relu", "relu_", "relu6") and isinstance(result, Tensor):
+            self.cut_off.append((self._path(), result))
         elif name in ("sigmoid", "tanh"):
             self.ends[f"{self._path()} ({name})".strip()] = at_ends(result, name)
         elif name == "cosine_similarity" and len(args) > 1:
@@ -158,18 +161,16 @@ def _version(tensor: Tensor | None) -> int:
 def is_spread(one: Tensor, other: Tensor, result: Tensor) -> bool:
     """Whether outputs (n,) and targets (n, 1), or the other way round, made (n, n): each with each.
 
-    What compares outputs with one another, or targets, means that; here only one of both is trained.
+    That is: both were repeated along a dimension that the other one has, of the same size. What compares outputs with
+    one another, or targets, means that; here only one of both is trained.
     """
-    shapes = {tuple(one.shape), tuple(other.shape)}
-    if one.requires_grad is other.requires_grad or len(shapes) != 2:
+    if one.requires_grad is other.requires_grad or one.dim() == other.dim():
         return False
-    flat, tall = sorted(shapes, key=len)
-    return (
-        len(flat) >= 1
-        and flat[0] > 1
-        and tall == (*flat, 1)
-        and tuple(result.shape) == (*flat[:-1], flat[-1], flat[-1])
-    )
+    dims = result.dim()
+    shapes = [(1,) * (dims - part.dim()) + tuple(part.shape) for part in (one, other)]
+    only = [{shape[at] for at in range(dims) if shape[at] > 1 and beside[at] == 1}
+            for shape, beside in (shapes, shapes[::-1])]  # fmt: skip
+    return bool(only[0] & only[1])
 
 
 def at_ends(result: Tensor, name: str) -> float:

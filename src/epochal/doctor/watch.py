@@ -51,6 +51,7 @@ class Look:
     events: Sequence[str] = ()
     climb: float = 0.0  # the cosine of the change with the gradient
     is_own: bool = False
+    reaches: bool = True  # whether a backward pass reached a trained weight
     shares: Sequence[tuple[float, int]] = ()
     micro_batches: int = 1
     shrunk: float = 0.0  # how many times smaller a gradient is at the optimizer's step than it arrived
@@ -258,6 +259,7 @@ class Watch:
 def _light(one: Pass) -> Pass:
     """A pass of which only names are kept, and which layers ran."""
     trace = Trace(nn.Identity())
+    trace.ends = one.trace.ends
     trace.layers = [layer._replace(input=None, output=None) for layer in one.layers]
     nothing = torch.zeros(())
     return Pass(None, [], None, one.samples, None, nothing, trace, one.without, one.reached)
@@ -301,5 +303,6 @@ def _measured(
     )  # fmt: skip
     if seen is not None:
         look.is_own, look.events, look.shares, look.micro_batches = True, seen.events, seen.shares, seen.micro_batches
+        look.reaches = any(id(p) in seen.reached for _, p, _ in parts)
         look.climb, look.shrunk = seen.climb(changes, parts), seen.shrunk()
     return look

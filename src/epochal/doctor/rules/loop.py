@@ -11,6 +11,8 @@ from epochal.doctor.finding import Seen, rule
 from epochal.doctor.rules.wiring import named
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from epochal.doctor.watch import Look
 
 
@@ -40,6 +42,13 @@ def step_without_effect(seen: Look) -> Iterator[Seen]:
     if seen.has_moved or not seen.applied or not seen.is_own:
         return
     order = ", ".join(seen.events) or "no backward and no optimizer.step()"
+    if "foreign step" in seen.events and not seen.reaches:
+        yield Seen(
+            "the step trains another model than the plan's.",
+            f"no backward pass reached a weight of it, and none moved in update {seen.step}",
+            f"step=, in this order: {order}",
+            "call state.model in the step, and make the optimizer over its parameters()",
+        )
     if "foreign step" in seen.events:
         return
     if "empty step" in seen.events:
@@ -66,7 +75,7 @@ def foreign_step(seen: Look) -> Iterator[Seen]:
     Watches a step of the user's: an optimizer steps that holds no parameter of the plan's model, and no weight of the
     model moves.
     """
-    if "foreign step" in seen.events and not seen.has_moved:
+    if "foreign step" in seen.events and not seen.has_moved and seen.reaches:
         yield Seen(
             "the optimizer of the step holds the parameters of another model.",
             f"no weight of the plan's model moved in update {seen.step}",
@@ -136,6 +145,23 @@ def unscaled_accumulation(seen: Look) -> Iterator[Seen]:
         )
 
 
+@rule("fp16-unscaled", "warning", "step")
+def fp16_unscaled(seen: Look) -> Iterator[Seen]:
+    """In fp16 small gradients are 0: a loss has to be multiplied before it goes back, and the gradients divided
+    afterwards.
+
+    Watches a step of the user's: layers compute in fp16 under autocast, or have weights in it, and there is no
+    torch.amp.GradScaler in the step.
+    """
+    if "unscaled fp16" in seen.events:
+        yield Seen(
+            "what goes back is in fp16, and the loss is not scaled.",
+            f"layers compute in float16 in update {seen.step}, and no GradScaler is used",
+            "step=",
+            "scale it: scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update(); or compute in bfloat16",
+        )
+
+
 @rule("lost-updates", "warning", "step")
 def lost_updates(seen: Look) -> Iterator[Seen]:
     """A weight in bf16 has 8 bits: an update that is smaller than a 256th of it is rounded away, and it never moves.
@@ -168,7 +194,9 @@ def symmetric_init(seen: Look) -> Iterator[Seen]:
             continue
         rows, slopes = weight.flatten(1), gradient.flatten(1)
         largest = slopes.abs().max()
-        if not bool((rows == rows[0]).all()) or not bool((slopes - slopes[0]).abs().max() <= 1e-5 * largest):
+        # A weight of the user's own may have its units in columns.
+        ways = [(rows, slopes)] + ([(rows.T, slopes.T)] if weight.dim() == 2 and weight.shape[1] > 1 else [])
+        if not any(_are_alike(*way, largest) for way in ways):
             continue
         if not bool(largest > 0) and not _are_all_still(seen):
             continue
@@ -181,6 +209,10 @@ def symmetric_init(seen: Look) -> Iterator[Seen]:
             "leave the weights to torch's initialisation, or nn.init.kaiming_normal_(layer.weight)",
         )
         return
+
+
+def _are_alike(rows: Tensor, slopes: Tensor, largest: Tensor) -> bool:
+    return bool((rows == rows[0]).all()) and bool((slopes - slopes[0]).abs().max() <= 1e-5 * largest)
 
 
 def _are_all_still(seen: Look) -> bool:

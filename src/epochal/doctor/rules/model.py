@@ -17,26 +17,33 @@ from epochal.doctor.trace import Layer, tensors
 LINEAR = (nn.Linear, nn.modules.conv._ConvNd)
 
 
-@rule("missing-nonlinearity", "warning", "batch")
+@rule("missing-nonlinearity", "info", "batch")
 def missing_nonlinearity(case: Case) -> Iterator[Seen]:
     """Two linear layers in a row are one linear layer: the second adds parameters, and nothing that can be learned.
 
     Looks at what the layers of the pass give and get: the output of an nn.Linear or a convolution is, unchanged, the
-    input of another one. Exempt: a narrow middle (low rank, as in LoRA), grouped and 1x1 convolutions; where the
-    two belong to different parts of the model, it is told as info.
+    input of another one. Exempt: a narrow middle (low rank, as in LoRA), grouped and 1x1 convolutions. It may be meant
+    so; ``epochal check`` makes it a warning where both layers belong to one part of the model, and the training goes
+    badly, or neighbours tell more of the targets than a linear model does.
     """
+    if told := told_of_pairs(case):
+        yield told[0]
+
+
+def told_of_pairs(case: Case) -> tuple[Seen, bool] | None:
+    """What is told of linear layers in a row, and whether two of one part are among them; None where there are none."""
     pairs = [(one, two) for one, two in _fed(case.now) if not _is_factored(one.module, two.module)]
     if not pairs:
-        return
+        return None
     weights = [layer for layer in case.now.layers if isinstance(layer.module, LINEAR)]
     is_within = any(one.path.rpartition(".")[0] == two.path.rpartition(".")[0] for one, two in pairs)
-    yield Seen(
+    told = Seen(
         "linear layers follow one another with no activation between them.",
         f"{len(pairs)} of the {len(weights)} linear layers get the unchanged output of another one",
         ", ".join(f"{one.path} -> {two.path}" for one, two in pairs[:4]),
         "put an activation between them, nn.ReLU() say",
-        level=None if is_within else "info",
     )
+    return told, is_within
 
 
 def _fed(seen: Pass) -> Iterator[tuple[Layer, Layer]]:

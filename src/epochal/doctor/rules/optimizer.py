@@ -80,8 +80,9 @@ def endless_momentum(case: Case) -> Iterator[Seen]:
 def decayed_norms(case: Case) -> Iterator[Seen]:
     """Weight decay pulls the scales of norms, and biases, towards 0, where they do not belong.
 
-    Looks at the groups with a weight decay of at least 0.05 that hold one-dimensional weights of norms. Usual practice
-    leaves norms, biases and embeddings out of the decay.
+    Looks at the groups with a weight decay of at least 0.05 that hold one-dimensional weights of norms. Usual
+    practice leaves norms, biases and embeddings out of the decay. Where they have more of it than the matrices, that
+    is a warning.
     """
     norms = {
         id(p): f"{path}.{name}" for path, module in case.model.named_modules() if isinstance(module, NORMS)
@@ -97,4 +98,11 @@ def decayed_norms(case: Case) -> Iterator[Seen]:
             f"weight_decay {group['weight_decay']:g} (0.05 at least) for {len(found)} parameters",
             named(found),
             "make two groups: p.dim() > 1 with the decay, all others with weight_decay=0",
+            level="warning" if _is_swapped(case, group["weight_decay"]) else None,
         )
+
+
+def _is_swapped(case: Case, decay: float) -> bool:
+    """Whether matrices are decayed less than the scales of norms."""
+    groups = [case.held[id(p)] for p in case.trained.values() if p.dim() > 1 and id(p) in case.held]
+    return bool(groups) and all((group.get("weight_decay") or 0.0) < decay for group in groups)

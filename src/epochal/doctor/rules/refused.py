@@ -7,15 +7,6 @@ from collections.abc import Iterator
 from epochal.doctor.finding import Seen, rule
 
 
-@rule("all-frozen", "error", "static")
-def all_frozen(case: object) -> Iterator[Seen]:
-    """No parameter of the model wants a gradient, so there is nothing to train.
-
-    A backbone was frozen by requires_grad_(False) over the whole model, head and all, or after the head was put in.
-    """
-    return iter(())
-
-
 @rule("raises", "error", "other")
 def raises(case: object) -> Iterator[Seen]:
     """A pass over a batch, or an update, raises an error: the training would end there.

@@ -110,6 +110,27 @@ def missing_class(case: Case) -> Iterator[Seen]:
     )
 
 
+@rule("targets-ignored", "warning", "batch")
+def one_class_counts(case: Case) -> Iterator[Seen]:
+    """Where all that counts is one class, a model learns to say it always: the mask may be the wrong way round.
+
+    Looks at the class indices of the first batches: some equal ignore_index, and all others are the same class.
+    """
+    for call in case.now.calls:
+        if call.name not in losses.CLASS_INDEX or call.targets.is_floating_point():
+            continue
+        index = losses.ignore_index(getattr(case.objective, "loss", None))
+        counted = call.targets[call.targets != index]
+        if 8 < len(counted) < call.targets.numel() and bool((counted == counted[0]).all()):
+            yield Seen(
+                "all targets that count are of one class.",
+                f"{len(counted)} of {call.targets.numel()}, all of class {int(counted[0])}; the others equal "
+                "ignore_index",
+                case.at(call.place),
+                "look at what makes the labels: ignore the padding, and not all but the padding",
+            )
+
+
 @rule("class-imbalance", "info", "data")
 def class_imbalance(case: Case) -> Iterator[Seen]:
     """Where one class is much more frequent, a model that always says it has a high accuracy.

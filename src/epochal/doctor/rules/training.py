@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from epochal.doctor.finding import Seen, rule
-from epochal.doctor.rules.symptoms import total
+from epochal.doctor.rules.model import told_of_pairs
+from epochal.doctor.rules.symptoms import is_stalled, total
 from epochal.objective import Supervised
 
 if TYPE_CHECKING:
@@ -58,21 +59,71 @@ def learns_nothing(probe: Probe) -> Iterator[Seen]:
         )
 
 
+@rule("missing-nonlinearity", "warning", "probe")
+def lacks_nonlinearity(probe: Probe) -> Iterator[Seen]:
+    """Two linear layers in a row are one linear layer, and here the data ask for more.
+
+    Looks at linear layers in a row of one part of the model, while the trial has kept more than three quarters of its
+    loss, or neighbours explain a tenth more of the targets than a linear model.
+    """
+    told, asked = told_of_pairs(probe.case), probe.relation
+    if told is None or not told[1] or probe.trial is None:
+        return
+    is_curved = asked is not None and asked.explained > asked.linear + 0.1
+    if is_curved or is_stalled(probe.trial.losses, 0.75):
+        yield told[0]
+
+
+@rule("dead-units", "warning", "dependence")
+def all_dead(probe: Probe) -> Iterator[Seen]:
+    """A unit behind a ReLU that is never above 0 gets no gradient, and does not come back.
+
+    Looks at the layers of the trained copy in a pass in eval mode: what an activation gives is 0 for all samples in
+    nine of ten units.
+    """
+    model, case = probe.trained, probe.case
+    if model is None or case.now.samples < 8:
+        return
+    for path, share in probe.dead(model):
+        if share > 0.9:
+            yield Seen(
+                "nearly all units of a layer are dead.",
+                f"{share:.0%} give 0 for all {case.now.samples} samples of a batch (90 % allowed), after "
+                f"{probe.updates} updates",
+                f"{path} of {type(model).__name__}",
+                "initialise biases with 0 and weights with nn.init.kaiming_normal_, lower lr, or take nn.LeakyReLU()",
+            )
+            return
+
+
 @rule("penalty-dominates", "warning", "probe")
 def weights_shrink(probe: Probe) -> Iterator[Seen]:
     """The penalty is larger than the error: the weights shrink towards 0 instead of learning.
 
-    Looks at the trained copy: its weights are less than half of what they began with, and the loss of torch's inside of
-    what is minimised has not come down by a tenth.
+    Looks at the trained copy: the loss of torch's inside of what is minimised has not come down by a tenth, and its
+    weights are less than half of what they began with, or what is minimised has halved.
     """
-    vitals = probe.trial.vitals if probe.trial is not None else None
-    if probe.trained is None or vitals is None or len(vitals.looks) < 2:
+    trial = probe.trial
+    if trial is None or probe.trained is None or len(trial.vitals.looks) < 2:
         return
+    vitals = trial.vitals
     first, last = (
         math.sqrt(sum(size**2 for size in look.weight.values())) for look in (vitals.looks[0], vitals.looks[-1])
     )
     before, after = probe.known_loss(probe.model), probe.known_loss(probe.trained)
-    if before and after and last < 0.5 * first and after > 0.9 * before:
+    if not before or not after or after < 0.9 * before:
+        return
+    whole = trial.first, trial.last
+    if whole[1] < 0.5 * whole[0] and whole[0] > 2 * before:
+        yield Seen(
+            "what is added to the error is all that gets smaller.",
+            f"what is minimised went from {whole[0]:.3g} to {whole[1]:.3g}, the error inside of it from "
+            f"{before:.3g} to "
+            f"{after:.3g}",
+            probe.case.place,
+            "make the other terms smaller: a factor of 0.01, or one that rises from 0",
+        )
+    elif last < 0.5 * first:
         yield Seen(
             "the weights shrink, and the error does not.",
             f"after {probe.updates} updates their norm is {last / first:.2g} of what it was (0.5 allowed), the "
@@ -150,7 +201,8 @@ def grows_over_time(probe: Probe) -> Iterator[Seen]:
     """A gradient that grows on the way back through a sequence, or through the layers, makes every rate too high.
 
     Looks at the gradient of the loss by each place of a sequence of at least 8: at the first place it is more than
-    1000 times what it is at the last; or at its norm in the first pass: more than 50 times that of all weights.
+    1000 times what it is at the last; or at its norm in the first pass, where the training goes badly: more
+    than 50 times that of all weights.
     """
     for ratio, length in probe.over_time():
         if ratio > 1e3:
@@ -163,7 +215,8 @@ def grows_over_time(probe: Probe) -> Iterator[Seen]:
             return
     looks = probe.trial.vitals.looks if probe.trial is not None else []
     weights = total(looks[0].weight) if looks else 0.0
-    if weights > 1e-3 and (size := total(looks[0].gradient) / weights) > 50:
+    goes_badly = probe.trial is not None and (probe.trial.error is not None or probe.is_stalled())
+    if goes_badly and weights > 1e-3 and (size := total(looks[0].gradient) / weights) > 50:
         yield Seen(
             "the gradient is huge from the start.",
             f"its norm is {size:.3g} times that of the weights in the first update (50 allowed)",

@@ -156,6 +156,23 @@ def no_gradient(case: Case) -> Iterator[Seen]:
     )
 
 
+@rule("all-frozen", "error", "static")
+def all_frozen(case: Case) -> Iterator[Seen]:
+    """No parameter of the model wants a gradient, so there is nothing to train.
+
+    Looks at requires_grad of all of them. A backbone was frozen by requires_grad_(False) over the whole model, head
+    and all, or after the head was put in.
+    """
+    every = list(case.model.parameters())
+    if every and not case.trained:
+        yield Seen(
+            "the model has no parameter to train.",
+            f"all of its {sum(p.numel() for p in every):,} weights are frozen",
+            f"{type(case.model).__name__}; {case.place}",
+            "set requires_grad_(True) on the parameters that shall be trained",
+        )
+
+
 @rule("frozen-in-optimizer", "warning", "static")
 def frozen_in_optimizer(case: Case) -> Iterator[Seen]:
     """A group of the optimizer whose parameters are all frozen trains nothing: its learning rate does not matter.
