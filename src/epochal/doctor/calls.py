@@ -92,7 +92,7 @@ class Loop:
         def arrive(gradient: Tensor) -> None:
             before = self._arrived.get(id(p))
             if gradient.layout is torch.strided:
-                self._arrived[id(p)] = gradient.detach() if before is None else before + gradient.detach()
+                self._arrived[id(p)] = gradient.detach().clone() if before is None else before + gradient
             used = self._used.get(id(p))
             if p.grad is None or not bool(p.grad.any()):
                 self._stale.discard(id(p))  # it was cleared

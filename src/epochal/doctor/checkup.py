@@ -141,7 +141,7 @@ def _of_trials(plan: Plan, case: Case, trial: Trial, began: float, found: Sequen
     if trial.error is not None and not isinstance(trial.error, NonFiniteError):
         return list(of_error(trial.error)) if isinstance(trial.error, EpochalError) else []
     is_bad = trial.last is math.inf or (len(trial.losses) >= 8 and trend(trial.losses) > 0.9)
-    explained = any(one.level != "info" and one.stage != "symptom" for one in found)
+    explained = any(one.level != "info" and one.stage not in ("capacity", "symptom") for one in found)
     if not is_bad or plan.step is not None or explained:
         return []
     others = {}

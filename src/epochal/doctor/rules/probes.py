@@ -152,7 +152,7 @@ def inputs_ignored(probe: Probe) -> Iterator[Seen]:
     within 2e-7 of their size; or one of several inputs can be shuffled, and nothing changes.
     """
     model, case = probe.trained, probe.case
-    if model is None or case.now.samples < 4:
+    if model is None or case.now.samples < 4 or any(share > 0.9 for _, share in probe.dead(model)):
         return
     outputs = probe.outputs(case.now.batch, model)
     found = [

@@ -74,7 +74,7 @@ def lacks_nonlinearity(probe: Probe) -> Iterator[Seen]:
         yield told[0]
 
 
-@rule("dead-units", "warning", "dependence")
+@rule("dead-units", "warning", "probe", told="capacity")
 def all_dead(probe: Probe) -> Iterator[Seen]:
     """A unit behind a ReLU that is never above 0 gets no gradient, and does not come back.
 
