@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from types import CellType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from epochal import loop
@@ -107,7 +107,7 @@ def copied(plan: Plan, *, channels_last: bool = False, **changes: Any) -> Plan:
 
 
 def _copy(part: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy; of a function, one over copies of the modules and optimizers that it holds or names."""
+    """A deep copy; of a function, one over copies of what it holds and names."""
     if isinstance(part, partial):
         given = {name: _copy(value, memo) for name, value in part.keywords.items()}
         return partial(_copy(part.func, memo), *(_copy(value, memo) for value in part.args), **given)
@@ -117,19 +117,51 @@ def _copy(part: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(part, memo)
     if id(part) in memo:
         return memo[id(part)]
-    cells = tuple(CellType() for _ in part.__closure__ or ())
-    named = {name: part.__globals__[name] for name in part.__code__.co_names if name in part.__globals__}
-    named = {name: value for name, value in named.items() if isinstance(value, nn.Module | Optimizer | LRScheduler)}
-    if not cells and not named:
+    if _is_of_a_library(part.__module__):
         return part
-    known = {**part.__globals__, **{name: _copy(value, memo) for name, value in named.items()}} if named else None
-    made = FunctionType(part.__code__, known or part.__globals__, part.__name__, part.__defaults__, cells or None)
-    made.__kwdefaults__, made.__dict__ = part.__kwdefaults__, dict(part.__dict__)
+    known = dict(part.__globals__)
+    cells = tuple(CellType() for _ in part.__closure__ or ())
+    made = FunctionType(part.__code__, known, part.__name__, None, cells or None)
+    made.__dict__, made.__qualname__, made.__module__ = dict(part.__dict__), part.__qualname__, part.__module__
     memo[id(part)] = made  # before what it holds, which may hold it
+    for name in _names_in(part.__code__) & known.keys():
+        known[name] = _copy_held(known[name], memo)
+    if part.__defaults__:
+        made.__defaults__ = tuple(_copy_held(value, memo) for value in part.__defaults__)
+    if part.__kwdefaults__:
+        made.__kwdefaults__ = {name: _copy_held(value, memo) for name, value in part.__kwdefaults__.items()}
     for cell, given in zip(cells, part.__closure__ or ()):
         with suppress(ValueError):  # not bound yet
-            cell.cell_contents = _copy(given.cell_contents, memo)
+            cell.cell_contents = _copy_held(given.cell_contents, memo)
     return made
+
+
+_AS_THEY_ARE = (ModuleType, type, BuiltinFunctionType, Tensor, np.ndarray, Dataset, DataLoader, str, bytes, int, float)
+
+
+def _copy_held(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of what a function holds; itself where it cannot be copied (an open file), or need not be (data)."""
+    if isinstance(value, _AS_THEY_ARE) and not isinstance(value, nn.Parameter):
+        return value
+    try:
+        return _copy(value, memo)
+    except Exception:
+        return value
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """The names that code uses, and what is written within it."""
+    return set(code.co_names).union(*(_names_in(one) for one in code.co_consts if isinstance(one, CodeType)))
+
+
+def _is_of_a_library(name: str | None) -> bool:
+    """Whether a module is installed, and not the user's own."""
+    home = getattr(sys.modules.get(name or ""), "__file__", None) or ""
+    return "site-packages" in home or (name or "").partition(".")[0] in {
+        *sys.stdlib_module_names,
+        "epochal",
+        "torch",
+    } - {"__main__"}
 
 
 def heed(run: Run) -> None:

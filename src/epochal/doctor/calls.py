@@ -36,16 +36,22 @@ class Loop:
         self.watch, self.case = watch, watch.case
         self.events: list[str] = []
         self.micro_batches = 1
+        self._maximizes = False
         # Of each backward pass: by what a loss was multiplied, and how many targets it is the mean over.
         self.shares: list[tuple[float, int]] = []
         self.gradients: dict[int, Tensor] = {}
         self._parts = list(parts_of(step))
         self._stack = ExitStack()
-        self._trace: Trace | None = None
+        self._is_trial = watch.dense is not None
+        self._trace = Trace(self.case.model, self._goes_back, full=self._is_trial)
+        self._is_opaque = False
         self.reached: set[int] = set()
         self._arrived: dict[int, Tensor] = {}
         self._stale: set[int] = set()
         self._used: dict[int, tuple[int, int]] = watch.used
+        # Schedules of optimizers that have not stepped yet, and how far they were.
+        schedules = [one for one in self._parts if isinstance(one, LRScheduler)]
+        self._waiting = {one: one._step_count for one in schedules if not getattr(one.optimizer, "_opt_called", False)}
 
     def __enter__(self) -> Loop:
         hooks = torch_optimizer.register_optimizer_step_pre_hook, torch_optimizer.register_optimizer_step_post_hook
@@ -55,7 +61,6 @@ class Loop:
         every += [p for one in self._parts if isinstance(one, Optimizer) for g in one.param_groups for p in g["params"]]
         for p in {id(p): p for p in every if p.requires_grad and p.is_leaf}.values():
             self._stack.callback(p.register_hook(self._arriving(p)).remove)
-        self._trace = Trace(self.case.model, self._goes_back)
         self._stack.enter_context(self._trace)
         return self
 
@@ -64,22 +69,30 @@ class Loop:
 
     def _goes_back(self, value: Tensor) -> None:
         self.events.append("backward")
-        with self.watch._quietly():
-            self.reached |= leaves(value)
-            self._note_share(value)
-            if self.events.count("backward") == 1 and value.numel() == 1 and self._trace is not None:
-                made = (one for layer in self._trace.layers for one in tensors(layer.output))
-                has_scaler = any(isinstance(one, torch.amp.GradScaler) for one in self._parts)
-                if not has_scaler and any(one.dtype is torch.float16 and one.requires_grad for one in made):
-                    self.events.append("unscaled fp16")
-                one = noted(self.case, None, value, None, self._trace)
-                sizes = [layer.input.shape[0] for layer in one.layers if layer.input is not None and layer.input.dim()]
-                one.samples = max(sizes, default=1)
-                self.watch._batch_seen(("batch",))
+        with self.watch.quietly():
+            reached, is_opaque = leaves(value)
+            self.reached |= reached
+            self._is_opaque = self._is_opaque or is_opaque
+            if self._is_trial:
+                self._note_share(value)
+            if self.events.count("backward") == 1 and value.numel() == 1:
+                self._first_goes_back(value)
+            if not self._is_trial:
+                self._trace.stop()  # what comes after it may need the memory
+
+    def _first_goes_back(self, value: Tensor) -> None:
+        made = (one for layer in self._trace.layers for one in tensors(layer.output))
+        has_scaler = any(isinstance(one, torch.amp.GradScaler) for one in self._parts)
+        if not has_scaler and any(one.dtype is torch.float16 and one.requires_grad for one in made):
+            self.events.append("unscaled fp16")
+        one = noted(self.case, None, value, None, self._trace)
+        one.samples = max((layer.shape[0] for layer in one.layers if layer.shape), default=1)
+        # Of several networks this pass may be another one's: what the step reaches is known at its end.
+        self.watch.batch_seen(("batch", "graph") if self._is_trial else ("batch",), without=("detached-loss",))
 
     def _note_share(self, value: Tensor) -> None:
         """Of a backward pass from one loss of torch's: its factor, and how many targets it is the mean over."""
-        calls = [call for call in self._trace.calls if call.result.requires_grad] if self._trace is not None else []
+        calls = [call for call in self._trace.calls if call.result.requires_grad]
         if not calls or calls[-1].result.dim() or value.dim():
             return
         (slope,) = torch.autograd.grad(value, calls[-1].result, retain_graph=True, allow_unused=True)
@@ -90,18 +103,26 @@ class Loop:
 
     def _arriving(self, p: nn.Parameter) -> Callable[[Tensor], None]:
         def arrive(gradient: Tensor) -> None:
-            before = self._arrived.get(id(p))
-            if gradient.layout is torch.strided:
-                self._arrived[id(p)] = gradient.detach().clone() if before is None else before + gradient
-            used = self._used.get(id(p))
-            if p.grad is None or not bool(p.grad.any()):
-                self._stale.discard(id(p))  # it was cleared
-            elif used == (id(p.grad), p.grad._version):
-                self._stale.add(id(p))
+            with self.watch.quietly():
+                self._note_arrival(p, gradient)
 
         return arrive
 
+    def _note_arrival(self, p: nn.Parameter, gradient: Tensor) -> None:
+        if self._is_trial and gradient.layout is torch.strided:
+            before = self._arrived.get(id(p))
+            self._arrived[id(p)] = gradient.detach().clone() if before is None else before + gradient
+        used = self._used.get(id(p))
+        if p.grad is None or not bool(p.grad.any()):
+            self._stale.discard(id(p))  # it was cleared
+        elif used == (id(p.grad), p.grad._version):
+            self._stale.add(id(p))
+
     def _steps(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        with self.watch.quietly():
+            self._note_step(optimizer)
+
+    def _note_step(self, optimizer: Optimizer) -> None:
         every = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         known = {id(p) for _, p in self.watch._names}
         if not any(p.grad is not None for p in every):
@@ -110,10 +131,10 @@ class Loop:
             self.events.append("stale step")
         if every and not any(id(p) in known for p in every):
             self.events.append("foreign step")
-        is_first = not any("step" in event for event in self.events) and not self._used
-        schedules = [one for one in self._parts if isinstance(one, LRScheduler) and one.optimizer is optimizer]
-        if is_first and any(one._step_count > 1 for one in schedules):
-            self.events.append("early schedule")
+        for one in [one for one in self._waiting if one.optimizer is optimizer]:
+            if one._step_count > self._waiting.pop(one):
+                self.events.append("early schedule")
+        self._maximizes = self._maximizes or any(group.get("maximize") for group in optimizer.param_groups)
         self.events.append("step")
         self.watch.case.held |= {id(p): group for group in optimizer.param_groups for p in group["params"]}
         plain = [p for p in every if p.grad is not None and p.grad.layout is torch.strided and p.numel() <= MOST]
@@ -131,7 +152,7 @@ class Loop:
                  if id(p) in self.gradients and self.gradients[id(p)].shape == change.shape]  # fmt: skip
         dot = sum(float((one * two).sum()) for one, two in pairs)
         sizes = [math.sqrt(sum(float(pair[at].pow(2).sum()) for pair in pairs)) for at in (0, 1)]
-        return dot / (sizes[0] * sizes[1]) if sizes[0] and sizes[1] else 0.0
+        return dot / (sizes[0] * sizes[1]) if sizes[0] and sizes[1] and not self._maximizes else 0.0
 
     def shrunk(self) -> float:
         pairs = [(self._arrived[key], g) for key, g in self.gradients.items() if key in self._arrived]
@@ -143,11 +164,11 @@ class Loop:
         """After the update: what all of its backward passes reached, and whether layers were connected at all."""
         if not self.case.passes or "backward" not in self.events:
             return
-        self.case.now.reached = self.reached
+        self.case.now.reached, self.case.now.is_opaque = self.reached, self._is_opaque
         self.case.now.without = [name for name, p in self.case.trained.items() if id(p) not in self.reached]
         step = self.case.run.state.progress.step
         for one in look("wiring", self.case, ignore=self.watch.ignore, step=step):
-            self.watch._account(one)
+            self.watch.account(one)
 
 
 def parts_of(function: Any, depth: int = 0) -> Iterator[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.MultiheadAttention)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
-ROWS, BYTES = 4096, 2**26  # of the data that are looked at
+ROWS, BYTES, SECONDS = 4096, 2**26, 0.7  # of the data that are looked at
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Pass:
     trace: Trace
     without: list[str] = field(default_factory=list)
     reached: set[int] = field(default_factory=set)
+    is_opaque: bool = False  # whether the graph may hide weights that it goes back to
 
     @property
     def calls(self) -> list[Call]:
@@ -104,8 +106,12 @@ class Case:
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that want a gradient, by name; those of a loss module too."""
         modules = self.run.state.modules
-        named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
-        return {name if name not in dict(named[:at]) else f"loss.{name}": p for at, (name, p) in enumerate(named)}
+        found: dict[str, nn.Parameter] = {}
+        for module in modules:
+            for name, p in module.named_parameters():
+                if p.requires_grad:
+                    found[name if name not in found else f"loss.{name}"] = p
+        return found
 
     @cached_property
     def held(self) -> dict[int, dict[str, Any]]:
@@ -155,7 +161,7 @@ class Case:
 def made_last(seen: Pass) -> Layer | None:
     """The innermost layer whose output is the model's output."""
     final = {id(one) for one in tensors(seen.outputs)}
-    return next((layer for layer in seen.layers if any(id(one) in final for one in tensors(layer.output))), None)
+    return next((layer for layer in seen.layers if layer.output_ids & final), None)
 
 
 def sampled(
@@ -195,31 +201,35 @@ def rows_looked_at(source: Arrays) -> Tensor:
 
 def _some(loader: Any) -> list[Any]:
     found, rows = [], 0
+    began = time.perf_counter()
     for batch in islice(loader.batches(epoch=0), 64):
         found.append(batch)
         rows += size(batch)
-        if rows >= ROWS // 2:
+        if rows >= ROWS // 2 or time.perf_counter() - began > SECONDS:
             break
     return found
-
-
-def seen(case: Case, forward: Callable, batch: Any, objective: Callable | None = None, **options: Any) -> Pass:
-    """A pass of the objective over a batch, watched; it becomes the case's newest."""
-    objective = objective or case.objective
-    with Trace(case.model, **options) as trace:
-        loss = objective(forward, batch)
-    return noted(case, batch, loss.value, loss.outputs, trace)
 
 
 def noted(case: Case, batch: Any, value: Tensor, outputs: Any, trace: Trace) -> Pass:
     target = getattr(case.objective, "target", ())
     args, kwargs, targets = split(batch, target)
-    whole = next((layer.output for layer in reversed(trace.layers) if layer.path == ""), None)
-    reached = leaves(value)
+    whole = next(
+        (layer.output for layer in reversed(trace.layers) if layer.path == "" and layer.output is not None), None
+    )
+    reached, is_opaque = leaves(value)
     without = [name for name, p in case.trained.items() if id(p) not in reached]
     inputs = [one for one in tensors((args, kwargs)) if one.dim()]
     one = Pass(
-        batch, inputs, targets, size(batch, target), outputs if whole is None else whole, value, trace, without, reached
+        batch,
+        inputs,
+        targets,
+        size(batch, target),
+        outputs if whole is None else whole,
+        value,
+        trace,
+        without,
+        reached,
+        is_opaque,
     )
     case.passes.append(one)
     return one

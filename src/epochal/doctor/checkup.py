@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from epochal.copies import copied, untouched
 from epochal.data.batch import rows
+from epochal.data.loader import Loader
 from epochal.doctor.case import Case, noted
 from epochal.doctor.finding import Finding, Seen, is_ignored, known, look, ordered
-from epochal.doctor.probing import Probe, Trial
+from epochal.doctor.probing import VAL, Probe, Trial
 from epochal.doctor.rules.symptoms import trend, update_ratio
 from epochal.doctor.trace import Trace
 from epochal.errors import EpochalError, FaultError, NonFiniteError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from epochal.plan import Plan
 
 PASSES = 3  # first batches; a warning has to be seen in all of them
-TIME = 8.0  # seconds, after which no further trial begins
+TIME = 6.0  # seconds, after which no further trial begins
 
 
 def checkup(plan: Plan) -> list[Finding]:
@@ -52,7 +53,13 @@ def _found(plan: Plan, began: float) -> list[Finding]:
             if failed is not None:
                 return [*found, *failed]
             found += look("data", case)
-        trial = Trial(plan, (), seconds=3.0)
+        # Where reading takes long, a trial does without val.
+        short = (
+            {"val": None, "monitor": None, "metrics": None}
+            if is_slow(case, (time.perf_counter() - began) / PASSES)
+            else {}
+        )
+        trial = Trial(plan, (), **short)
         found += trial.found
         probe = Probe(plan, case, trial)
         if plan.step is not None and trial.vitals.case is not None:
@@ -73,6 +80,17 @@ def _found(plan: Plan, began: float) -> list[Finding]:
     return found
 
 
+def is_slow(case: Case, seconds: float) -> bool:
+    """Whether an evaluation takes longer than a trial may spend on it. seconds: that a batch takes at most."""
+    loader = case.run.validation.loader
+    if loader is None or (isinstance(loader, Loader) and loader.is_in_memory):
+        return False
+    try:
+        return len(loader) * seconds > VAL
+    except TypeError:
+        return True
+
+
 def _first_passes(case: Case, found: list[Finding]) -> list[Finding] | None:
     """Findings of the first batches into ``found``; what ended a pass, if something did."""
     run, counts, once = case.run, dict[str, int](), dict[str, Finding]()
@@ -81,13 +99,12 @@ def _first_passes(case: Case, found: list[Finding]) -> list[Finding] | None:
     passes, number = 0, 0
     for number, batch in enumerate(islice(run.train.batches(epoch=0), PASSES)):
         batch = devices.move(batch, run.setting.device)
-        kept = copy.deepcopy(batch)
         try:
             with Trace(case.model) as trace, run.setting.autocast:
-                loss = case.objective(case.model, batch)
+                loss = case.objective(case.model, copy.deepcopy(batch))
         except Exception as error:
             return list(_explained(case, error, batch, number, once))
-        noted(case, kept, loss.value, loss.outputs, trace)
+        noted(case, batch, loss.value, loss.outputs, trace)
         here = [one for stage in ("wiring", "batch", "graph") for one in look(stage, case)]
         for one in here:
             counts[one.code] = counts.get(one.code, 0) + 1
@@ -147,7 +164,7 @@ def _of_trials(plan: Plan, case: Case, trial: Trial, began: float, found: Sequen
     others = {}
     for factor in _factors(case, trial):
         if time.perf_counter() - began < TIME:
-            others[factor] = Trial(plan, ("*",), factor=factor, updates=len(trial.losses) or 60, seconds=1.5)
+            others[factor] = Trial(plan, ("*",), factor=factor, updates=len(trial.losses) or 60, seconds=0.8)
     told = _compared(case, trial, others)
     return told or (_fitted(plan, case, trial) if time.perf_counter() - began < TIME else [])
 
@@ -175,7 +192,7 @@ def _fitted(plan: Plan, case: Case, trial: Trial) -> list[Finding]:
         "train": few, "val": None, "monitor": None, "batch_size": None, "shuffle": None, "accumulate": 1,
         "workers": None, "schedule": None, "epochs": 400, "max_steps": 400,
     }  # fmt: skip
-    tried = [Trial(plan, ("*",), factor=factor, updates=400, seconds=1.0, **lone) for factor in (1.0, 10.0)]
+    tried = [Trial(plan, ("*",), factor=factor, updates=400, seconds=0.7, **lone) for factor in (1.0, 10.0)]
     best = min(one.last for one in tried)
     if all(one.error is None for one in tried) and best > 0.5 * min(one.first for one in tried):
         seen = Seen(

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from epochal.plan import Plan
     from epochal.run import Run
 
-UPDATES, SECONDS = 240, 3.0  # of a trial, at most
+UPDATES, SECONDS = 240, 2.5  # of a trial, at most
+VAL = 1.0  # seconds that an evaluation of it may take
 
 
 class Trial:
@@ -308,12 +309,12 @@ class Probe:
         if loader is None or not functions:
             return
         model = self.trained if self.trained is not None else self.model
-        seen = []
+        seen, began = [], time.perf_counter()
         with evaluation_mode([model]):
             for number, batch in enumerate(loader.batches(epoch=0)):
                 args, kwargs, targets = split(batch, getattr(self.case.objective, "target", ()))
                 seen.append((model(*args, **kwargs), targets))
-                if number >= 40:
+                if number >= 40 or time.perf_counter() - began > VAL:
                     break
         if not all(isinstance(one, Tensor) and isinstance(other, Tensor) for one, other in seen):
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules import module as modules
+from torch.nn.modules.loss import _Loss
 from torch.overrides import TorchFunctionMode
 
 # torch's losses as they are called, by the names of epochal.
@@ -24,8 +27,10 @@ LOSSES: dict[Callable, str] = {
     functional.binary_cross_entropy: "bce", functional.binary_cross_entropy_with_logits: "bce_with_logits",
 }  # fmt: skip
 _BINARY = {"add", "sub", "rsub", "mul", "div", "__rsub__", "__radd__", "__rmul__", "square_difference", "subtract"}
-_SHAPES = ("View", "Reshape", "Squeeze", "Unsqueeze", "T", "Transpose", "Permute", "Clone", "Expand", "ToCopy",
-           "Contiguous", "UnsafeView", "Alias", "Slice", "Select", "Flatten", "Split", "Chunk", "Unbind")  # fmt: skip
+_SHAPES = {
+    "View", "UnsafeView", "Reshape", "ReshapeAlias", "Squeeze", "Unsqueeze", "T", "Transpose", "Permute", "Clone",
+    "Expand", "ToCopy", "Alias", "Slice", "Select", "Split", "Unbind",
+}  # fmt: skip
 _OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
 
@@ -41,15 +46,19 @@ class Call(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A module as it was called; version: of its input's memory then, and of its output's afterwards."""
+    """A module as it was called. shape: of its first input; output_ids: of the tensors that it gave. input and output
+    themselves are kept in a full trace alone, with the versions of their memory.
+    """
 
     path: str
     module: nn.Module
-    input: Tensor | None
-    output: Any
     is_training: bool
-    input_version: int
-    output_version: int
+    shape: tuple[int, ...]
+    output_ids: frozenset[int]
+    input: Tensor | None = None
+    output: Any = None
+    input_version: int = 0
+    output_version: int = 0
 
 
 class Operation(NamedTuple):
@@ -64,12 +73,14 @@ class Operation(NamedTuple):
 class Trace(TorchFunctionMode):
     """Inside ``with``, everything is computed as it would be without, and noted.
 
-    model: its layers are noted, outermost last. at_backward: called when a loss goes back, before it does.
+    model: its layers are noted, outermost last. at_backward: called when a loss goes back, before it does. full: what
+    happens inside of modules is noted, too, and tensors are kept; else torch's own shortcuts inside of them stay as
+    they are, which a mode or a hook would switch off, and nothing is kept that fills memory.
     """
 
-    def __init__(self, model: nn.Module, at_backward: Callable[[Tensor], None] | None = None):
+    def __init__(self, model: nn.Module, at_backward: Callable[[Tensor], None] | None = None, *, full: bool = True):
         super().__init__()
-        self.model, self.at_backward = model, at_backward
+        self.model, self.at_backward, self.full = model, at_backward, full
         self.calls: list[Call] = []
         self.layers: list[Layer] = []
         self.spread: list[Operation] = []  # outputs and targets of other shapes in one operation
@@ -80,28 +91,59 @@ class Trace(TorchFunctionMode):
         self._handles: list[Any] = []
         self._running: list[str] = []
         self._versions: dict[str, list[tuple[Tensor | None, int]]] = {}
+        self._depth = 0  # of modules that run, where they are left alone
+        self._is_on = self._is_over = False
 
     def __enter__(self) -> Trace:
         for path, module in self.model.named_modules():
+            if not self.full and not (module.training or any(p.requires_grad for p in module.parameters())):
+                continue
             with suppress(Exception):  # a module may refuse to be watched
                 self._handles.append(module.register_forward_pre_hook(self._entering(path), with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self._ending(path), with_kwargs=True))
-        super().__enter__()
+        if not self.full:
+            self._handles.append(modules.register_module_forward_pre_hook(self._goes_in))
+            self._handles.append(modules.register_module_forward_hook(self._comes_out, always_call=True))
+        self._switch(True)
         return self
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
-        super().__exit__(exc_type, exc_val, exc_tb)
+        self._switch(False)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _switch(self, on: bool) -> None:
+        if on is not self._is_on:
+            super().__enter__() if on else super().__exit__(None, None, None)
+            self._is_on = on
+
+    def _goes_in(self, module: nn.Module, args: Any) -> None:
+        if not isinstance(module, _Loss):
+            self._depth += 1
+            self._switch(False)
+
+    def _comes_out(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not isinstance(module, _Loss) and self._depth:
+            self._depth -= 1
+            if not self._depth:
+                self._switch(True)
+
+    def stop(self) -> None:
+        """Notes nothing more, and lets go of what fills memory."""
+        self._is_over = True
+        self.calls, self.spread, self.likenesses, self.thresholds, self.cut_off = [], [], [], [], []
+        self.layers = [layer._replace(input=None, output=None) for layer in self.layers]
+        self._versions.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name == "backward" and self.at_backward is not None and args and isinstance(args[0], Tensor):
             self.at_backward(args[0])
         result = func(*args, **kwargs)
-        with suppress(Exception):  # what cannot be noted is not seen; the pass goes on
-            self._note(func, name, args, kwargs, result)
+        if not self._is_over:
+            with suppress(Exception):  # what cannot be noted is not seen; the pass goes on
+                self._note(func, name, args, kwargs, result)
         return result
 
     def _note(self, function: Any, name: str, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
@@ -109,7 +151,8 @@ class Trace(TorchFunctionMode):
             self._note_loss(loss, args, kwargs, result)
         elif name in _BINARY and isinstance(result, Tensor) and len(args) > 1:
             one, other = args[:2]
-            if isinstance(one, Tensor) and isinstance(other, Tensor) and is_spread(one, other, result):
+            is_outside = not self._running and isinstance(one, Tensor) and isinstance(other, Tensor)
+            if is_outside and is_spread(one, other, result):
                 self.spread.append(Operation(name, (one, other), result, line()))
         elif name in ("relu", "relu_", "relu6") and isinstance(result, Tensor):
             self.cut_off.append((self._path(), result))
@@ -134,24 +177,36 @@ class Trace(TorchFunctionMode):
 
     def _entering(self, path: str) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            given = next(tensors((args, kwargs)), None)
-            self._running.append(path)
-            self._versions.setdefault(path, []).append((given, _version(given)))
+            with suppress(Exception):
+                if not self._is_over:
+                    given = next(tensors((args, kwargs)), None)
+                    self._running.append(path)
+                    self._versions.setdefault(path, []).append((given, _version(given)))
 
         return enter
 
     def _ending(self, path: str) -> Callable:
         def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            if not self._versions.get(path):  # it was entered before it was watched
-                return
-            given, version = self._versions[path].pop()
-            self._running.pop()
-            if isinstance(module, nn.RNN) and isinstance(output, tuple) and module.nonlinearity == "tanh":
-                self.ends[f"{path} (RNN)"] = at_ends(output[0], "tanh")
-            made = next(tensors(output), None)
-            self.layers.append(Layer(path, module, given, output, module.training, version, _version(made)))
+            with suppress(Exception):
+                if not self._is_over and self._versions.get(path):  # it was not entered before it was watched
+                    self._note_layer(path, module, output)
 
         return end
+
+    def _note_layer(self, path: str, module: nn.Module, output: Any) -> None:
+        given, version = self._versions[path].pop()
+        self._running.pop()
+        made = list(islice(tensors(output), 64))
+        shape, ids = tuple(given.shape) if given is not None else (), frozenset(map(id, made))
+        layer = Layer(path, module, module.training, shape, ids)
+        if not self.full:
+            self.layers.append(layer)
+            return
+        if isinstance(module, nn.RNN) and isinstance(output, tuple) and module.nonlinearity == "tanh":
+            self.ends[f"{path} (RNN)"] = at_ends(next(iter(made)), "tanh")
+        after = _version(made[0]) if made else 0
+        layer = layer._replace(input=given, output=output, input_version=version, output_version=after)
+        self.layers.append(layer)
 
 
 def _version(tensor: Tensor | None) -> int:
@@ -180,24 +235,27 @@ def at_ends(result: Tensor, name: str) -> float:
     return ((values < low + 0.01) | (values > 0.99)).float().mean().item() if values.numel() else 0.0
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
     """The tensors in a structure, in order."""
     if isinstance(value, Tensor):
         yield value
+    elif depth > 8:
+        return
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from tensors(part)
+            yield from tensors(part, depth + 1)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from tensors(part)
+            yield from tensors(part, depth + 1)
     elif hasattr(value, "__dataclass_fields__"):
-        yield from tensors(vars(value))
+        for name in value.__dataclass_fields__:
+            yield from tensors(getattr(value, name, None), depth + 1)
 
 
 def maker(tensor: Tensor) -> Any:
     """The node of the graph that made its numbers, past what only changes its shape; None of a leaf."""
     node = tensor.grad_fn
-    while node is not None and node.name().removesuffix("Backward0").removesuffix("Backward1").startswith(_SHAPES):
+    while node is not None and _operation(node) in _SHAPES:
         before = [one for one, _ in node.next_functions if one is not None]
         if len(before) != 1:
             return node
@@ -208,23 +266,30 @@ def maker(tensor: Tensor) -> Any:
 def made_by(tensor: Tensor) -> str:
     """The name of the operation that made it, ``Softmax`` say; empty of a leaf."""
     node = maker(tensor)
-    return "" if node is None else node.name().rstrip("0123456789").removesuffix("Backward")
+    return "" if node is None else _operation(node)
 
 
-def leaves(tensor: Tensor) -> set[int]:
-    """The ids of all tensors that a backward pass from here gives a gradient."""
-    found, seen, ahead = set(), set(), [tensor.grad_fn]
+def _operation(node: Any) -> str:
+    return node.name().rstrip("0123456789").removesuffix("Backward")
+
+
+def leaves(tensor: Tensor) -> tuple[set[int], bool]:
+    """The ids of all tensors that a backward pass from here gives a gradient, and whether more may be hidden: a
+    function of somebody's own, as a reentrant checkpoint is, can go back to tensors that the graph does not show.
+    """
+    found, seen, ahead, is_opaque = set(), set(), [tensor.grad_fn], False
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        is_opaque = is_opaque or isinstance(node, torch.autograd.function.BackwardCFunction)
         if (variable := getattr(node, "variable", None)) is not None:
             found.add(id(variable))
         ahead += [one for one, _ in node.next_functions]
     if tensor.grad_fn is None and tensor.requires_grad:
         found.add(id(tensor))
-    return found
+    return found, is_opaque
 
 
 def place() -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 FIRST = 3  # updates that are watched in full
 EVERY = 100  # updates between two later looks
 KEPT = 1000  # losses of a run that are kept
+LOOKS = 4  # looks that are kept, beside the last one
 PERSISTENT = 3  # times that a warning has to be seen
 
 
@@ -107,6 +109,7 @@ class Watch:
         self.told: list[Finding] = []
         self._counts: dict[str, int] = {}
         self._codes: set[str] = set()
+        self._proved: FaultError | None = None
         self._is_compiled, self._is_own = bool(plan.compile), plan.step is not None
         self._names = list(self.case.trained.items())
         self.due: float = 0  # the next update that is looked at
@@ -118,6 +121,11 @@ class Watch:
         """How many updates are watched in full; more in a trial."""
         return FIRST if self.dense is None else 2 * FIRST
 
+    @cached_property
+    def _has_compiled_parts(self) -> bool:
+        """Whether the user has compiled a part of the model, which hooks would have compiled again."""
+        return any(type(part).__name__ == "OptimizedModule" for part in self.case.model.modules())
+
     def begin(self) -> None:
         """Raises what can be proved before anything is read or trained."""
         for one in look("static", self.case, ignore=self.ignore, only_errors=True):
@@ -126,7 +134,7 @@ class Watch:
     def note(self, result: StepResult) -> None:
         """What an update gave; nothing waits for it."""
         if isinstance(result, StepResult):
-            self._losses.append(result.loss)
+            self._losses.append(result.loss.detach() if isinstance(result.loss, Tensor) else result.loss)
             if result.grad_norm is not None:
                 self._norms.append(result.grad_norm)
 
@@ -149,16 +157,17 @@ class Watch:
     def look(self, step: Callable, state: TrainState, window: Window) -> StepResult:
         """Makes an update, and looks at it."""
         number, before, parts = state.progress.step, [], []
-        is_first = number < self._first and (not self._is_compiled or number == 0)
-        with self._quietly():
+        is_first = number < self._first and not (self._is_compiled and number) and not self._has_compiled_parts
+        with self.quietly():
             parts = [(name, p, _part(p)) for name, p in self._names]
             before = [part.clone() for _, _, part in parts]
         result, seen = self._step_seen(step, state, window) if is_first else (step(state, window), None)
         self._next(number)
         if isinstance(result, StepResult):
-            with self._quietly():
+            with self.quietly():
                 look = _measured(parts, before, state, result, seen, full=is_first)
-                self.vitals.looks = [*self.vitals.looks[-KEPT:], look]
+                kept = KEPT if self.dense is not None else LOOKS
+                self.vitals.looks = [*self.vitals.looks[-kept:], look]
                 self._judge(look, number)
                 self.vitals.read(), self.vitals.read_norms()
         return result
@@ -171,15 +180,17 @@ class Watch:
             seen = Loop(self, step)
             with seen:
                 result = step(state, window)
+            if self._proved is not None:  # the step has caught it
+                raise self._proved
             seen.micro_batches = len(window.batches)
-            with self._quietly():
+            with self.quietly():
                 seen.close()
             return result, seen
         finally:
             self._let_go()
 
     @contextmanager
-    def _quietly(self) -> Iterator[None]:
+    def quietly(self) -> Iterator[None]:
         """What fails inside ends the looking, and not the training; but a mistake that is proved is raised."""
         try:
             yield
@@ -193,8 +204,7 @@ class Watch:
     def _let_go(self) -> None:
         """What fills memory: the pass of the update, and the rows that were looked at."""
         self.case.passes[:] = [_light(one) for one in self.case.passes]
-        if self.due > self._first:
-            self.case.__dict__.pop("sample", None)
+        self.case.__dict__.pop("sample", None)
 
     def _next(self, number: int) -> None:
         if self.due == math.inf:
@@ -215,11 +225,11 @@ class Watch:
             objective.watch = None
             if not isinstance(forward, nn.Module):
                 return objective(forward, batch)
-            with Trace(self.case.model) as trace:
+            with Trace(self.case.model, full=self.dense is not None) as trace:
                 loss = objective(forward, batch)
-            with self._quietly():
+            with self.quietly():
                 noted(self.case, batch, loss.value, loss.outputs, trace)
-                self._batch_seen(("batch", "wiring"))
+                self.batch_seen(("batch", "wiring"))
             self._let_go()  # before the backward pass, which may need the memory
             return loss
 
@@ -229,19 +239,20 @@ class Watch:
         finally:
             objective.watch = None
 
-    def _batch_seen(self, stages: Sequence[str]) -> None:
+    def batch_seen(self, stages: Sequence[str], *, without: Sequence[str] = ()) -> None:
         for call in self.case.now.calls:
             if call.name == "cross_entropy" and not call.targets.is_floating_point() and call.outputs.dim() > 1:
                 self.vitals.classes = call.outputs.shape[1]
         for stage in stages:
             step = self.case.run.state.progress.step
-            for one in look(stage, self.case, ignore=self.ignore, step=step):
-                self._account(one)
+            for one in look(stage, self.case, ignore=(*self.ignore, *without), step=step):
+                self.account(one)
 
-    def _account(self, one: Finding) -> None:
+    def account(self, one: Finding) -> None:
         """Raises what is an error; tells a warning when it was seen often enough."""
         if one.level == "error":
-            raise FaultError.of(one)
+            self._proved = FaultError.of(one)
+            raise self._proved
         self._counts[one.code] = self._counts.get(one.code, 0) + 1
         if one.level == "warning" and self._counts[one.code] >= PERSISTENT:
             self._tell(one)
@@ -249,10 +260,10 @@ class Watch:
     def _judge(self, seen: Look, number: int) -> None:
         if seen.begun or seen.is_own or seen.lost:
             for one in look("step", seen, ignore=self.ignore, step=number):
-                self._account(one)
+                self.account(one)
         if len(self.vitals.looks) >= PERSISTENT:
             for one in look("symptom", self.vitals, ignore=self.ignore, step=number):
-                self._account(one)
+                self.account(one)
         seen.begun = {}
 
 
@@ -275,6 +286,7 @@ def _measured(
     parts: list[tuple[str, nn.Parameter, Tensor]], before: list[Tensor], state: TrainState, result: StepResult,
     seen: Loop | None, *, full: bool,
 ) -> Look:  # fmt: skip
+    parts = [(name, p, _part(p)) for name, p, _ in parts]  # a step may have put other memory in their place
     names = [name for name, *_ in parts]
     gradients = [p.grad if seen is None else seen.gradients.get(id(p), p.grad) for _, p, _ in parts]
     plain = {name: g for name, g in zip(names, gradients) if g is not None and g.layout is torch.strided}

@@ -13,7 +13,8 @@ def overfitting_since(rows: Sequence[Row], evaluations: int = 3) -> int | None:
 
     That is: at least ``evaluations`` rows follow the (last) minimum of ``val_loss``, all of them are above it,
     on average by a tenth of the range that ``val_loss`` has gone through until then (less is noise), and the mean
-    of ``train_loss`` over them is below its value at the minimum. Otherwise None.
+    of ``train_loss`` over them is below its value at the minimum; and in the end both differ by more than a tenth of
+    ``train_loss``. Otherwise None.
 
     >>> val, train = [0.9, 0.5, 0.6, 0.7, 0.8], [0.9, 0.5, 0.4, 0.3, 0.2]
     >>> overfitting_since([{"epoch": n + 1, "val_loss": val[n], "train_loss": train[n]} for n in range(5)])
@@ -30,6 +31,9 @@ def overfitting_since(rows: Sequence[Row], evaluations: int = 3) -> int | None:
         return None
     rise = sum(val for _, val, _ in since) / len(since) - lowest
     span = max(val for _, val, _ in known[: at + 1]) - lowest
+    last = known[-1]
+    if abs(last[1] - last[2]) <= 0.1 * abs(last[2]):  # SageMaker Debugger's rule
+        return None
     if rise <= 0.1 * span or sum(train for *_, train in since) / len(since) >= known[at][2]:
         return None
     return since[0][0]

@@ -121,8 +121,8 @@ def image_layout(case: Case) -> Iterator[Seen]:
     Looks at what the first convolution over images gets: the last dimension is 1, 3 or 4 wide, the second is not.
     """
     for layer in case.now.layers:
-        if isinstance(layer.module, nn.modules.conv._ConvNd) and layer.input is not None and layer.input.dim() == 4:
-            shape = tuple(layer.input.shape)
+        if isinstance(layer.module, nn.modules.conv._ConvNd) and len(layer.shape) == 4:
+            shape = layer.shape
             if shape[3] in (1, 3, 4) and shape[1] not in (1, 3, 4) and shape[1] == shape[2]:
                 yield Seen(
                     "images are given with their channels last.",
@@ -260,6 +260,17 @@ def nonfinite_inputs(case: Case) -> Iterator[Seen]:
     sample not finite counts, so that a marker of missing values which the model masks is left alone.
     """
     yield from _nonfinite(case, case.sample[0] if case.sample is not None else [], "inputs")
+    for part in case.val_sample[0] if case.val_sample is not None else ():
+        rows = (~torch.isfinite(part)).reshape(len(part), -1).any(1).nonzero().flatten().tolist()
+        if rows:
+            yield Seen(
+                "the inputs of val hold values that are not finite.",
+                f"{len(rows)} of {len(part)} rows that were looked at",
+                f"val, rows {', '.join(map(str, rows[:8]))}; {case.place}",
+                "leave these rows out, or fill them: val_loss is NaN with them, and no epoch is the best",
+                level="warning",
+            )
+            return
 
 
 @rule("nonfinite-targets", "error", "data")

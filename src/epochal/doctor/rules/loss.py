@@ -25,7 +25,7 @@ def broadcast_loss(case: Case) -> Iterator[Seen]:
     """
     for call in case.now.calls:
         shapes = tuple(call.outputs.shape), tuple(call.targets.shape)
-        if call.name in losses.ELEMENTWISE and shapes[0] != shapes[1]:
+        if call.name in losses.ELEMENTWISE and shapes[0] != shapes[1] and call.targets.numel() > 1:
             yield Seen(
                 f"{call.name} compares outputs and targets of different shapes.",
                 f"outputs {shapes[0]}, targets {shapes[1]}: they have to be the same",
@@ -52,7 +52,7 @@ def detached_loss(case: Case) -> Iterator[Seen]:
     a derivative (argmax, round, comparisons). Looks at the graph of the first loss: it has to reach a trained weight.
     """
     value = case.now.value
-    if not case.trained or (value.requires_grad and len(case.now.without) < len(case.trained)):
+    if not case.trained or case.now.is_opaque or (value.requires_grad and len(case.now.without) < len(case.trained)):
         return
     cut = next(
         (layer for layer in reversed(case.now.layers) if any(t.requires_grad for t in tensors(layer.output))), None
@@ -68,18 +68,22 @@ def detached_loss(case: Case) -> Iterator[Seen]:
     )
 
 
-@rule("gradient-ascent", "error", "batch")
+@rule("gradient-ascent", "warning", "graph")
 def gradient_ascent(case: Case) -> Iterator[Seen]:
     """What is minimised falls where the error rises: every update makes the model worse.
 
-    Looks at the derivative of what is minimised by each loss of torch's inside it: all of them are below 0; and at
-    ``maximize`` of an optimizer over such a loss. For a loss of the user's own f(outputs, targets): outputs that equal
-    the targets give a higher loss than those of the model.
+    Looks at the derivative of what is minimised by each loss of torch's inside it: all of them are below 0, in three
+    passes, and nothing else is minimised. An optimizer with ``maximize`` over such a loss is an error. A loss of the
+    user's own, f(outputs, targets), is asked about the targets themselves: it has to be lower for them than for the
+    model's outputs.
     """
     value, results = case.now.value, [call.result for call in case.now.calls if call.result.requires_grad]
     if results and value.requires_grad and all(one.dim() == 0 for one in results):
         slopes = torch.autograd.grad(value, results, retain_graph=True, allow_unused=True)
         known = [slope.item() for slope in slopes if slope is not None]
+        parts = sum(one.item() * slope.item() for one, slope in zip(results, slopes) if slope is not None)
+        if abs(parts - value.item()) > 1e-4 * max(abs(value.item()), 1e-9):
+            return  # something else is minimised as well, which may mean it so
         is_reversed = bool(known) and all(slope < 0 for slope in known)
         maximizes = any(group.get("maximize") for group in case.optimizer.param_groups) if case.optimizer else False
         if is_reversed is not maximizes and known and all((slope < 0) is is_reversed for slope in known):
@@ -90,7 +94,8 @@ def gradient_ascent(case: Case) -> Iterator[Seen]:
                 else f"its derivative by {name} is {known[0]:.3g}, below 0"
             )
             fix = "make the optimizer without maximize" if maximizes else f"minimise {name} itself: leave out the minus"
-            yield Seen("the error is maximised, not minimised.", told, case.at(at), fix)
+            level = "error" if maximizes else None
+            yield Seen("the error is maximised, not minimised.", told, case.at(at), fix, level)
         return
     yield from _parts_from_targets(case)
 
@@ -158,7 +163,7 @@ def negative_loss(case: Case) -> Iterator[Seen]:
             return
 
 
-@rule("sum-loss", "info", "batch")
+@rule("sum-loss", "info", "graph")
 def sum_loss(case: Case) -> Iterator[Seen]:
     """The gradient of a sum grows with the batch: a learning rate that suits one batch size does not suit another.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,9 +114,9 @@ def batch_norm_of_one(case: Case) -> Iterator[Seen]:
     """
     lone = lone_sample(case)
     for layer in case.now.layers if lone else ():
-        if isinstance(layer.module, _BatchNorm) and layer.is_training and layer.input is not None:
-            each = layer.input.numel() // max(1, layer.input.shape[0] * layer.input.shape[1])
-            if layer.input.shape[0] == case.now.samples and each == 1:
+        if isinstance(layer.module, _BatchNorm) and layer.is_training and len(layer.shape) > 1:
+            each = math.prod(layer.shape[2:])
+            if layer.shape[0] == case.now.samples and each == 1:
                 yield Seen(
                     "the last batch of each epoch has one sample, on which batch norm cannot be trained.",
                     str(lone),
@@ -143,8 +144,8 @@ def tiny_batch_norm(case: Case) -> Iterator[Seen]:
     a channel.
     """
     for layer in case.now.layers:
-        if isinstance(layer.module, _BatchNorm) and layer.is_training and layer.input is not None:
-            samples, numbers = layer.input.shape[0], layer.input.numel() // max(1, layer.input.shape[1])
+        if isinstance(layer.module, _BatchNorm) and layer.is_training and len(layer.shape) > 1:
+            samples, numbers = layer.shape[0], layer.shape[0] * math.prod(layer.shape[2:])
             if 1 < samples < 4 and all(one.samples == samples for one in case.passes[:1]):
                 yield Seen(
                     "batch norm is trained on very small batches.",

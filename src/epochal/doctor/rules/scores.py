@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from epochal import losses
-from epochal.doctor.case import Case, made_last
+from epochal.doctor.case import Case, is_custom, made_last
 from epochal.doctor.finding import Seen, rule
 from epochal.doctor.trace import Call, made_by, maker, tensors
 
@@ -18,7 +18,7 @@ BOUNDED = {"Sigmoid", "Tanh", "Hardtanh", "Hardsigmoid", "Relu", "Relu6", "Hardt
 RANGES = {  # what an activation can give at all
     "Sigmoid": (0.0, 1.0), "Hardsigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0),
     "Relu": (0.0, math.inf), "Softplus": (0.0, math.inf), "LogSigmoid": (-math.inf, 0.0),
-    "LogSoftmax": (-math.inf, 0.0), "Exp": (0.0, math.inf),
+    "LogSoftmax": (-math.inf, 0.0), "Exp": (0.0, math.inf), "Hardtanh": (-1.0, 6.0), "Elu": (-1.0, math.inf),
 }  # fmt: skip
 REGRESSION = losses.ELEMENTWISE - losses.BINARY
 
@@ -158,6 +158,7 @@ def nll_without_log_softmax(case: Case) -> Iterator[Seen]:
                 f"the highest is {highest:.3g} (at most 0), and exp of a row sums to 1 within {off:.3g} (at most 0.01)",
                 _made(case, call),
                 'give loss="cross_entropy", which takes the scores as they are, or end the model with nn.LogSoftmax(1)',
+                level=None if call.result is case.now.value or not is_custom(case) else "warning",
             )
 
 
@@ -180,7 +181,7 @@ def sigmoid_before_logits_loss(case: Case) -> Iterator[Seen]:
             )
 
 
-@rule("bce-on-logits", "error", "batch")
+@rule("bce-on-logits", "warning", "batch")
 def bce_on_logits(case: Case) -> Iterator[Seen]:
     """BCELoss takes logarithms of its inputs: of what is not a probability they do not exist, or mean nothing.
 

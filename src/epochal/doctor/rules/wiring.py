@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
 from epochal.data.loader import Loader
 from epochal.data.sources import Arrays
@@ -135,6 +144,8 @@ def no_gradient(case: Case) -> Iterator[Seen]:
     Looks at the graph of the loss in the first batches: a parameter that wants a gradient, is in the optimizer, and
     is in none of them. Where its layer ran, its output was cut off; where it did not, it is not used.
     """
+    if any(one.is_opaque for one in case.passes):
+        return
     without = set(case.passes[0].without).intersection(*(one.without for one in case.passes[1:]))
     missed = [
         name for name in case.trained if name in without and (not case.held or id(case.trained[name]) in case.held)
@@ -196,16 +207,24 @@ def _source(data: Any) -> Any:
     return data.dataset if isinstance(data, DataLoader) else data
 
 
-def _indices(data: Any) -> tuple[Any, set[int] | None]:
+def _indices(data: Any) -> tuple[Any, np.ndarray | None]:
     """The data set in the end, and which of it; None for all."""
     data = _source(data)
     if not isinstance(data, Subset):
         return data, None
     base, rows = _indices(data.dataset)
-    mine = list(map(int, data.indices))
-    if rows is not None and isinstance(data.dataset, Subset):
-        mine = [int(data.dataset.indices[one]) for one in mine]
-    return base, set(mine)
+    mine = np.asarray(data.indices)
+    return base, mine if rows is None else rows[mine]
+
+
+def _is_whole(data: Any) -> bool:
+    """Whether all of a data set is read: no sampler chooses, and it is no stream, which may divide itself."""
+    plain = (SequentialSampler, RandomSampler)
+    if isinstance(data, DataLoader) and (
+        type(data.sampler) not in plain or type(data.batch_sampler) is not BatchSampler
+    ):
+        return False
+    return not isinstance(_source(data), IterableDataset)
 
 
 def _memory(data: Any) -> Tensor | None:
@@ -228,15 +247,15 @@ def val_in_train(case: Case) -> Iterator[Seen]:
     Looks at whether val is train itself, over the same memory, or has indices in common with it.
     """
     train, val = case.plan.train, case.plan.val
-    if val is None or isinstance(val, float):
+    if val is None or isinstance(val, float) or not (_is_whole(train) and _is_whole(val)):
         return
     (base, rows), (other, others) = _indices(train), _indices(val)
     told = None
     if _source(train) is _source(val):
         told = "val is the very data that train is"
-    elif base is other and (rows is None or others is None or rows & others):
-        shared = len(rows & others) if rows is not None and others is not None else len(rows or others or ())
-        told = f"{shared or 'all'} indices are in both"
+    elif base is other:
+        shared = len(np.intersect1d(rows, others)) if rows is not None and others is not None else None
+        told = f"{'all' if shared is None else shared} indices are in both" if shared != 0 else None
     else:
         one, two = _memory(train), _memory(val)
         if one is not None and two is not None and one.numel() and two.numel():
