@@ -169,6 +169,12 @@ def _explain(error: Exception, model: nn.Module, batch: Any, place: str) -> Epoc
         fix = "number the classes from 0, give the model more outputs, or give the loss ignore_index="
         what = f"a class index is not among those that the model gives scores for: {first}."
         return LossError(what, where=place, fix=fix, code="label-out-of-range")
+    if "elements of target should be between 0 and 1" in text:
+        what = "nn.BCELoss needs targets from 0 to 1."
+        return LossError(what, where=place, fix="give 0.0 and 1.0, for example (y > 0).float()", code="target-format")
+    if from_torch and "multi-target not supported" in text:
+        what = "cross_entropy takes class indices of one dimension less than the scores, or probabilities."
+        return LossError(what, where=place, fix="give y.argmax(1) of one-hot targets", code="target-format")
     if isinstance(error, TypeError) and "forward()" in text and "argument" in text:
         fix = "(a, b, y) calls model(a, b), a dict calls model(**inputs); any other way: objective=f(model, batch)"
         return ModelError(f"the batch does not fit the model's forward: {first}.", where=place, fix=fix)

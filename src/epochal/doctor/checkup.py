@@ -17,7 +17,7 @@ from epochal.data.loader import Loader
 from epochal.doctor.case import Case, noted
 from epochal.doctor.finding import Finding, Seen, is_ignored, known, look, ordered
 from epochal.doctor.probing import VAL, Probe, Trial
-from epochal.doctor.rules.symptoms import trend, update_ratio
+from epochal.doctor.rules.symptoms import goes_badly, update_ratio
 from epochal.doctor.trace import Trace
 from epochal.errors import EpochalError, FaultError, NonFiniteError
 from epochal.losses import BINARY, CLASS_INDEX
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from epochal.plan import Plan
 
 PASSES = 3  # first batches; a warning has to be seen in all of them
+WITHOUT_VAL: dict[str, Any] = {"val": None, "monitor": None, "metrics": None}
 TIME = 6.0  # seconds, after which no further trial begins
 
 
@@ -54,12 +55,8 @@ def _found(plan: Plan, began: float) -> list[Finding]:
                 return [*found, *failed]
             found += look("data", case)
         # Where reading takes long, a trial does without val.
-        short = (
-            {"val": None, "monitor": None, "metrics": None}
-            if is_slow(case, (time.perf_counter() - began) / PASSES)
-            else {}
-        )
-        trial = Trial(plan, (), **short)
+        is_long = is_slow(case, (time.perf_counter() - began) / PASSES)
+        trial = Trial(plan, (), **(WITHOUT_VAL if is_long else {}))
         found += trial.found
         probe = Probe(plan, case, trial)
         if plan.step is not None and trial.vitals.case is not None:
@@ -157,7 +154,7 @@ def _of_trials(plan: Plan, case: Case, trial: Trial, began: float, found: Sequen
         return []
     if trial.error is not None and not isinstance(trial.error, NonFiniteError):
         return list(of_error(trial.error)) if isinstance(trial.error, EpochalError) else []
-    is_bad = trial.last is math.inf or (len(trial.losses) >= 8 and trend(trial.losses) > 0.9)
+    is_bad = trial.last is math.inf or (len(trial.losses) >= 8 and goes_badly(trial.losses))
     explained = any(one.level != "info" and one.stage not in ("capacity", "symptom") for one in found)
     if not is_bad or plan.step is not None or explained:
         return []

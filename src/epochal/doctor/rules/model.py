@@ -156,6 +156,27 @@ def tiny_batch_norm(case: Case) -> Iterator[Seen]:
                 return
 
 
+@rule("tiny-batch-norm", "warning", "static")
+def odd_momentum(case: Case) -> Iterator[Seen]:
+    """The momentum of torch's batch norm is the share of the new batch: in other libraries it is that of the old one.
+
+    Looks at the momentum of each batch norm: above 0.8 the statistics are those of the last batch, below 0.001 they
+    do not arrive in a thousand updates.
+    """
+    for path, module in case.model.named_modules():
+        momentum = module.momentum if isinstance(module, _BatchNorm) and module.track_running_stats else None
+        if module.training and momentum is not None and not 0.001 <= momentum <= 0.8:
+            yield Seen(
+                "batch norm hardly learns its statistics."
+                if momentum < 0.5
+                else "batch norm keeps the last batch alone.",
+                f"momentum {momentum:g} (0.001 to 0.8 allowed; 0.1 is usual)",
+                f"{path} ({type(module).__name__})",
+                "leave momentum at 0.1: in torch it is the share of the new batch, 1 - that of Keras",
+            )
+            return
+
+
 def _depends_on_mode(module: nn.Module) -> bool:
     is_dropout = isinstance(module, _DropoutNd) and module.p > 0
     return is_dropout or isinstance(module, _BatchNorm) or (isinstance(module, nn.RNNBase) and module.dropout > 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,14 @@ def is_stalled(losses: Sequence[float], least: float = 0.97) -> bool:
     if len(losses) < LEAST or not all(map(math.isfinite, losses)):
         return False
     return trend(losses) > least
+
+
+def goes_badly(losses: Sequence[float], least: float = 0.9) -> bool:
+    """Whether a loss has not come down, from its first quarter or from where it began: the first updates may have
+    thrown it up, and to come back from there is no progress.
+    """
+    quarter = max(1, len(losses) // 4)
+    return trend(losses) > least or sum(losses[-quarter:]) / quarter > least * losses[0] > 0
 
 
 def _recent(vitals: Vitals) -> list[Look]:
@@ -89,7 +98,7 @@ def lr_too_high(vitals: Vitals) -> Iterator[Seen]:
     hundredth of the rate on a copy.
     """
     losses = vitals.read()
-    if not is_stalled(losses, 0.9) or vitals.case is None:
+    if len(losses) < LEAST or not all(map(math.isfinite, losses)) or not goes_badly(losses) or vitals.case is None:
         return
     ratios = [update_ratio(seen, _matrices(vitals)) for seen in _recent(vitals) if seen.rate > 0]
     if len(ratios) == LOOKS and min(ratios) > 0.1:
@@ -253,6 +262,47 @@ def zero_gradient(vitals: Vitals) -> Iterator[Seen]:
             + ("" if others else ", and no other weight has one"),
             named(names),
             "look for torch.sign, round, clamp, a comparison, or a factor of 0 after these layers",
+        )
+
+
+@rule("zero-gradient", "warning", "symptom", told="batch")
+def no_gradient_at_all(vitals: Vitals) -> Iterator[Seen]:
+    """Every gradient is exactly 0: between the weights and the loss stands something without a slope.
+
+    Looks at all weights in all of at least five looks: their gradients are exactly 0, and the loss is not.
+    """
+    looks = vitals.looks
+    sizes = [size for seen in looks for size in seen.gradient.values() if not math.isnan(size)]
+    if len(looks) > LOOKS + 1 and sizes and not any(sizes) and vitals.read()[-1] != 0:
+        yield Seen(
+            "the gradient of every weight is exactly 0.",
+            f"all {len(looks[0].gradient)} of them in all {len(looks)} looks",
+            named(looks[0].gradient),
+            "look for torch.sign, round, clamp, argmax, a comparison, or a factor of 0 on the way to the loss",
+        )
+
+
+@rule("gradient-ascent", "warning", "symptom")
+def falls_without_end(vitals: Vitals) -> Iterator[Seen]:
+    """A loss that falls below 0 quicker and quicker has no lowest value: the sign of a term may be the wrong one.
+
+    Looks at the means of four quarters of at least 24 updates: each falls by more than half as much again as the one
+    before, and the last is below 0 and 5 times as large as the first. (A likelihood can be negative, but falls ever
+    more slowly.)
+    """
+    losses = vitals.read()
+    if len(losses) < 24 or vitals.case is None or not all(map(math.isfinite, losses)):
+        return
+    width = len(losses) // 4
+    means = [sum(losses[at * width : (at + 1) * width]) / width for at in range(4)]
+    falls = [one - two for one, two in pairwise(means)]
+    quickens = falls[0] > 0 and all(two > 1.5 * one for one, two in pairwise(falls))
+    if quickens and means[-1] < 0 and abs(means[-1]) > 5 * abs(means[0]):
+        yield Seen(
+            "the loss falls below 0, quicker and quicker.",
+            f"in quarters of {len(losses)} updates: {', '.join(f'{mean:.3g}' for mean in means)}",
+            vitals.case.place,
+            "look at the sign of each term: minimise -log_prob, the error and not its negative, + KL",
         )
 
 
