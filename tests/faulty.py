@@ -193,3 +193,16 @@ def wrong_average():
     return numbers(
         train=(X, LINE * spread), val=(draw(96, 8, seed=5), torch.cat([draw(64, 1), 40 * draw(32, 1)])), metrics=[rmse]
     )
+
+
+def fp16_unscaled():
+    def step(state, window):
+        x, y = window.batches[0]
+        state.optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = F.cross_entropy(state.model(x), y)
+        loss.backward()
+        state.optimizer.step()
+        return epochal.StepResult(loss.detach().float(), window.samples)
+
+    return own(step)
