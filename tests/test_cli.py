@@ -103,8 +103,8 @@ def test_version(command):
         (
             ["fti"],
             """\
-PlanError: Unknown command "fti". Did you mean "fit"? Available commands: demo, fit, predict, eval, train, resume, check, \
-explain, ...
+PlanError: Unknown command "fti". Did you mean "fit"? Available commands: demo, fit, predict, eval, train, resume, \
+check, explain, ...
   where: epochal
   fix:   epochal --help shows what can be given
 """,
