@@ -273,7 +273,7 @@ def _light(one: Pass) -> Pass:
     trace.ends = one.trace.ends
     trace.layers = [layer._replace(input=None, output=None) for layer in one.layers]
     nothing = torch.zeros(())
-    return Pass(None, [], None, one.samples, None, nothing, trace, one.without, one.reached)
+    return Pass(None, [], None, one.samples, None, nothing, trace, one.without, one.reached, one.is_opaque)
 
 
 def _part(parameter: Tensor) -> Tensor:
