@@ -134,7 +134,8 @@ class Watch:
     def note(self, result: StepResult) -> None:
         """What an update gave; nothing waits for it."""
         if isinstance(result, StepResult):
-            self._losses.append(result.loss.detach() if isinstance(result.loss, Tensor) else result.loss)
+            loss = result.loss
+            self._losses.append(loss.detach() if getattr(loss, "requires_grad", False) else loss)
             if result.grad_norm is not None:
                 self._norms.append(result.grad_norm)
 
