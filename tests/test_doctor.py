@@ -251,6 +251,14 @@ def test_the_line_of_the_loss_is_told():
     assert caught.value.finding.measured == "(32, 1) and (32,) made (32, 32)"
 
 
+def test_a_loss_of_the_wrong_sign_is_found():
+    plan = epochal.Plan(
+        faulty.mlp(8, 1), (X, faulty.LINE), loss=lambda o, t: -((o - t) ** 2).mean(), epochs=2, observers=()
+    )
+    (one,) = [one for one in plan.check() if one.level == "error"]
+    assert (one.code, one.what) == ("gradient-ascent", "the loss is lower for wrong outputs than for right ones.")
+
+
 def test_a_rule_that_fails_ends_nothing(monkeypatch):
     monkeypatch.setattr(finding, "RAISES", False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -233,15 +233,6 @@ def noted(case: Case, batch: Any, value: Tensor, outputs: Any, trace: Trace) -> 
     )
     case.passes.append(one)
     return one
-
-
-def rows_of(case: Case, value: Tensor) -> bool:
-    """Whether the first dimension of a tensor counts the samples of the batch in hand."""
-    return value.dim() > 0 and value.shape[0] == case.now.samples
-
-
-def columns(tensor: Tensor) -> Iterator[Tensor]:
-    yield from tensor.flatten(1).unbind(1)
 
 
 def is_custom(case: Case) -> bool:

@@ -53,7 +53,6 @@ class Trial:
         self.factor, self.vitals, self.findings = factor, Vitals(), []
         self.model: nn.Module | None = None
         self.run: Run | None = None
-        self.is_whole = False
         began, plan = time.perf_counter(), copied(plan, compile=False, **changes)
         try:
             with plan.prepare() as run:
@@ -70,8 +69,6 @@ class Trial:
                         event.step >= updates or time.perf_counter() - began > seconds
                     ):
                         break
-                else:
-                    self.is_whole = True
         except Exception as error:
             self.error = error
         self.losses = self.vitals.read()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epochal import losses
-from epochal.doctor.case import Case, is_custom
+from epochal.doctor.case import Case
 from epochal.doctor.finding import Seen, rule
 from epochal.doctor.rules.scores import scores_of
 from epochal.doctor.trace import tensors
@@ -111,38 +111,6 @@ def _parts_from_targets(case: Case) -> Iterator[Seen]:
                            f"the derivative by the cosine similarity is {slope.mean().item():.3g}, above 0",
                            case.at(one.place), "minimise 1 - cosine_similarity(outputs, targets)")  # fmt: skip
                 return
-
-
-def _parts_from_targets(case: Case) -> Iterator[Seen]:
-    """Of cosine similarities between what is trained and what is not, whether they are made smaller."""
-    for one in case.now.trace.likenesses:
-        first, second = one.inputs
-        if case.now.value.requires_grad and first.requires_grad is not second.requires_grad:
-            (slope,) = torch.autograd.grad(case.now.value, one.result, retain_graph=True, allow_unused=True)
-            if slope is not None and bool((slope > 0).all()):
-                yield Seen("the likeness to the targets is minimised, not maximised.",
-                           f"the derivative by the cosine similarity is {slope.mean().item():.3g}, above 0",
-                           case.at(one.place), "minimise 1 - cosine_similarity(outputs, targets)")  # fmt: skip
-                return
-
-
-def _prefers_errors(case: Case) -> Iterator[Seen]:
-    """Of a loss of the user's own, whether it is lower for the model's outputs than for the targets themselves."""
-    outputs, targets = case.now.outputs, case.now.targets
-    loss = getattr(case.objective, "loss", None)
-    if loss is None or is_custom(case) or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
-        return
-    if outputs.shape != targets.shape or not targets.is_floating_point():
-        return
-    with torch.no_grad():
-        given, perfect = float(loss(outputs.detach(), targets)), float(loss(targets.to(outputs.dtype), targets))
-    if abs(perfect) < 1e-6 and given < -1e-6:
-        yield Seen(
-            "the loss is lower for wrong outputs than for right ones.",
-            f"{given:.4g} for the outputs of the model, {perfect:.4g} for the targets themselves",
-            f"loss {losses.describe(loss)}, {case.place}",
-            "turn its sign around: a loss falls as the outputs come near the targets",
-        )
 
 
 @rule("negative-loss", "error", "batch")

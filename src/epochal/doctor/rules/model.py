@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from epochal.doctor.case import Case, Pass
 from epochal.doctor.finding import Seen, rule
 from epochal.doctor.rules.wiring import named
-from epochal.doctor.trace import Layer, tensors
+from epochal.doctor.trace import Layer
 
 LINEAR = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -233,8 +233,3 @@ def init_scale(case: Case) -> Iterator[Seen]:
             f"{layers[0].path} to {layers[-1].path}",
             "initialise with nn.init.kaiming_normal_(layer.weight), or put norms between the layers",
         )
-
-
-def outputs_of(seen: Pass) -> list[Tensor]:
-    """The model's outputs of floating point numbers."""
-    return [one.detach() for one in tensors(seen.outputs) if one.is_floating_point()]

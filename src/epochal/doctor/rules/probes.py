@@ -36,6 +36,30 @@ def differ(one: Any, other: Any, rows: slice | Tensor | None = None) -> float:
     return worst
 
 
+@rule("gradient-ascent", "error", "probe")
+def prefers_errors(probe: Probe) -> Iterator[Seen]:
+    """What is minimised is lower for wrong outputs than for right ones: every update makes the model worse.
+
+    Asks a loss of the user's own, f(outputs, targets): for the targets themselves it is 0, and for the outputs of the model
+    it is below that.
+    """
+    case = probe.case
+    loss, outputs, targets = getattr(case.objective, "loss", None), case.now.outputs, case.now.targets
+    if loss is None or case.kind is not None or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return
+    if outputs.shape != targets.shape or not targets.is_floating_point():
+        return
+    with torch.no_grad():
+        given, perfect = float(loss(outputs.detach(), targets)), float(loss(targets.to(outputs.dtype), targets))
+    if abs(perfect) < 1e-6 and given < -1e-6:
+        yield Seen(
+            "the loss is lower for wrong outputs than for right ones.",
+            f"{given:.4g} for the outputs of the model, {perfect:.4g} for the targets themselves",
+            f"the loss {getattr(loss, '__name__', type(loss).__name__)}; {case.place}",
+            "turn its sign around: a loss falls as the outputs come near the targets",
+        )
+
+
 @rule("eval-in-train-mode", "error", "probe")
 def eval_in_train_mode(probe: Probe) -> Iterator[Seen]:
     """In train mode dropout draws and batch norm looks at the batch: what is validated is not the model that is used.
