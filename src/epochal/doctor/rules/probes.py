@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from epochal.doctor.case import is_custom
@@ -40,8 +41,8 @@ def differ(one: Any, other: Any, rows: slice | Tensor | None = None) -> float:
 def prefers_errors(probe: Probe) -> Iterator[Seen]:
     """What is minimised is lower for wrong outputs than for right ones: every update makes the model worse.
 
-    Asks a loss of the user's own, f(outputs, targets): for the targets themselves it is 0, and for the outputs of the model
-    it is below that.
+    Asks a loss of the user's own, f(outputs, targets): for the targets themselves it is 0, and for the outputs of the
+    model it is below that.
     """
     case = probe.case
     loss, outputs, targets = getattr(case.objective, "loss", None), case.now.outputs, case.now.targets
