@@ -366,7 +366,7 @@ def test_an_interrupted_run_ends_properly(tmp_path):
             break
         time.sleep(0.1)
     run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=100)
     assert (run.returncode, out) == (130, "")
     facts = json.loads(Path("runs/demo-1/run.json").read_text())
     assert err.endswith(

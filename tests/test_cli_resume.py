@@ -92,7 +92,7 @@ def test_a_signal_ends_a_run_after_a_step_with_a_checkpoint(command, recipe, nam
     told = command("runs", "show", "a run")[1]
     assert "\nstatus      running\n" in told and "\nnext" not in told
     run.send_signal(getattr(signal, name))
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=100)
     step = facts("a run")["steps"]
     assert (run.returncode, out) == (code, "")
     assert err.endswith(
@@ -118,7 +118,7 @@ def test_a_second_ctrl_c_stops_at_once(recipe):
     time.sleep(0.3)
     assert run.poll() is None  # the step is finished first
     run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=20)
+    out, err = run.communicate(timeout=100)
     assert (run.returncode, out) == (130, "")
     assert err.endswith("\ninterrupted; epochal resume run goes on from the newest checkpoint\n")
     assert "Traceback" not in err
@@ -135,7 +135,7 @@ def test_a_run_killed_at_random_instants_ends_as_if_it_had_not_been(command, rec
         time.sleep(chance.uniform(0, 0.4))
         if kills < 2:
             run.kill()
-        run.communicate(timeout=60)
+        run.communicate(timeout=100)
         if run.returncode == 0:
             break
         assert run.returncode == -signal.SIGKILL
@@ -509,7 +509,7 @@ def test_a_signal_ends_a_verification_and_leaves_nothing(tmp_path, monkeypatch, 
     process = begin("verify-resume", "recipe.py", "--pause", "30")
     wait_for(process, lambda: list(scratch.glob("*/straight-0.jsonl")))
     process.send_signal(number)
-    err = process.communicate(timeout=20)[1]
+    err = process.communicate(timeout=100)[1]
     assert process.returncode == 128 + number and "Traceback" not in err
     assert err.endswith(f"Interrupted: ended by {number.name}.\n  fix:   run it again; nothing was left behind\n")
     assert list(scratch.iterdir()) == []
@@ -522,7 +522,7 @@ def test_a_verification_under_nohup_hears_no_hang_up(monkeypatch):
         process = begin("verify-resume", "recipe.py", "--epochs", "1", "--kills", "1")
         time.sleep(2)
         process.send_signal(signal.SIGHUP)
-        assert process.communicate(timeout=60)[0].startswith("recipe ") and process.returncode == 0
+        assert process.communicate(timeout=100)[0].startswith("recipe ") and process.returncode == 0
     finally:
         signal.signal(signal.SIGHUP, before)
 

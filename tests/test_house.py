@@ -146,7 +146,7 @@ def test_fit_takes_at_most_33_options():
 
 def python(code, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=100
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -88,7 +88,7 @@ def train(*words):
 
 
 def finished(process):
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=100)
     return process.returncode, out, err
 
 
@@ -144,7 +144,7 @@ def test_no_process_outlives_its_launcher():
         time.sleep(0.1)
     time.sleep(0.5)
     process.kill()
-    assert len(children) == 2 and psutil.wait_procs(children, timeout=10)[1] == []
+    assert len(children) == 2 and psutil.wait_procs(children, timeout=100)[1] == []
     process.communicate()
 
 
@@ -348,7 +348,7 @@ def test_a_process_whose_launcher_was_killed_while_it_started_ends(is_awaited):
         LAUNCHER: str(launcher.pid),
     }
     words = [sys.executable, "-m", "epochal", "demo", "--epochs", "1"]
-    done = subprocess.run(words, env=os.environ | world, timeout=30, capture_output=True, text=True)
+    done = subprocess.run(words, env=os.environ | world, timeout=100, capture_output=True, text=True)
     launcher.wait()
     assert (done.returncode, done.stderr) == (
         137, "epochal: what started this process is gone, and so are the others.\n"

@@ -398,7 +398,7 @@ def test_a_signal_ends_what_is_measured(tmp_path, words):
     with subprocess.Popen(asked, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
         time.sleep(8)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=100)
     assert process.returncode == 130 and err.endswith("interrupted\n") and "Traceback" not in err, err
 
 
