@@ -280,9 +280,10 @@ class Probe:
         targets = self.case.now.targets
         return isinstance(targets, Tensor) and targets.dim() > 0 and not bool((targets == targets[:1]).all())
 
-    def metric_operations(self) -> Iterator[Operation]:
-        """What the metric functions of the user, and an objective, compare."""
-        yield from self.evaluated.trace.thresholds
+    def metric_operations(self, *, of_loss: bool = True) -> Iterator[Operation]:
+        """What the metric functions of the user compare; and an objective."""
+        if of_loss:
+            yield from self.evaluated.trace.thresholds
         outputs, targets = self.evaluated.outputs, self.case.now.targets
         for one in self._functions():
             with Trace(self.model) as trace, torch.no_grad():

@@ -160,7 +160,7 @@ class Trace(TorchFunctionMode):
             self.ends[f"{self._path()} ({name})".strip()] = at_ends(result, name)
         elif name == "cosine_similarity" and len(args) > 1:
             self.likenesses.append(Operation(name, args[:2], result, line()))
-        elif name in ("gt", "ge", "lt", "le", "__gt__", "__ge__", "round", "argmax") and args:
+        elif name in ("gt", "ge", "lt", "le", "__gt__", "__ge__", "round", "argmax", "eq", "__eq__", "ne") and args:
             self.thresholds.append(Operation(name, (args, kwargs), result, line()))
 
     def _path(self) -> str:
@@ -277,19 +277,28 @@ def leaves(tensor: Tensor) -> tuple[set[int], bool]:
     """The ids of all tensors that a backward pass from here gives a gradient, and whether more may be hidden: a
     function of somebody's own, as a reentrant checkpoint is, can go back to tensors that the graph does not show.
     """
-    found, seen, ahead, is_opaque = set(), set(), [tensor.grad_fn], False
+    nodes = list(_graph(tensor))
+    is_opaque = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes)
+    return set(map(id, ends(tensor))), is_opaque
+
+
+def ends(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a backward pass from here gives a gradient."""
+    if tensor.grad_fn is None:
+        return [tensor] if tensor.requires_grad else []
+    return [node.variable for node in _graph(tensor) if getattr(node, "variable", None) is not None]
+
+
+def _graph(tensor: Tensor) -> Iterator[Any]:
+    """The nodes that a backward pass from here goes through."""
+    seen, ahead = set(), [tensor.grad_fn]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        is_opaque = is_opaque or isinstance(node, torch.autograd.function.BackwardCFunction)
-        if (variable := getattr(node, "variable", None)) is not None:
-            found.add(id(variable))
+        yield node
         ahead += [one for one, _ in node.next_functions]
-    if tensor.grad_fn is None and tensor.requires_grad:
-        found.add(id(tensor))
-    return found, is_opaque
 
 
 def place() -> str:

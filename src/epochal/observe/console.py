@@ -69,12 +69,16 @@ class Console:
                 self._write(aligned(event.facts, self._paint, self._width) + "\n")
         elif isinstance(event, Noted) and self._has_begun:
             self._write(self._paint(f"note: {event.message}", ODD) + "\n", live=self._live)
-        elif (
-            isinstance(event, Found) and self._has_begun and event.finding.level != "info"
-        ):  # the summary says the rest
-            self._write(self._paint(str(event.finding), ODD) + "\n", live=self._live)
+        elif isinstance(event, Found) and self._has_begun:
+            self._found(event.finding)
         elif isinstance(event, Ended) and self._has_begun:  # a loop that was only prepared has nothing to tell
             self._ended(event)
+
+    def _found(self, finding: Any) -> None:
+        if finding.level != "info":
+            self._write(self._paint(str(finding), ODD) + "\n", live=self._live)
+        elif finding.code == "overfitting":  # in a line, when it begins; the summary says the rest
+            self._write(self._paint(f"fit: {finding.what} {finding.measured}", ODD) + "\n", live=self._live)
 
     def _begin(self, started: Started) -> None:
         self._has_begun, self._started = True, started

@@ -73,6 +73,59 @@ def _are_bytes(rows: Tensor) -> bool:
     return bool(rows.min() >= 0) and 128 < rows.max().item() <= 255 and bool((rows == rows.round()).all())
 
 
+@rule("unnormalised-inputs", "warning", "data")
+def scaled_apart(case: Case) -> Iterator[Seen]:
+    """What val is scaled by has to be what train is scaled by: else the model is asked about numbers it never saw.
+
+    Looks at floating point inputs of train and val, at 30 rows of each at least: the deviation of all numbers differs
+    more than 4 times, or their means by more than 3 deviations.
+    """
+    if case.sample is None or case.val_sample is None:
+        return
+    for one, two in zip(case.sample[0], case.val_sample[0]):
+        if min(len(one), len(two)) < 30 or one.shape[1:] != two.shape[1:] or not one.is_floating_point():
+            continue
+        spreads = [part.float().std().item() for part in (one, two)]
+        means = [part.float().mean().item() for part in (one, two)]
+        if min(spreads) <= 0:
+            continue
+        ratio, apart = max(spreads) / min(spreads), abs(means[0] - means[1]) / max(spreads)
+        if ratio > 4 or apart > 3:
+            yield Seen(
+                "the inputs of val are on another scale than those of train.",
+                f"mean {means[0]:.4g} and deviation {spreads[0]:.4g} in train, {means[1]:.4g} and {spreads[1]:.4g} in "
+                "val (4 times, or 3 deviations, allowed)",
+                f"train, val; {case.place}",
+                "scale both by the numbers of train: (X - X_train.mean(0)) / X_train.std(0)",
+            )
+            return
+
+
+@rule("causal-leak", "warning", "data")
+def target_among_inputs(case: Case) -> Iterator[Seen]:
+    """A column of the inputs that is the target tells the answer, and will not be there when it is asked for.
+
+    Looks at two-dimensional floating point inputs of several columns: one of them equals the target in all of at least
+    50 rows.
+    """
+    targets = case.sample[1] if case.sample is not None else None
+    if case.sample is None or targets is None or targets.numel() != len(targets) or len(targets) < 50:
+        return
+    wanted = targets.reshape(-1).float()
+    for part in case.sample[0]:
+        if part.dim() != 2 or part.shape[1] < 2 or not part.is_floating_point() or bool((wanted == wanted[0]).all()):
+            continue
+        same = (part.float() == wanted[:, None]).all(0).nonzero().flatten().tolist()
+        if same:
+            yield Seen(
+                "the target is among the inputs.",
+                f"column {same[0]} of {part.shape[1]} equals it in all of {len(wanted)} rows",
+                f"train; {case.place}",
+                "leave the column out of the inputs",
+            )
+            return
+
+
 @rule("normalised-twice", "warning", "data")
 def normalised_twice(case: Case) -> Iterator[Seen]:
     """Inputs close to 0 leave nothing but the biases to learn from; they were probably scaled twice.

@@ -21,7 +21,7 @@ def overfitting(story: Story) -> Iterator[Seen]:
     """
     if (since := overfitting_since(story.rows)) is not None:
         yield Seen(
-            f"the model is overfitting since epoch {since}.",
+            f"the model has been overfitting since epoch {since}.",
             f"val_loss rises while train_loss falls; {gap(story.rows[-1])}",
             f"epoch {since} on",
             "give patience=5, more data, augmentation, dropout or weight_decay=0.01, or a smaller model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from epochal.doctor.finding import Seen, rule
@@ -186,9 +187,11 @@ def symmetric_init(seen: Look) -> Iterator[Seen]:
     paid for.
 
     Looks at the weights of each layer in the first update: rows that are equal, and whose gradients are equal, too
-    (or all 0, of a layer beside others that are). A layer that begins at 0 on purpose (the last of a residual branch,
-    the B of LoRA, a head) gets gradients that differ, and is not told.
+    (or all 0, of a layer beside others that are), or whose results count the same for the next layer. A layer that
+    begins at 0 on purpose (the last of a residual branch, the B of LoRA, a head) gets gradients that differ, and is not
+    told.
     """
+    after = _read_alike(seen)
     for name, (weight, gradient) in seen.begun.items():
         if weight.dim() < 2 or weight.shape[0] < 2 or weight[0].numel() < 2 or gradient is None or gradient.is_sparse:
             continue
@@ -196,14 +199,16 @@ def symmetric_init(seen: Look) -> Iterator[Seen]:
         largest = slopes.abs().max()
         # A weight of the user's own may have its units in columns.
         ways = [(rows, slopes)] + ([(rows.T, slopes.T)] if weight.dim() == 2 and weight.shape[1] > 1 else [])
-        if not any(_are_alike(*way, largest) for way in ways):
+        is_read_alike = name in after and bool((rows == rows[0]).all())
+        if not any(_are_alike(*way, largest) for way in ways) and not is_read_alike:
             continue
-        if not bool(largest > 0) and not _are_all_still(seen):
+        if not bool(largest > 0) and not _are_all_still(seen) and not is_read_alike:
             continue
         is_constant = bool((rows == rows[0, 0]).all())
         yield Seen(
             "all units of a layer begin with the same weights, and get the same gradient.",
-            f"{weight.shape[0]} equal rows with equal gradients"
+            f"{weight.shape[0]} equal rows"
+            + (", which the next layer reads alike" if is_read_alike else " with equal gradients")
             + (f"; all its weights are {rows[0, 0].item():g}" if is_constant else ""),
             name,
             "leave the weights to torch's initialisation, or nn.init.kaiming_normal_(layer.weight)",
@@ -213,6 +218,21 @@ def symmetric_init(seen: Look) -> Iterator[Seen]:
 
 def _are_alike(rows: Tensor, slopes: Tensor, largest: Tensor) -> bool:
     return bool((rows == rows[0]).all()) and bool((slopes - slopes[0]).abs().max() <= 1e-5 * largest)
+
+
+def _read_alike(seen: Look) -> set[str]:
+    """The matrices whose units begin with equal biases, and all count the same for the next layer: then the gradient is
+    the same for each, or 0 but for rounding.
+    """
+    found, names = set(), [name for name, (weight, _) in seen.begun.items() if weight.dim() == 2]
+    for name, then in pairwise(names):
+        weight, after = seen.begun[name][0], seen.begun[then][0]
+        bias = seen.begun.get(f"{name.removesuffix('weight')}bias")
+        is_even = bias is None or bool((bias[0] == bias[0].flatten()[0]).all())
+        follows = after.shape[1] == weight.shape[0] > 1 and after.shape[0] > 1
+        if is_even and follows and bool((after == after[:, :1]).all() and (after != 0).any()):
+            found.add(name)
+    return found
 
 
 def _are_all_still(seen: Look) -> bool:

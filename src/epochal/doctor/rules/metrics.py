@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from epochal.doctor.probing import Probe
 
 
+EQUAL = ("eq", "ne", "__eq__", "__ne__")
+
+
 @rule("logit-threshold", "warning", "probe")
 def logit_threshold(probe: Probe) -> Iterator[Seen]:
     """A threshold of 0.5, or rounding, is for probabilities; of scores, 0 is the middle. An argmax over one column is
@@ -28,6 +31,8 @@ def logit_threshold(probe: Probe) -> Iterator[Seen]:
         if not isinstance(given, Tensor) or not given.is_floating_point() or given.numel() < 4:
             continue
         low, high = given.min().item(), given.max().item()
+        if name in EQUAL:
+            continue
         if name == "argmax":
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             if isinstance(dim, int) and given.dim() > 1 and given.shape[dim] == 1:
@@ -70,8 +75,23 @@ def wrong_average(probe: Probe) -> Iterator[Seen]:
 def impossible_metric(probe: Probe) -> Iterator[Seen]:
     """A share above 1, or below 0, is none: the metric counts something twice, or divides by the wrong number.
 
-    Looks at metrics whose names say accuracy, precision, recall, f1 or auc, over val.
+    Looks at metrics whose names say accuracy, precision, recall, f1 or auc, over val; and at whether a metric compares
+    (n,) with (n, 1), which asks each sample about all others.
     """
+    for operation in probe.metric_operations(of_loss=False):
+        (args, _), result = operation.inputs, operation.result
+        one, other = (*args, None)[:2]
+        if operation.name in EQUAL and isinstance(one, Tensor) and isinstance(other, Tensor):
+            shapes = sorted((tuple(one.shape), tuple(other.shape)), key=len)
+            count = shapes[0][0] if shapes[0] else 0
+            if count > 1 and shapes == [(count,), (count, 1)] and isinstance(result, Tensor):
+                yield Seen(
+                    "a metric compares each sample with all others.",
+                    f"{tuple(one.shape)} and {tuple(other.shape)} made {tuple(result.shape)}",
+                    operation.place,
+                    "give both the same shape: outputs.squeeze(1), or targets.reshape(outputs.shape)",
+                )
+                return
     for name, whole, mean in probe.averaged_metrics():
         is_share = any(word in name.lower() for word in ("accuracy", "acc", "precision", "recall", "f1", "auc"))
         for value in (whole, mean):

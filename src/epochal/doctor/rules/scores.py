@@ -258,3 +258,24 @@ def unreachable_targets(case: Case) -> Iterator[Seen]:
                 _made(case, call),
                 f"leave out the {name.lower()} at the end, or scale the targets into its range",
             )
+    yield from _unreachable_for_own(case)
+
+
+def _unreachable_for_own(case: Case) -> Iterator[Seen]:
+    """The same for a loss of the user's own, f(outputs, targets), over numbers; a warning, for it may undo it."""
+    outputs, targets = case.now.outputs, case.now.targets
+    if is_custom(case) or case.now.calls or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return
+    name = made_by(outputs)
+    if name not in RANGES or outputs.shape != targets.shape or not targets.is_floating_point():
+        return
+    low, high = RANGES[name]
+    outside = ((targets < low - 1e-4) | (targets > high + 1e-4)).float().mean().item()
+    if outside > 0.05:
+        yield Seen(
+            f"the model ends with {name.lower()}, which cannot give these targets.",
+            f"{outside:.0%} of the targets are outside of {low:g} to {high:g} (at most 5 %)",
+            f"{case.output_layer()}, {case.place}",
+            f"leave out the {name.lower()} at the end, or scale the targets into its range",
+            level="warning",
+        )

@@ -159,12 +159,50 @@ def _counts(case: Case) -> Tensor | None:
     if (found := class_counts(case)) is not None:
         return found[0]
     targets = case.sample[1] if case.sample is not None else None
-    if targets is None or not any(call.name in losses.BINARY for call in case.now.calls):
+    if targets is None:
+        return None
+    if any(call.name in losses.CLASS_INDEX for call in case.now.calls) and not targets.is_floating_point():
+        kept = targets[(targets != losses.ignore_index(getattr(case.objective, "loss", None))) & (targets >= 0)]
+        return torch.bincount(kept.long(), minlength=2) if kept.numel() and kept.max() < 100_000 else None
+    if not any(call.name in losses.BINARY for call in case.now.calls):
         return None
     flat = targets.flatten()
     if (targets.dim() > 1 and targets.shape[1] > 1) or not bool(((flat == 0) | (flat == 1)).all()):
         return None
     return torch.bincount(flat.long(), minlength=2)
+
+
+@rule("class-imbalance", "warning", "data")
+def weights_reversed(case: Case) -> Iterator[Seen]:
+    """Class weights that favour the frequent classes make an imbalance worse: they are to be like 1 / count.
+
+    Looks at ``weight`` of the loss, where the most frequent class is more than twice as frequent as the rarest, and
+    counts more than twice as much; and at ``pos_weight`` of a single output, which has to be above 1 where the
+    positive ones are the rarer ones.
+    """
+    counts, loss = _counts(case), getattr(case.objective, "loss", None)
+    weight, positive = getattr(loss, "weight", None), getattr(loss, "pos_weight", None)
+    told = None
+    if counts is None or int(counts.sum()) < 100:
+        return
+    if isinstance(weight, Tensor) and weight.dim() == 1 and len(weight) == len(counts):
+        most, least = int(counts.argmax()), int(counts.argmin())
+        if counts[most] > 2 * counts[least] > 0 and weight[most] > 2 * weight[least]:
+            told = (
+                f"class {most} of {int(counts[most])} samples weighs {weight[most].item():.3g}, "
+                f"class {least} of {int(counts[least])} {weight[least].item():.3g}"
+            )
+    elif isinstance(positive, Tensor) and positive.numel() == 1 and len(counts) == 2:
+        negatives, positives, factor = *counts.tolist(), positive.item()
+        if (positives < negatives / 2 and factor < 0.8) or (positives > 2 * negatives and factor > 1.25):
+            told = f"pos_weight {factor:.3g}, with {positives} positive and {negatives} negative samples"
+    if told:
+        yield Seen(
+            "the weights of the loss favour what is frequent already.",
+            told,
+            f"the loss, {case.place}",
+            "weigh classes by 1 / count, and give pos_weight = negatives / positives",
+        )
 
 
 @rule("unscaled-targets", "info", "data")

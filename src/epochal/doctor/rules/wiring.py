@@ -20,8 +20,9 @@ from torch.utils.data import (
 
 from epochal.data.loader import Loader
 from epochal.data.sources import Arrays
-from epochal.doctor.case import Case
+from epochal.doctor.case import NORMS, Case
 from epochal.doctor.finding import Seen, rule
+from epochal.doctor.trace import ends
 
 TOLD = 4  # names of parameters
 
@@ -181,6 +182,46 @@ def all_frozen(case: Case) -> Iterator[Seen]:
             f"all of its {sum(p.numel() for p in every):,} weights are frozen",
             f"{type(case.model).__name__}; {case.place}",
             "set requires_grad_(True) on the parameters that shall be trained",
+        )
+
+
+@rule("all-frozen", "info", "static")
+def only_norms_trained(case: Case) -> Iterator[Seen]:
+    """What is trained are scales and shifts of norms alone; the head was frozen with the rest, or put in before.
+
+    Looks at the trained parameters: all of them are those of norms, in a model that has weights besides.
+    """
+    norms = {id(p) for part in case.model.modules() if isinstance(part, NORMS) for p in part.parameters(recurse=False)}
+    every = list(case.model.parameters())
+    if case.trained and len(every) > len(norms) and all(id(p) in norms for p in case.trained.values()):
+        yield Seen(
+            "nothing but the scales and shifts of norms is trained.",
+            f"{sum(p.numel() for p in case.trained.values()):,} of {sum(p.numel() for p in every):,} weights",
+            f"{type(case.model).__name__}; {case.place}",
+            "set requires_grad_(True) on the layers that shall be trained, the head at least",
+        )
+
+
+@rule("hidden-modules", "error", "wiring")
+def made_in_forward(case: Case) -> Iterator[Seen]:
+    """A layer that the forward makes is another one, with other random weights, in each pass.
+
+    Looks at where the graphs of two passes end: in parameters that are not the model's, and no two of them the same.
+    """
+    if len(case.passes) < 2:
+        return
+    known = {id(p) for module in case.run.state.modules for p in module.parameters()}
+    one, two = (
+        {id(p): p for p in ends(seen.value) if type(p) is nn.Parameter and id(p) not in known | set(case.held)}
+        for seen in case.passes[-2:]
+    )
+    if one and two and not set(one) & set(two) and [p.shape for p in one.values()] == [p.shape for p in two.values()]:
+        shapes = ", ".join(str(tuple(p.shape)) for p in list(one.values())[:TOLD])
+        yield Seen(
+            "the forward makes layers anew in each pass: their weights stay random.",
+            f"{len(one)} parameters that are not in model.parameters(), others in each pass: {shapes}",
+            f"the forward of {type(case.model).__name__}; {case.place}",
+            "make them once, in __init__, as attributes of the module",
         )
 
 
