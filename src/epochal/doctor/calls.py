@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ class Loop:
         self._stack = ExitStack()
         self._is_trial = watch.dense is not None
         self._trace = Trace(self.case.model, self._goes_back, full=self._is_trial)
-        self._is_opaque = False
+        self.is_opaque = False
         self.reached: set[int] = set()
         self._arrived: dict[int, Tensor] = {}
         self._stale: set[int] = set()
@@ -72,7 +73,7 @@ class Loop:
         with self.watch.quietly():
             reached, is_opaque = leaves(value)
             self.reached |= reached
-            self._is_opaque = self._is_opaque or is_opaque
+            self.is_opaque = self.is_opaque or is_opaque
             if self._is_trial:
                 self._note_share(value)
             if self.events.count("backward") == 1 and value.numel() == 1:
@@ -136,6 +137,9 @@ class Loop:
                 self.events.append("early schedule")
         self._maximizes = self._maximizes or any(group.get("maximize") for group in optimizer.param_groups)
         self.events.append("step")
+        if optimizer is not self.case.optimizer:
+            for one in look("settings", replace(self.case, own_optimizer=optimizer), ignore=self.watch.ignore):
+                self.watch.account(one)
         self.watch.case.held |= {id(p): group for group in optimizer.param_groups for p in group["params"]}
         plain = [p for p in every if p.grad is not None and p.grad.layout is torch.strided and p.numel() <= MOST]
         self.gradients |= {id(p): p.grad.detach().clone() for p in plain}
@@ -148,8 +152,9 @@ class Loop:
 
     def climb(self, changes: Sequence[Tensor], parts: Sequence[tuple[str, nn.Parameter, Tensor]]) -> float:
         """The cosine between what the update did and the gradient that it was made from: below 0 where it goes down."""
-        pairs = [(change.float(), self.gradients[id(p)].float()) for change, (_, p, _) in zip(changes, parts)
-                 if id(p) in self.gradients and self.gradients[id(p)].shape == change.shape]  # fmt: skip
+        used = self.gradients if "step" in self.events else self._arrived  # a step may do without an optimizer
+        pairs = [(change.float(), used[id(p)].float()) for change, (_, p, _) in zip(changes, parts)
+                 if id(p) in used and used[id(p)].shape == change.shape]  # fmt: skip
         dot = sum(float((one * two).sum()) for one, two in pairs)
         sizes = [math.sqrt(sum(float(pair[at].pow(2).sum()) for pair in pairs)) for at in (0, 1)]
         return dot / (sizes[0] * sizes[1]) if sizes[0] and sizes[1] and not self._maximizes else 0.0
@@ -164,7 +169,7 @@ class Loop:
         """After the update: what all of its backward passes reached, and whether layers were connected at all."""
         if not self.case.passes or "backward" not in self.events:
             return
-        self.case.now.reached, self.case.now.is_opaque = self.reached, self._is_opaque
+        self.case.now.reached, self.case.now.is_opaque = self.reached, self.is_opaque
         self.case.now.without = [name for name, p in self.case.trained.items() if id(p) not in self.reached]
         step = self.case.run.state.progress.step
         for one in look("wiring", self.case, ignore=self.watch.ignore, step=step):

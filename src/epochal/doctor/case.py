@@ -79,6 +79,7 @@ class Case:
     run: Run
     passes: list[Pass] = field(default_factory=list)
     may_read: bool = False
+    own_optimizer: Optimizer | None = None  # one that a step of the user's has made
 
     @property
     def model(self) -> nn.Module:
@@ -86,7 +87,7 @@ class Case:
 
     @property
     def optimizer(self) -> Optimizer | None:
-        return self.run.state.optimizer
+        return self.own_optimizer if self.own_optimizer is not None else self.run.state.optimizer
 
     @property
     def now(self) -> Pass:

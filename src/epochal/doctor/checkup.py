@@ -48,7 +48,7 @@ def _found(plan: Plan, began: float) -> list[Finding]:
     found: list[Finding] = []
     try:
         case = Case(plan, run, may_read=True)
-        found += look("static", case)
+        found += [*look("static", case), *look("settings", case)]
         if plan.step is None:
             failed = _first_passes(case, found)
             if failed is not None:
@@ -105,7 +105,8 @@ def _first_passes(case: Case, found: list[Finding]) -> list[Finding] | None:
         here = [one for stage in ("wiring", "batch", "graph") for one in look(stage, case)]
         for one in here:
             counts[one.code] = counts.get(one.code, 0) + 1
-            once.setdefault(one.code, one)
+            if one.code not in once or one.level == "error":
+                once[one.code] = one
         passes += 1
     found += [one for code, one in once.items() if one.level == "error" or counts[code] == passes]
     return None

@@ -148,6 +148,14 @@ class Probe:
         except Exception:
             return None
 
+    def given(self, inputs: Tensor) -> Any:
+        """What the model makes of one tensor in eval mode; None where it wants something else."""
+        try:
+            with evaluation_mode([self.model]):
+                return self.model(inputs.clone())
+        except Exception:
+            return None
+
     def loss(self, batch: Any, model: nn.Module, *, training: bool = False) -> float | None:
         try:
             with evaluation_mode([model]), torch.enable_grad():
@@ -263,18 +271,13 @@ class Probe:
         return [*inputs, *list(batch)[len(inputs) :]] if isinstance(batch, list | tuple) else inputs[0]
 
     def sequence(self) -> tuple[Tensor | None, Tensor | None]:
-        """Inputs (n, time, ...) and targets of the same shape, where a batch is that."""
-        inputs, targets = self.case.now.inputs, self.case.now.targets
-        if (
-            not isinstance(targets, Tensor)
-            or len(inputs) != 1
-            or inputs[0].dim() < 2
-            or inputs[0].shape != targets.shape
-        ):
+        """What the model got, and targets of the same shape: the batch's, or those of the loss in an objective."""
+        given = next((layer.input for layer in reversed(self.case.now.layers) if layer.path == ""), None)
+        if given is None or not 2 <= given.dim() <= (3 if given.is_floating_point() else 4):
             return None, None
-        if inputs[0].is_floating_point() and inputs[0].dim() > 3:
-            return None, None
-        return inputs[0], targets
+        wanted = [self.case.now.targets, *(call.targets for call in self.case.now.calls)]
+        fit = [one for one in wanted if isinstance(one, Tensor) and one.numel() == given.numel()]
+        return given.detach(), fit[0].reshape(given.shape) if fit else None
 
     def targets_vary(self) -> bool:
         targets = self.case.now.targets

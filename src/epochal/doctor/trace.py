@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -252,10 +252,13 @@ def tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
             yield from tensors(getattr(value, name, None), depth + 1)
 
 
-def maker(tensor: Tensor) -> Any:
-    """The node of the graph that made its numbers, past what only changes its shape; None of a leaf."""
+def maker(tensor: Tensor, past: Sequence[str] = ()) -> Any:
+    """The node of the graph that made its numbers, past what only changes its shape; None of a leaf.
+
+    past: names of more operations that do not count.
+    """
     node = tensor.grad_fn
-    while node is not None and _operation(node) in _SHAPES:
+    while node is not None and (_operation(node) in _SHAPES or _operation(node) in past):
         before = [one for one, _ in node.next_functions if one is not None]
         if len(before) != 1:
             return node
@@ -263,9 +266,9 @@ def maker(tensor: Tensor) -> Any:
     return node
 
 
-def made_by(tensor: Tensor) -> str:
+def made_by(tensor: Tensor, past: Sequence[str] = ()) -> str:
     """The name of the operation that made it, ``Softmax`` say; empty of a leaf."""
-    node = maker(tensor)
+    node = maker(tensor, past)
     return "" if node is None else _operation(node)
 
 

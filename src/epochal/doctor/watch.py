@@ -128,8 +128,9 @@ class Watch:
 
     def begin(self) -> None:
         """Raises what can be proved before anything is read or trained."""
-        for one in look("static", self.case, ignore=self.ignore, only_errors=True):
-            raise FaultError.of(one)
+        for stage in ("static", "settings"):
+            for one in look(stage, self.case, ignore=self.ignore, only_errors=True):
+                raise FaultError.of(one)
 
     def note(self, result: StepResult) -> None:
         """What an update gave; nothing waits for it."""
@@ -316,6 +317,6 @@ def _measured(
     )  # fmt: skip
     if seen is not None:
         look.is_own, look.events, look.shares, look.micro_batches = True, seen.events, seen.shares, seen.micro_batches
-        look.reaches = any(id(p) in seen.reached for _, p, _ in parts)
+        look.reaches = seen.is_opaque or any(id(p) in seen.reached for _, p, _ in parts)
         look.climb, look.shrunk = seen.climb(changes, parts), seen.shrunk()
     return look

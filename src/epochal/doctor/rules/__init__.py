@@ -2,4 +2,4 @@
 
 # ruff: noqa: F401, I001  (what is imported adds its rules, and the order counts)
 from epochal.doctor.rules import refused, wiring, scores, loss, targets, model, optimizer, schedule, data, reading
-from epochal.doctor.rules import loop, probes, metrics, training, symptoms, fitting
+from epochal.doctor.rules import loop, direction, probes, metrics, training, symptoms, fitting

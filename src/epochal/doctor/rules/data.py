@@ -45,6 +45,8 @@ def unnormalised_inputs(case: Case) -> Iterator[Seen]:
     for path, given in _entries(case):
         values = _of_data(case, path, given)
         rows = values.flatten(1)
+        if values.dim() == 2 and len(rows) > 8 and bool((varies := (rows != rows[0]).any(0)).any()):
+            rows = rows[:, varies]  # what never changes is told by itself
         size = rows.pow(2).mean().sqrt().item()
         highest = rows.abs().max().item()
         spreads = rows.std(0) if values.dim() == 2 and len(rows) > 8 else torch.ones(1)
@@ -150,19 +152,21 @@ def normalised_twice(case: Case) -> Iterator[Seen]:
 def constant_feature(case: Case) -> Iterator[Seen]:
     """A feature that never changes tells nothing; a column may have been lost when the data were made.
 
-    Looks at the columns of floating point inputs, two-dimensional, over at least 100 rows.
+    Looks at floating point inputs over at least 100 rows: at columns, at the features of series (n, time, features),
+    and at the channels of images.
     """
     if case.sample is None:
         return
     for part in case.sample[0]:
-        if part.dim() != 2 or not part.is_floating_point() or len(part) < 100:
+        if not 2 <= part.dim() <= 4 or not part.is_floating_point() or len(part) < 100:
             continue
-        constant = (part == part[0]).all(0).nonzero().flatten().tolist()
-        if constant and len(constant) < part.shape[1]:
+        rows = part if part.dim() == 2 else part.movedim(1 if part.dim() == 4 else 2, -1).flatten(0, -2)
+        constant = (rows == rows[0]).all(0).nonzero().flatten().tolist()
+        if constant and len(constant) < rows.shape[1]:
             yield Seen(
                 "some features have one value only.",
-                f"{len(constant)} of {part.shape[1]} columns, over {len(part)} rows",
-                f"columns {', '.join(map(str, constant[:8]))} of the inputs",
+                f"{len(constant)} of {rows.shape[1]}, over {len(part)} rows",
+                f"{'channels' if part.dim() == 4 else 'columns'} {', '.join(map(str, constant[:8]))} of the inputs",
                 "look at how they are made, or leave them out",
             )
 
@@ -269,9 +273,13 @@ def _is_fine(part: Tensor) -> bool:
 def conflicting_labels(case: Case) -> Iterator[Seen]:
     """The same inputs with different labels cannot both be learned; somebody has labelled them twice.
 
-    Looks at the bytes of the inputs: more than 1 of 200 samples have a twin with another class.
+    Looks at the bytes of the inputs: more than 1 of 200 samples have a twin with another class; or, where the targets
+    are numbers, more than a tenth of their variance lies between twins.
     """
-    if case.sample is None or case.sample[1] is None or case.sample[1].is_floating_point() or case.sample[1].dim() != 1:
+    if case.sample is None or case.sample[1] is None:
+        return
+    yield from _apart(case)
+    if case.sample[1].is_floating_point() or case.sample[1].dim() != 1:
         return
     if not any(part.is_floating_point() for part in case.sample[0]):
         return
@@ -286,6 +294,27 @@ def conflicting_labels(case: Case) -> Iterator[Seen]:
             f"{share:.1%} of {len(digests)} samples have a twin of another class (0.5 % allowed)",
             f"train; {case.place}",
             "keep one label for each, by a vote say",
+        )
+
+
+def _apart(case: Case) -> Iterator[Seen]:
+    inputs, targets = case.sample if case.sample is not None else ([], None)
+    if targets is None or not targets.is_floating_point() or targets.numel() != len(targets) or len(targets) < 20:
+        return
+    if not any(part.is_floating_point() for part in inputs):
+        return
+    known: dict[bytes, list[float]] = {}
+    for digest, value in zip(_digests(inputs, None), targets.reshape(-1).tolist()):
+        known.setdefault(digest, []).append(value)
+    twins = [values for values in known.values() if len(values) > 1]
+    within = sum(torch.tensor(values).var(correction=0).item() * len(values) for values in twins) / len(targets)
+    if twins and within > 0.1 * targets.float().var().item() > 0:
+        yield Seen(
+            "the same inputs have different targets.",
+            f"{within / targets.float().var().item():.0%} of the variance of {len(targets)} targets is between samples "
+            "with the same inputs (10 % allowed)",
+            f"train; {case.place}",
+            "give the inputs what tells them apart, or keep one target for each, the mean say",
         )
 
 

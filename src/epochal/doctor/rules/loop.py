@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import torch
+
 from epochal.doctor.finding import Seen, rule
 from epochal.doctor.rules.wiring import named
+from epochal.doctor.trace import tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from epochal.doctor.case import Case
     from epochal.doctor.watch import Look
 
 
@@ -33,6 +37,21 @@ def missing_zero_grad(seen: Look) -> Iterator[Seen]:
         )
 
 
+@rule("detached-loss", "error", "step")
+def detached_step(seen: Look) -> Iterator[Seen]:
+    """The backward passes of a step lead to no weight: the loss was cut off from the model.
+
+    Watches a step of the user's: it goes back, no weight of the model is reached, and its optimizer finds no gradient.
+    """
+    if seen.is_own and "backward" in seen.events and "empty step" in seen.events and not seen.reaches:
+        yield Seen(
+            "nothing leads back from the loss to a weight: it is cut off from the model.",
+            f"the backward pass of update {seen.step} reached no weight",
+            f"step=, in this order: {', '.join(seen.events)}",
+            "leave out .item(), .detach(), torch.tensor(...), argmax and requires_grad_() on the way to the loss",
+        )
+
+
 @rule("step-without-effect", "error", "step")
 def step_without_effect(seen: Look) -> Iterator[Seen]:
     """An update that moves no weight trains nothing, however long it runs.
@@ -40,7 +59,7 @@ def step_without_effect(seen: Look) -> Iterator[Seen]:
     Watches a step of the user's: its optimizer steps when no parameter has a gradient (it was cleared between backward
     and step, or there was no backward); or nothing was called that could move a weight, in the first three updates.
     """
-    if seen.has_moved or not seen.applied or not seen.is_own:
+    if seen.has_moved or not seen.applied or not seen.is_own or any(detached_step(seen)):
         return
     order = ", ".join(seen.events) or "no backward and no optimizer.step()"
     if "foreign step" in seen.events and not seen.reaches:
@@ -160,6 +179,23 @@ def fp16_unscaled(seen: Look) -> Iterator[Seen]:
             f"layers compute in float16 in update {seen.step}, and no GradScaler is used",
             "step=",
             "scale it: scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update(); or compute in bfloat16",
+        )
+
+
+@rule("fp16-unscaled", "warning", "batch")
+def unscaled_objective(case: Case) -> Iterator[Seen]:
+    """The same in a model or an objective that computes in fp16 by itself: nobody scales its loss.
+
+    Looks at what layers give in a pass: fp16 with a gradient, where the precision of the plan is another one.
+    """
+    made = [layer.path for layer in case.now.layers for one in tensors(layer.output)
+            if one.dtype is torch.float16 and one.requires_grad]  # fmt: skip
+    if made and case.plan.step is None and case.plan.precision != "fp16":
+        yield Seen(
+            "what goes back is in fp16, and the loss is not scaled.",
+            f"{len(made)} layers compute in float16, and precision is {case.plan.precision!r}",
+            f"{named(path or 'the model' for path in made)}; {case.place}",
+            'leave out autocast and .half(), and give precision="fp16", which scales the loss, or "bf16"',
         )
 
 

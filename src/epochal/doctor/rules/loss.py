@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epochal import losses
-from epochal.doctor.case import Case
+from epochal.doctor.case import Case, is_custom
 from epochal.doctor.finding import Seen, rule
 from epochal.doctor.rules.scores import scores_of
 from epochal.doctor.trace import tensors
@@ -159,7 +159,8 @@ def initial_loss(case: Case) -> Iterator[Seen]:
     sure of what is wrong.
 
     Looks at cross_entropy over class indices in the first batches: above 3 times ln(classes), and scores whose standard
-    deviation is above 3. A loss below ln(classes) is that of pretrained weights, and no sign of anything.
+    deviation is above 3. A loss below ln(classes) is that of pretrained weights, and no sign of anything. Of a
+    regression it looks at the outputs: 30 times as far away as the targets lie apart, as they are large, and as 1.
     """
     for call in case.now.calls:
         if call.name != "cross_entropy" or call.targets.is_floating_point() or call.reduction != "mean":
@@ -174,6 +175,26 @@ def initial_loss(case: Case) -> Iterator[Seen]:
                 f"{case.output_layer()}, {case.place}",
                 "normalise the inputs, or initialise the last layer smaller: nn.init.normal_(last.weight, std=0.01)",
             )
+    yield from _far_off(case)
+
+
+def _far_off(case: Case) -> Iterator[Seen]:
+    """The same of a regression."""
+    call = next((one for one in case.now.calls if one.name in losses.ELEMENTWISE - losses.BINARY), None)
+    outputs, targets = (call.outputs, call.targets) if call is not None else (case.now.outputs, case.now.targets)
+    if (is_custom(case) and call is None) or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return
+    if outputs.shape != targets.shape or not targets.is_floating_point() or case.run.state.progress.step > 2:
+        return
+    wanted, middle = targets.float().std().item(), targets.float().mean()
+    off = (outputs.detach().float() - middle).pow(2).mean().sqrt().item()
+    if off > 30 * max(wanted, middle.abs().item(), 1.0):
+        yield Seen(
+            "at the start the outputs lie far away from all targets.",
+            f"{off:.3g} in the mean, where the deviation of targets is {wanted:.3g} (30 times allowed)",
+            f"{case.output_layer()}, {case.place}",
+            "initialise with nn.init.kaiming_normal_(layer.weight), put norms between the layers, normalise the inputs",
+        )
 
 
 @rule("penalty-dominates", "warning", "graph")

@@ -85,11 +85,13 @@ def dropout(case: Case) -> Iterator[Seen]:
     dropout of a recurrent network of one layer, which has no effect.
     """
     for path, module in case.model.named_modules():
-        if isinstance(module, _DropoutNd) and module.p > 0.5:
-            level = "error" if module.p >= 1 else "warning" if module.p > 0.8 else "info"
+        between = isinstance(module, nn.RNNBase | nn.MultiheadAttention) and getattr(module, "num_layers", 2) > 1
+        p = module.p if isinstance(module, _DropoutNd) else module.dropout if between else 0.0
+        if p > 0.5:
+            level = "error" if p >= 1 else "warning" if p > 0.8 else "info"
             yield Seen(
-                "dropout sets all of its inputs to 0." if module.p >= 1 else "dropout sets most of its inputs to 0.",
-                f"p = {module.p:g} (0.5 is usual)",
+                "dropout sets all of its inputs to 0." if p >= 1 else "dropout sets most of its inputs to 0.",
+                f"p = {p:g} (0.5 is usual)",
                 f"{path} ({type(module).__name__})",
                 "give p=0.1 to 0.5: it is the share that is set to 0",
                 level=level,
@@ -212,15 +214,21 @@ def train_in_eval_mode(case: Case) -> Iterator[Seen]:
         )
 
 
+def _over_samples(output: Tensor) -> float:
+    """The deviation over the samples of a batch, in the mean of all units: what biases add to it is no difference."""
+    values = output.detach().float()
+    return values.std(0).mean().item() if values.dim() > 1 and len(values) > 1 else values.std().item()
+
+
 @rule("init-scale", "info", "batch")
 def init_scale(case: Case) -> Iterator[Seen]:
     """Where layers blow their inputs up, or let them fade, the first updates go into mending that.
 
-    Looks at the deviation of what linear layers and convolutions give, in the first pass: between the first and the
-    last it grows or shrinks by more than 1000.
+    Looks at the deviation over samples of what linear layers and convolutions give, in the first pass: between the
+    first and the last it grows or shrinks by more than 1000.
     """
     layers = [one for one in case.now.layers if isinstance(one.module, LINEAR) and isinstance(one.output, Tensor)]
-    sizes = [one.output.detach().float().std().item() for one in layers]
+    sizes = [_over_samples(one.output) for one in layers]
     if len(sizes) < 3 or case.run.state.progress.step > 2 or min(sizes) <= 0:
         return
     if (ratio := max(sizes[-1] / sizes[0], sizes[0] / sizes[-1])) > 1000:

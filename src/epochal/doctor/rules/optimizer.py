@@ -12,18 +12,19 @@ from epochal.doctor.rules.wiring import named
 
 ADAMS = (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)  # AdamW is an Adam
 HIGHEST = 0.5  # of an Adam's rate: it moves each weight by as much in an update
+HIGHEST_OF_OTHERS = 30.0
 
 
-@rule("absurd-lr", "error", "static")
+@rule("absurd-lr", "error", "settings", told="static")
 def absurd_lr(case: Case) -> Iterator[Seen]:
     """The learning rate cannot be meant: at 0 nothing moves, and an Adam moves every weight by it in each update.
 
     Looks at the rate of each group: 0 without a schedule is an error; for the family of Adam above 0.5, and for SGD
-    above 100, a warning. Weights are about 0.01 to 1 in size.
+    above 30, a warning. Weights are about 0.01 to 1 in size.
     """
     for group in case.optimizer.param_groups if case.optimizer is not None else ():
         rate = float(group.get("initial_lr", group["lr"]))
-        highest = HIGHEST if isinstance(case.optimizer, ADAMS) else 100.0
+        highest = HIGHEST if isinstance(case.optimizer, ADAMS) else HIGHEST_OF_OTHERS
         if rate <= 0 and case.run.state.schedule is None:
             told = "error", "0: nothing is trained", "above 0"
         elif rate > highest:
@@ -40,7 +41,7 @@ def absurd_lr(case: Case) -> Iterator[Seen]:
         return
 
 
-@rule("odd-betas", "warning", "static")
+@rule("odd-betas", "warning", "settings", told="static")
 def odd_betas(case: Case) -> Iterator[Seen]:
     """Adam divides by a running mean of squares: it has to be slower than the mean it divides, and never 0.
 
@@ -62,7 +63,7 @@ def odd_betas(case: Case) -> Iterator[Seen]:
         return
 
 
-@rule("divergence", "error", "static")
+@rule("divergence", "error", "settings", told="static")
 def endless_momentum(case: Case) -> Iterator[Seen]:
     """A momentum of 1 never slows down: the weights swing wider and wider.
 
@@ -76,7 +77,7 @@ def endless_momentum(case: Case) -> Iterator[Seen]:
             return
 
 
-@rule("decayed-norms", "info", "static")
+@rule("decayed-norms", "info", "settings", told="static")
 def decayed_norms(case: Case) -> Iterator[Seen]:
     """Weight decay pulls the scales of norms, and biases, towards 0, where they do not belong.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from epochal.doctor.case import is_custom
@@ -35,30 +34,6 @@ def differ(one: Any, other: Any, rows: slice | Tensor | None = None) -> float:
             size = max(a.abs().max().item(), 1e-6)
             worst = max(worst, (a - b).abs().max().item() / size)
     return worst
-
-
-@rule("gradient-ascent", "error", "probe")
-def prefers_errors(probe: Probe) -> Iterator[Seen]:
-    """What is minimised is lower for wrong outputs than for right ones: every update makes the model worse.
-
-    Asks a loss of the user's own, f(outputs, targets): for the targets themselves it is 0, and for the outputs of the
-    model it is below that.
-    """
-    case = probe.case
-    loss, outputs, targets = getattr(case.objective, "loss", None), case.now.outputs, case.now.targets
-    if loss is None or case.kind is not None or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
-        return
-    if outputs.shape != targets.shape or not targets.is_floating_point():
-        return
-    with torch.no_grad():
-        given, perfect = float(loss(outputs.detach(), targets)), float(loss(targets.to(outputs.dtype), targets))
-    if abs(perfect) < 1e-6 and given < -1e-6:
-        yield Seen(
-            "the loss is lower for wrong outputs than for right ones.",
-            f"{given:.4g} for the outputs of the model, {perfect:.4g} for the targets themselves",
-            f"the loss {getattr(loss, '__name__', type(loss).__name__)}; {case.place}",
-            "turn its sign around: a loss falls as the outputs come near the targets",
-        )
 
 
 @rule("eval-in-train-mode", "error", "probe")
@@ -136,7 +111,7 @@ def causal_leak(probe: Probe) -> Iterator[Seen]:
     inputs, targets = probe.sequence()
     if inputs is None or targets is None:
         return
-    if inputs.shape == targets.shape and bool((inputs == targets).all()):
+    if bool((inputs == targets).all()):
         if not inputs.is_floating_point() and len(inputs.unique()) > 2:
             yield Seen(
                 "the targets are the inputs themselves.",
@@ -145,18 +120,20 @@ def causal_leak(probe: Probe) -> Iterator[Seen]:
                 "move them by one place: inputs = x[:, :-1], targets = x[:, 1:]",
             )
         return
-    if not bool((inputs[:, 1:] == targets[:, :-1]).float().mean() > 0.99):
+    moved = [at for at in range(1, inputs.dim()) if _is_moved(inputs, targets, at)]
+    if not moved:
         return
-    late = inputs.clone()
-    late[:, -1] = inputs[:, -1].roll(1, 0) if not inputs.is_floating_point() else inputs[:, -1] + 1
-    if bool((late == inputs).all()):
+    axis, time, late = moved[0], inputs.shape[moved[0]], inputs.clone()
+    last = late.select(axis, time - 1)
+    last.copy_(last + 1 if inputs.is_floating_point() else last.roll(1, 0))
+    before, after = probe.given(inputs), probe.given(late)
+    if bool((late == inputs).all()) or before is None or after is None:
         return
-    changed = probe.outputs(probe.with_inputs([late]))
-    time, off = inputs.shape[1], 0.0
-    for before, after in zip(tensors(probe.evaluated.outputs), tensors(changed)):
-        axis = next((at for at in (1, 2) if before.dim() > at and before.shape[at] == time), None)
-        if axis is not None and before.is_floating_point():
-            early = [one.detach().double().narrow(axis, 0, time - 1) for one in (before, after)]
+    off = 0.0
+    for one, other in zip(tensors(before), tensors(after)):
+        along = next((at for at in range(1, one.dim()) if one.shape[at] == time), None)
+        if along is not None and one.is_floating_point():
+            early = [part.detach().double().narrow(along, 0, time - 1) for part in (one, other)]
             off = max(off, (early[0] - early[1]).abs().max().item() / max(early[0].abs().max().item(), 1e-6))
     if off > TOLERANCE:
         yield Seen(
@@ -167,6 +144,13 @@ def causal_leak(probe: Probe) -> Iterator[Seen]:
             "give the attention a causal mask, nn.Transformer.generate_square_subsequent_mask(T); pad a "
             "convolution on the left",
         )
+
+
+def _is_moved(inputs: Tensor, targets: Tensor, axis: int) -> bool:
+    """Whether the targets are the inputs, one place later."""
+    time = inputs.shape[axis]
+    same = inputs.narrow(axis, 1, time - 1) == targets.narrow(axis, 0, time - 1) if time > 2 else None
+    return same is not None and bool(same.float().mean() > 0.99)
 
 
 @rule("inputs-ignored", "warning", "dependence")

@@ -19,6 +19,7 @@ RANGES = {  # what an activation can give at all
     "Relu": (0.0, math.inf), "Softplus": (0.0, math.inf), "LogSigmoid": (-math.inf, 0.0),
     "LogSoftmax": (-math.inf, 0.0), "Exp": (0.0, math.inf), "Hardtanh": (-1.0, 6.0), "Elu": (-1.0, math.inf),
 }  # fmt: skip
+UNBOUNDED = ("Addmm", "Convolution", "Mm", "Relu", "LeakyRelu", "Hardtanh", "Softplus", "Gelu", "Elu", "Silu")
 REGRESSION = losses.ELEMENTWISE - losses.BINARY
 
 
@@ -185,10 +186,10 @@ def bce_on_logits(case: Case) -> Iterator[Seen]:
     """BCELoss takes logarithms of its inputs: of what is not a probability they do not exist, or mean nothing.
 
     Looks at what binary_cross_entropy gets: an entry outside 0..1 (torch refuses it on the host), or scores that came
-    straight out of a layer.
+    straight out of a layer, clamped or behind a ReLU.
     """
     for call in case.now.calls:
-        if call.name == "bce" and made_by(call.outputs) in ("Addmm", "Convolution", "Mm"):
+        if call.name == "bce" and made_by(call.outputs, past=("Clamp", "ClampMin", "ClampMax")) in UNBOUNDED:
             yield Seen(
                 "BCELoss needs probabilities, and gets the scores of a layer.",
                 f"what it gets lies from {call.outputs.min().item():.3g} to {call.outputs.max().item():.3g}",

@@ -166,8 +166,8 @@ def _counts(case: Case) -> Tensor | None:
         return torch.bincount(kept.long(), minlength=2) if kept.numel() and kept.max() < 100_000 else None
     if not any(call.name in losses.BINARY for call in case.now.calls):
         return None
-    flat = targets.flatten()
-    if (targets.dim() > 1 and targets.shape[1] > 1) or not bool(((flat == 0) | (flat == 1)).all()):
+    flat = targets.flatten()  # of several labels, all together
+    if not bool(((flat == 0) | (flat == 1)).all()):
         return None
     return torch.bincount(flat.long(), minlength=2)
 

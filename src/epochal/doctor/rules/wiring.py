@@ -22,7 +22,7 @@ from epochal.data.loader import Loader
 from epochal.data.sources import Arrays
 from epochal.doctor.case import NORMS, Case
 from epochal.doctor.finding import Seen, rule
-from epochal.doctor.trace import ends
+from epochal.doctor.trace import ends, tensors
 
 TOLD = 4  # names of parameters
 
@@ -202,26 +202,29 @@ def only_norms_trained(case: Case) -> Iterator[Seen]:
         )
 
 
-@rule("hidden-modules", "error", "wiring")
-def made_in_forward(case: Case) -> Iterator[Seen]:
-    """A layer that the forward makes is another one, with other random weights, in each pass.
+@rule("hidden-modules", "warning", "wiring")
+def foreign_layers(case: Case) -> Iterator[Seen]:
+    """A layer in a closure, in an object that is no module, or made by the forward itself, is not part of the model.
 
-    Looks at where the graphs of two passes end: in parameters that are not the model's, and no two of them the same.
+    Looks at where the graph of the model's output ends: in an nn.Parameter that neither the model nor the optimizer
+    has. Where it is another one in each pass, the forward makes it anew, which is an error.
     """
-    if len(case.passes) < 2:
-        return
-    known = {id(p) for module in case.run.state.modules for p in module.parameters()}
-    one, two = (
-        {id(p): p for p in ends(seen.value) if type(p) is nn.Parameter and id(p) not in known | set(case.held)}
-        for seen in case.passes[-2:]
-    )
-    if one and two and not set(one) & set(two) and [p.shape for p in one.values()] == [p.shape for p in two.values()]:
-        shapes = ", ".join(str(tuple(p.shape)) for p in list(one.values())[:TOLD])
+    known = {id(p) for module in case.run.state.modules for p in module.parameters()} | set(case.held)
+    known |= {id(one) for _, one in _hidden(case.model)}
+    one, *before = ({id(p): p for out in tensors(seen.outputs) for p in ends(out) if type(p) is nn.Parameter}
+                    for seen in case.passes[-1:-3:-1])  # fmt: skip
+    foreign = [p for key, p in one.items() if key not in known]
+    if foreign:
+        is_anew = bool(before) and len(before[0]) == len(one) and not set(map(id, foreign)) & set(before[0])
         yield Seen(
-            "the forward makes layers anew in each pass: their weights stay random.",
-            f"{len(one)} parameters that are not in model.parameters(), others in each pass: {shapes}",
-            f"the forward of {type(case.model).__name__}; {case.place}",
-            "make them once, in __init__, as attributes of the module",
+            "the forward makes layers anew in each pass: their weights stay random."
+            if is_anew
+            else "the output depends on parameters that are not the model's, and are not trained.",
+            f"{len(foreign)} of the {len(one)} that get a gradient are not in model.parameters()",
+            f"tensors of shape {', '.join(str(tuple(p.shape)) for p in foreign[:TOLD])}; the forward of "
+            f"{type(case.model).__name__}, {case.place}",
+            "make layers in __init__, as attributes of the module; freeze what shall stay: requires_grad_(False)",
+            level="error" if is_anew else None,
         )
 
 
