@@ -142,7 +142,8 @@ def _explain(error: Exception, model: nn.Module, batch: Any, place: str) -> Epoc
     text = str(error).strip()
     first = next((line for line in text.splitlines() if line), "").rstrip(".")
     from_torch = isinstance(error, RuntimeError)
-    if from_torch and any(words in text for words in ("same dtype", "expected scalar type", "Input type")):
+    types = "same dtype", "expected scalar type", "Input type", "does not match weight dtype"
+    if isinstance(error, RuntimeError | ValueError) and any(words in text for words in types):
         return _type_mismatch(batch, model, place, first)
     if from_torch and (seen := re.search(r"expected input\[(.+?)\] to have (\d+) channels", text)):
         shape, channels = [int(one) for one in seen[1].split(",")], int(seen[2])

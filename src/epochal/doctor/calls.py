@@ -37,6 +37,7 @@ class Loop:
         self.watch, self.case = watch, watch.case
         self.events: list[str] = []
         self.micro_batches = 1
+        self.values: list[Tensor] = []  # that went back
         self._maximizes = False
         # Of each backward pass: by what a loss was multiplied, and how many targets it is the mean over.
         self.shares: list[tuple[float, int]] = []
@@ -49,6 +50,7 @@ class Loop:
         self.reached: set[int] = set()
         self._arrived: dict[int, Tensor] = {}
         self._stale: set[int] = set()
+        self._keeps = False  # whether gradients of an update before are added to
         self._used: dict[int, tuple[int, int]] = watch.used
         # Schedules of optimizers that have not stepped yet, and how far they were.
         schedules = [one for one in self._parts if isinstance(one, LRScheduler)]
@@ -70,6 +72,7 @@ class Loop:
 
     def _goes_back(self, value: Tensor) -> None:
         self.events.append("backward")
+        self.values.append(value.detach())
         with self.watch.quietly():
             reached, is_opaque = leaves(value)
             self.reached |= reached
@@ -116,7 +119,9 @@ class Loop:
         used = self._used.get(id(p))
         if p.grad is None or not bool(p.grad.any()):
             self._stale.discard(id(p))  # it was cleared
-        elif used == (id(p.grad), p.grad._version):
+            return
+        self._keeps = True
+        if used == (id(p.grad), p.grad._version):
             self._stale.add(id(p))
 
     def _steps(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -149,6 +154,24 @@ class Loop:
             for p in group["params"]:
                 if p.grad is not None:
                     self._used[id(p)] = (id(p.grad), p.grad._version)
+
+    def ends(self, has_moved: bool) -> None:
+        """After the update. A step without an optimizer uses gradients, too."""
+        if "step" in self.events or not has_moved:
+            return
+        if self._stale:
+            self.events.append("stale step")
+        self._used |= {id(p): (id(p.grad), p.grad._version) for _, p in self.watch._names if p.grad is not None}
+
+    @property
+    def throws_away(self) -> bool:
+        """Whether gradients were cleared before they were used, by the first optimizer that would."""
+        return "backward" in self.events and not self._keeps and not self._used
+
+    def summed(self, loss: Tensor) -> float:
+        """How many times the loss that is reported went back in one update."""
+        sizes = [float(value.sum()) for value in self.values] if self.events.count("step") == 1 else []
+        return sum(sizes) / float(loss) if sizes and float(loss) else 0.0
 
     def climb(self, changes: Sequence[Tensor], parts: Sequence[tuple[str, nn.Parameter, Tensor]]) -> float:
         """The cosine between what the update did and the gradient that it was made from: below 0 where it goes down."""

@@ -176,7 +176,7 @@ def sampled(
     else:
         batches = [one.batch for one in passes]
         with suppress(Exception):
-            batches = _some(loader) if may_read else batches
+            batches = some_of(loader) if may_read else batches
     inputs: list[list[Tensor]] = []
     targets: list[Any] = []
     for batch in batches:
@@ -200,7 +200,8 @@ def rows_looked_at(source: Arrays) -> Tensor:
     return torch.linspace(0, count - 1, min(most, count)).round().long()
 
 
-def _some(loader: Any) -> list[Any]:
+def some_of(loader: Any) -> list[Any]:
+    """The first batches, as many as are looked at."""
     found, rows = [], 0
     began = time.perf_counter()
     for batch in islice(loader.batches(epoch=0), 64):

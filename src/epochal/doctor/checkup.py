@@ -17,7 +17,7 @@ from epochal.data.loader import Loader
 from epochal.doctor.case import Case, noted
 from epochal.doctor.finding import Finding, Seen, is_ignored, known, look, ordered
 from epochal.doctor.probing import VAL, Probe, Trial
-from epochal.doctor.rules.symptoms import goes_badly, update_ratio
+from epochal.doctor.rules.symptoms import goes_badly, stands_still, update_ratio
 from epochal.doctor.trace import Trace
 from epochal.errors import EpochalError, FaultError, NonFiniteError
 from epochal.losses import BINARY, CLASS_INDEX
@@ -66,7 +66,8 @@ def _found(plan: Plan, began: float) -> list[Finding]:
         elif plan.step is not None:
             found += _of_step(case, trial)
         found += _of_trials(plan, case, trial, began, found)
-        if not any(one.stage == "trial" and one.level != "info" for one in found) and plan.step is None:
+        is_known = any(one.stage == "trial" and one.level != "info" for one in found) or stands_still(trial.vitals)
+        if not is_known and plan.step is None:
             found += look("capacity", probe)
         if isinstance(trial.error, NonFiniteError):
             found = _proved(found)
@@ -156,6 +157,7 @@ def _of_trials(plan: Plan, case: Case, trial: Trial, began: float, found: Sequen
     if trial.error is not None and not isinstance(trial.error, NonFiniteError):
         return list(of_error(trial.error)) if isinstance(trial.error, EpochalError) else []
     is_bad = trial.last is math.inf or (len(trial.losses) >= 8 and goes_badly(trial.losses))
+    is_bad = is_bad or max(trial.losses, default=0.0) > 20 * (trial.losses or [0.0])[0] > 0
     explained = any(one.level != "info" and one.stage not in ("capacity", "symptom") for one in found)
     if not is_bad or plan.step is not None or explained:
         return []
@@ -164,7 +166,8 @@ def _of_trials(plan: Plan, case: Case, trial: Trial, began: float, found: Sequen
         if time.perf_counter() - began < TIME:
             others[factor] = Trial(plan, ("*",), factor=factor, updates=len(trial.losses) or 60, seconds=0.8)
     told = _compared(case, trial, others)
-    return told or (_fitted(plan, case, trial) if time.perf_counter() - began < TIME else [])
+    is_known = stands_still(trial.vitals) or time.perf_counter() - began > TIME
+    return told or ([] if is_known else _fitted(plan, case, trial))
 
 
 def _factors(case: Case, trial: Trial) -> list[float]:
@@ -235,7 +238,8 @@ def _compared(case: Case, trial: Trial, others: dict[float, Trial]) -> list[Find
             f"give lr={rate * best_low.factor:.1g}",
         )
         return [_as_finding("lr-too-high", seen)]
-    if best_high is not None and best_high.last < 0.8 * min(start, trial.last) and ratio < 3e-4:
+    can_move = not stands_still(trial.vitals)
+    if best_high is not None and best_high.last < 0.8 * min(start, trial.last) and ratio < 3e-4 and can_move:
         seen = Seen(
             "the learning rate is too low for this model.",
             f"{reached} at lr {rate:.3g}, and to {_told(best_high.last)} at {rate * best_high.factor:.3g} (a "

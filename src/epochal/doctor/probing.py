@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from epochal.copies import copied
 from epochal.data.batch import split
 from epochal.doctor.case import Case, Pass
-from epochal.doctor.relation import Relation, relation
+from epochal.doctor.relation import Relation, knowing_nothing, relation
 from epochal.doctor.rules.symptoms import is_stalled
 from epochal.doctor.trace import Operation, Trace, tensors
 from epochal.doctor.watch import Vitals
@@ -23,6 +24,7 @@ from epochal.errors import FaultError
 from epochal.events import Evaluated, StepDone
 from epochal.loop import evaluation_mode
 from epochal.metrics.metric import Metric
+from epochal.objective import Supervised
 
 if TYPE_CHECKING:
     from epochal.plan import Plan
@@ -248,6 +250,17 @@ class Probe:
             )
         return change(batch)
 
+    def twice(self) -> Any:
+        """The batch with each sample twice; None where it is not made of tensors."""
+        batch, count = self.case.now.batch, self.case.now.samples
+        parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
+        if not all(isinstance(one, Tensor) and one.dim() and len(one) == count for one in parts):
+            return None
+        made = [torch.cat([one, one]) for one in parts]
+        if isinstance(batch, Tensor):
+            return made[0]
+        return dict(zip(batch, made)) if isinstance(batch, Mapping) else made
+
     def with_noise(self) -> Any:
         """The batch with noise of size 1 in the place of its numbers."""
         draw = torch.Generator().manual_seed(0)
@@ -328,4 +341,8 @@ class Probe:
 
     @cached_property
     def relation(self) -> Relation | None:
-        return relation(self.case.sample, self.trial)
+        case, nothing = self.case, None
+        if case.sample is not None and case.val_sample is not None and isinstance(case.objective, Supervised):
+            with suppress(Exception):  # a loss with weights of classes that do not occur, say
+                nothing = knowing_nothing(case.objective.loss, case.kind, case.sample[1], case.val_sample[1])
+        return relation(case.sample, self.trial, nothing)

@@ -27,8 +27,10 @@ class Relation(NamedTuple):
     is_learned: bool
 
 
-def relation(sample: tuple[list[Tensor], Tensor | None] | None, trial: Any) -> Relation | None:
-    """What the inputs tell of the targets; None where it is not known."""
+def relation(
+    sample: tuple[list[Tensor], Tensor | None] | None, trial: Any, nothing: float | None = None
+) -> Relation | None:
+    """What the inputs tell of the targets; None where it is not known. nothing: the loss of always the same answer."""
     if sample is None or sample[1] is None or not sample[0] or len(sample[1]) < LEAST:
         return None
     features = _features(sample[0])
@@ -42,17 +44,33 @@ def relation(sample: tuple[list[Tensor], Tensor | None] | None, trial: Any) -> R
     parts = (x[:half], y[:half]), (x[half:], y[half:])
     linear = _linear(*parts)
     explained = max(_neighbours(*parts), linear)
-    learned = _learned(trial) if trial is not None else None
+    learned = _learned(trial, nothing) if trial is not None else None
     # Three deviations of the correlation with something unrelated.
     return None if learned is None else Relation(explained, linear, 3 / math.sqrt(half), half, learned)
 
 
-def _learned(trial: Any) -> bool | None:
-    """Whether the copy came to predict val better than at its start; None where there is no val."""
+def _learned(trial: Any, knowing_nothing: float | None) -> bool | None:
+    """Whether the copy came to predict val better than at its start, and than always the same answer would."""
     values = [row["val_loss"] for row in trial.rows if math.isfinite(row.get("val_loss", math.nan))]
     if not values:
         return not is_stalled(trial.losses, 0.95)
-    return min(values) < 0.93 * trial.first
+    return min(values) < (0.93 * trial.first if knowing_nothing is None else 0.97 * knowing_nothing)
+
+
+def knowing_nothing(loss: Any, kind: str | None, known: Tensor | None, asked: Tensor | None) -> float | None:
+    """What always the same answer costs: the best one for the targets of train, over those of val; None where that is
+    not known.
+    """
+    if known is None or asked is None or not len(asked):
+        return None
+    if kind in ("mse", "bce_with_logits"):
+        mean = known.float().mean(0)
+        answer = mean if kind == "mse" else torch.logit(mean.clamp(1e-3, 1 - 1e-3))
+        return float(loss(answer.expand_as(asked), asked.float()))
+    if kind == "cross_entropy" and known.dim() == 1 and not known.is_floating_point() and int(known.min()) >= 0:
+        shares = torch.bincount(known, minlength=int(asked.max()) + 1).float() + 0.1
+        return float(loss((shares / shares.sum()).log().expand(len(asked), -1), asked))
+    return None
 
 
 def _features(parts: list[Tensor]) -> Tensor | None:

@@ -87,6 +87,9 @@ class Trace(TorchFunctionMode):
         self.ends: dict[str, float] = {}  # of each sigmoid and tanh, the share of its results that lie at its ends
         self.cut_off: list[tuple[str, Tensor]] = []  # what a ReLU gave, and in which layer
         self.likenesses: list[Operation] = []  # cosine similarities
+        self.differences: list[Operation] = []  # of what is trained and what is not, outside of modules
+        self.softmaxes: list[Operation] = []
+        self.dropped: list[tuple[str, float]] = []  # where dropout is called, and with which p
         self.thresholds: list[Operation] = []
         self._handles: list[Any] = []
         self._running: list[str] = []
@@ -132,7 +135,9 @@ class Trace(TorchFunctionMode):
     def stop(self) -> None:
         """Notes nothing more, and lets go of what fills memory."""
         self._is_over = True
-        self.calls, self.spread, self.likenesses, self.thresholds, self.cut_off = [], [], [], [], []
+        for kept in (self.calls, self.spread, self.likenesses, self.differences, self.softmaxes, self.thresholds):
+            kept.clear()
+        self.cut_off.clear()
         self.layers = [layer._replace(input=None, output=None) for layer in self.layers]
         self._versions.clear()
 
@@ -154,6 +159,14 @@ class Trace(TorchFunctionMode):
             is_outside = not self._running and isinstance(one, Tensor) and isinstance(other, Tensor)
             if is_outside and is_spread(one, other, result):
                 self.spread.append(Operation(name, (one, other), result, line()))
+            elif is_outside and "sub" in name and one.shape == other.shape:
+                self.differences.append(Operation(name, (one, other), result, line()))
+        elif name in ("softmax", "log_softmax") and isinstance(result, Tensor) and args:
+            self.softmaxes.append(Operation(name, args, result, self._path() or line()))
+        elif name == "dropout" and len(args) + len(kwargs) > 1:
+            p, training = (kwargs.get(word, args[at] if len(args) > at else usual)
+                           for at, word, usual in ((1, "p", 0.5), (2, "training", True)))  # fmt: skip
+            self.dropped += [(self._path(), float(p))] if training else []
         elif name in ("relu", "relu_", "relu6") and isinstance(result, Tensor):
             self.cut_off.append((self._path(), result))
         elif name in ("sigmoid", "tanh"):

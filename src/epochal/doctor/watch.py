@@ -53,6 +53,9 @@ class Look:
     events: Sequence[str] = ()
     climb: float = 0.0  # the cosine of the change with the gradient
     is_own: bool = False
+    passes: int = 0  # backward ones, and how many times the loss that is reported they make together
+    summed: float = 0.0
+    throws_away: bool = False  # whether gradients are cleared, and no optimizer has ever stepped
     reaches: bool = True  # whether a backward pass reached a trained weight
     shares: Sequence[tuple[float, int]] = ()
     micro_batches: int = 1
@@ -316,6 +319,9 @@ def _measured(
         dict(zip([name for name, _ in rows], told[2 * count + len(plain) :])), lost, result.applied, begun,
     )  # fmt: skip
     if seen is not None:
+        look.throws_away, look.passes = seen.throws_away, len(seen.values)
+        look.summed = seen.summed(result.loss) if full and isinstance(result.loss, Tensor) else 0.0
+        seen.ends(look.has_moved)
         look.is_own, look.events, look.shares, look.micro_batches = True, seen.events, seen.shares, seen.micro_batches
         look.reaches = seen.is_opaque or any(id(p) in seen.reached for _, p, _ in parts)
         look.climb, look.shrunk = seen.climb(changes, parts), seen.shrunk()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -45,8 +46,6 @@ def unnormalised_inputs(case: Case) -> Iterator[Seen]:
     for path, given in _entries(case):
         values = _of_data(case, path, given)
         rows = values.flatten(1)
-        if values.dim() == 2 and len(rows) > 8 and bool((varies := (rows != rows[0]).any(0)).any()):
-            rows = rows[:, varies]  # what never changes is told by itself
         size = rows.pow(2).mean().sqrt().item()
         highest = rows.abs().max().item()
         spreads = rows.std(0) if values.dim() == 2 and len(rows) > 8 else torch.ones(1)
@@ -239,7 +238,9 @@ def duplicates_in_val(case: Case) -> Iterator[Seen]:
     """Samples of val that are in train, too, make the validation too good: it asks what was already told.
 
     Looks at the bytes of the inputs: more than 1 of 100 samples of val are in train, and few inputs are the same by
-    nature (as where they are few words or classes: then train has as many twins in itself).
+    nature (as where they are few words or classes: then train has as many twins in itself). Of series it looks at what
+    is moved by one place, too, and of numbers at what is closer to a sample of train than a thousandth of the distance
+    between any two: in more than 5 of 100.
     """
     if case.sample is None or case.val_sample is None:
         return
@@ -252,18 +253,48 @@ def duplicates_in_val(case: Case) -> Iterator[Seen]:
     shared = sum(digest in one for digest in two) / len(two)
     twins = 1 - len(one) / sum(one.values())
     is_fine = any(part.is_floating_point() and part[0].numel() > 1 and _is_fine(part) for part in train[0])
-    if shared > 0.01 and shared * len(two) >= 2 and (is_fine or shared > 5 * twins):
+    told = f"{shared:.1%} of {len(two)} have the same inputs as a sample of train (1 % allowed)"
+    if not (shared > 0.01 and shared * len(two) >= 2 and (is_fine or shared > 5 * twins)):
+        moved, near = (_moved(train[0], val[0]), _near(train[0], val[0])) if is_fine else (0.0, 0.0)
+        told = f"{near:.0%} of {len(two)} are next to a sample of train (5 % allowed)" if near > 0.05 else ""
+        if moved > 0.05:
+            told = f"{moved:.0%} of {len(two)} are a sample of train, moved by one place (5 % allowed)"
+    if told:
         yield Seen(
             "samples of val are in train, too.",
-            f"{shared:.1%} of {len(two)} have the same inputs as a sample of train (1 % allowed)",
+            told,
             f"val; {case.place}",
-            "divide after duplicates are taken out, and before anything is copied or augmented",
+            "divide after duplicates are taken out, and before anything is copied, cut into windows or augmented",
         )
+
+
+def _moved(train: Sequence[Tensor], val: Sequence[Tensor]) -> float:
+    """The share of series of val that a series of train continues, or that continue one."""
+    one, two = train[0], val[0]
+    if one.dim() not in (2, 3) or one.shape[1] < 8 or not one.is_floating_point():
+        return 0.0
+    begins, ends = ({*_digests([part], None)} for part in (one[:, :-1], one[:, 1:]))
+    pairs = list(zip(_digests([two[:, 1:]], None), _digests([two[:, :-1]], None)))
+    return sum(late in begins or early in ends for late, early in pairs) / len(pairs)
+
+
+def _near(train: Sequence[Tensor], val: Sequence[Tensor]) -> float:
+    """The share of samples of val that nearly are one of train."""
+    numbers = ([part.float().flatten(1) for part in parts if part.is_floating_point()] for parts in (train, val))
+    one, two = (torch.cat(parts, 1) if parts else torch.ones(2, 1) for parts in numbers)
+    if one.shape[1] < 4:
+        return 0.0
+    every = slice(None, None, -(-one.shape[1] // 256))
+    apart = torch.cdist(two[:400, every], one[:2000, every], compute_mode="donot_use_mm_for_euclid_dist")
+    return (apart.min(1).values < 1e-3 * apart.median()).float().mean().item()
 
 
 def _is_fine(part: Tensor) -> bool:
     """Whether the numbers are so many different ones that two equal samples are no chance."""
     column = part[:1000].flatten(1)
+    if not part.is_floating_point():  # of words or codes: how often two would be equal if columns had nothing to do
+        shares = [one.unique(return_counts=True)[1] / len(column) for one in column.T]
+        return math.prod(float(one.square().sum()) for one in shares) * len(column) ** 2 < 1e-3
     return max(
         len(column[:, at].unique()) for at in range(0, column.shape[1], max(1, column.shape[1] // 32))
     ) > 0.2 * len(column)
@@ -281,7 +312,7 @@ def conflicting_labels(case: Case) -> Iterator[Seen]:
     yield from _apart(case)
     if case.sample[1].is_floating_point() or case.sample[1].dim() != 1:
         return
-    if not any(part.is_floating_point() for part in case.sample[0]):
+    if not any(part.is_floating_point() or _is_fine(part) for part in case.sample[0]):
         return
     known: dict[bytes, set[int]] = {}
     digests = _digests(*case.sample)

@@ -60,8 +60,8 @@ def pushes_away(probe: Probe) -> Iterator[Seen]:
     if before is not None and after is not None and after > before:
         yield Seen(
             "what is minimised pushes the outputs away from the targets.",
-            f"for {min(known):.0%} of the samples of {len(known)} batches (95 % allowed); they were {before:.3g} away, and "
-            f"are {after:.3g} after {probe.updates} updates",
+            f"for {min(known):.0%} of the samples of {len(known)} batches (95 % allowed); {before:.3g} away at first, "
+            f"{after:.3g} after {probe.updates} updates",
             case.place,
             "look at the sign: minimise the error, -log_prob, 1 - dice or 1 - r2",
         )

@@ -57,7 +57,8 @@ def step_without_effect(seen: Look) -> Iterator[Seen]:
     """An update that moves no weight trains nothing, however long it runs.
 
     Watches a step of the user's: its optimizer steps when no parameter has a gradient (it was cleared between backward
-    and step, or there was no backward); or nothing was called that could move a weight, in the first three updates.
+    and step, or there was no backward); or gradients are cleared, and no optimizer has stepped in the first three
+    updates. (A step may gather the gradients of several updates.)
     """
     if seen.has_moved or not seen.applied or not seen.is_own or any(detached_step(seen)):
         return
@@ -78,7 +79,7 @@ def step_without_effect(seen: Look) -> Iterator[Seen]:
             f"step=, in this order: {order}",
             "call them in this order: zero_grad(), loss.backward(), optimizer.step()",
         )
-    elif "step" not in seen.events and seen.step >= 2:
+    elif "step" not in seen.events and seen.step >= 2 and (seen.throws_away or "backward" not in seen.events):
         yield Seen(
             "the step moves no weight.",
             f"no weight moved in update {seen.step}, and no optimizer stepped",
@@ -142,8 +143,17 @@ def unscaled_accumulation(seen: Look) -> Iterator[Seen]:
     pass: together they make 1. Where a loss counts words, each has the share of its words; the same for all is told
     as a warning (the mistake of many trainers until 2024).
     """
-    shares = seen.shares
-    if seen.micro_batches < 2 or len(shares) != seen.micro_batches:
+    shares, parts = seen.shares, max(seen.micro_batches, seen.passes)
+    is_known = 1 < seen.micro_batches == len(shares)
+    if not is_known and (seen.micro_batches > 1 or parts > 2) and abs(seen.summed - parts) < 0.02 * parts:
+        yield Seen(
+            "what goes back in an update is a sum over its parts, not their mean.",
+            f"{parts} parts, and {seen.summed:.4g} times the loss that is reported",
+            f"step=, update {seen.step}",
+            "divide: (loss / parts).backward()",
+            level="warning",
+        )
+    if not is_known:
         return
     total, factors, counts = sum(one for one, _ in shares), [one for one, _ in shares], [count for _, count in shares]
     is_even = max(factors) - min(factors) < 1e-6 * max(factors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from epochal.doctor.case import Case, is_custom
 from epochal.doctor.finding import Seen, rule
 from epochal.doctor.rules.scores import scores_of
 from epochal.doctor.trace import tensors
+
+if TYPE_CHECKING:
+    from epochal.doctor.probing import Probe
 
 
 @rule("broadcast-loss", "error", "batch")
@@ -153,23 +156,45 @@ def sum_loss(case: Case) -> Iterator[Seen]:
                 )
 
 
+@rule("sum-loss", "info", "probe")
+def grows_with_batch(probe: Probe) -> Iterator[Seen]:
+    """The gradient of a sum grows with the batch: a learning rate that suits one batch size does not suit another.
+
+    Asks an objective, or a loss of the user's own, for the loss of a batch and of the batch taken twice, in eval mode:
+    it is twice as large.
+    """
+    case = probe.case
+    if case.kind is not None or (twice := probe.twice()) is None:
+        return
+    one, two = probe.loss(case.now.batch, probe.model), probe.loss(twice, probe.model)
+    if one and two and abs(two / one - 2) < 1e-5:
+        yield Seen("the loss is summed over the batch, not averaged.",
+                   f"{one:.4g} for a batch, {two:.4g} for the batch taken twice", case.place,
+                   "divide by the samples: loss / len(targets)",
+                   level=None if is_custom(case) else "warning")  # fmt: skip
+
+
 @rule("initial-loss", "warning", "batch", told="symptom")
 def initial_loss(case: Case) -> Iterator[Seen]:
     """Before it has learned anything, a classifier should lose about ln(classes); far more says that it begins by being
     sure of what is wrong.
 
-    Looks at cross_entropy over class indices in the first batches: above 3 times ln(classes), and scores whose standard
-    deviation is above 3. A loss below ln(classes) is that of pretrained weights, and no sign of anything. Of a
-    regression it looks at the outputs: 30 times as far away as the targets lie apart, as they are large, and as 1.
+    Looks at cross_entropy over class indices, and at bce_with_logits, in the first batches: above 3 times ln(classes),
+    and scores whose standard deviation is above 3. A loss below ln(classes) is that of pretrained weights, and no sign
+    of anything. Of a regression it looks at the outputs: 30 times as far away as the targets lie apart, as they are
+    large, and as 1.
     """
     for call in case.now.calls:
-        if call.name != "cross_entropy" or call.targets.is_floating_point() or call.reduction != "mean":
+        is_binary = call.name == "bce_with_logits"
+        is_index = call.name == "cross_entropy" and not call.targets.is_floating_point()
+        if call.reduction != "mean" or not (is_binary or is_index):
             continue
-        classes, value = call.outputs.shape[1] if call.outputs.dim() > 1 else 2, call.result.item()
-        spread = scores_of(call.outputs).float().std().item()
+        classes, value = call.outputs.shape[1] if is_index and call.outputs.dim() > 1 else 2, call.result.item()
+        scores = call.outputs.detach().float()
+        spread = scores.pow(2).mean().sqrt().item() if is_binary else scores_of(scores).std().item()
         if value > 3 * math.log(classes) and spread > 3 and case.run.state.progress.step < 3:
             yield Seen(
-                f"at the start cross_entropy is {value:.3g}, far above what knowing nothing costs.",
+                f"at the start {call.name} is {value:.3g}, far above what knowing nothing costs.",
                 f"ln({classes}) = {math.log(classes):.3g}, 3 times that allowed; the scores spread by "
                 f"{spread:.3g} (3 allowed)",
                 f"{case.output_layer()}, {case.place}",

@@ -23,9 +23,9 @@ def missing_nonlinearity(case: Case) -> Iterator[Seen]:
     """Two linear layers in a row are one linear layer: the second adds parameters, and nothing that can be learned.
 
     Looks at what the layers of the pass give and get: the output of an nn.Linear or a convolution is, unchanged, the
-    input of another one. Exempt: a narrow middle (low rank, as in LoRA), grouped and 1x1 convolutions. It may be meant
-    so; ``epochal check`` makes it a warning where both layers belong to one part of the model, and the training goes
-    badly, or neighbours tell more of the targets than a linear model does.
+    input of another one, but for dropout. Exempt: a narrow middle (low rank, as in LoRA), grouped and 1x1 convolutions.
+    It may be meant so; ``epochal check`` makes it a warning where both layers belong to one part of the model, and the
+    training goes badly, or neighbours tell more of the targets than a linear model does.
     """
     if told := told_of_pairs(case):
         yield told[0]
@@ -49,8 +49,14 @@ def told_of_pairs(case: Case) -> tuple[Seen, bool] | None:
 
 def _fed(seen: Pass) -> Iterator[tuple[Layer, Layer]]:
     makers: dict[int, Layer] = {}
-    for layer in (one for one in seen.layers if isinstance(one.module, LINEAR)):
+    for layer in (one for one in seen.layers if isinstance(one.module, (*LINEAR, _DropoutNd))):
         given = layer.input
+        if isinstance(layer.module, _DropoutNd):  # what it gives is as linear as what it got
+            before = makers.get(given.untyped_storage().data_ptr()) if given is not None else None
+            if before is not None and isinstance(layer.output, Tensor) and layer.output is not given:
+                made = before._replace(output=layer.output, output_version=layer.output_version)
+                makers[layer.output.untyped_storage().data_ptr()] = made
+            continue
         if given is not None:
             before = makers.get(given.untyped_storage().data_ptr())
             if before is not None and before.output_version == layer.input_version and _is_all(given, before.output):
@@ -104,6 +110,20 @@ def dropout(case: Case) -> Iterator[Seen]:
                 "put an nn.Dropout after it, or give num_layers=2",
                 level="warning",
             )
+
+
+@rule("dropout", "warning", "batch")
+def dropout_called(case: Case) -> Iterator[Seen]:
+    """A dropout that drops nearly everything: p is the share that is set to 0, not the one that is kept.
+
+    Looks at the calls of F.dropout in the first passes: p is above 0.8.
+    """
+    for path, p in case.now.trace.dropped:
+        if p > 0.8:
+            yield Seen("dropout sets most of its inputs to 0.", f"p = {p:g} (0.5 is usual)",
+                       f"F.dropout in {path or type(case.model).__name__}",
+                       "give p=0.1 to 0.5: it is the share that is set to 0")  # fmt: skip
+            return
 
 
 @rule("batch-norm-of-one", "error", "batch")

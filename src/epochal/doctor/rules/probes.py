@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from epochal.doctor.case import is_custom
 from epochal.doctor.finding import Seen, rule
 from epochal.doctor.rules.model import _depends_on_mode
+from epochal.doctor.rules.symptoms import no_gradient_at_all
 from epochal.doctor.trace import tensors
 from epochal.runtime.seeding import generator_states, set_generator_states
 
@@ -58,17 +60,22 @@ def stochastic_eval(probe: Probe) -> Iterator[Seen]:
     """A model that draws in eval mode gives other predictions each time, and early stopping follows the noise.
 
     Calls the copy twice in eval mode, on the same batch: outputs differ by more than 1e-4 of their size. F.dropout
-    needs training=self.training; a sampled latent needs its mean.
+    needs training=self.training; a sampled latent needs its mean. Under an objective of the user's own it is info.
     """
-    if is_custom(probe.case):
-        return
     if (off := differ(probe.evaluated.outputs, probe.again.outputs)) > TOLERANCE:
         yield Seen(
             "the model gives different outputs for the same inputs in eval mode.",
             f"two calls differ by {off:.2g} of their size ({TOLERANCE:g} allowed)",
             f"{type(probe.model).__name__}; {probe.case.place}",
             "give F.dropout(x, p, training=self.training), and draw nothing when not self.training",
+            level="info" if is_custom(probe.case) else None,
         )
+
+
+def _tolerance(model: nn.Module) -> float:
+    """How far outputs may differ for no reason; in half precision they are rounded in other ways."""
+    is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    return 0.05 if is_half else TOLERANCE
 
 
 @rule("batch-mixing", "warning", "probe")
@@ -77,26 +84,24 @@ def batch_mixing(probe: Probe) -> Iterator[Seen]:
 
     Changes one sample of a batch in eval mode: the outputs of all others stay as they are (lightning-bolts'
     verification). A reshape that mixes dimensions, or a recurrent network that wants (time, batch, features), is to
-    blame. Exempt: an objective of the user's own, which may compare samples on purpose.
+    blame. Under an objective of the user's own, which may compare samples on purpose, it is info.
     """
-    if (
-        is_custom(probe.case)
-        or probe.case.now.samples < 3
-        or differ(probe.evaluated.outputs, probe.again.outputs) > TOLERANCE
-    ):
-        return
     count = probe.case.now.samples
+    if count < 3 or differ(probe.evaluated.outputs, probe.again.outputs) > TOLERANCE:
+        return
     changed = probe.outputs(probe.with_row_changed(0))
     if changed is None or not all(one.dim() and one.shape[0] == count for one in tensors(changed)):
         return
-    off = differ(probe.evaluated.outputs, changed, slice(1, None))
-    if off > TOLERANCE:
+    plain = probe.outputs(probe.case.now.batch) if is_custom(probe.case) else probe.evaluated.outputs
+    off = differ(plain, changed, slice(1, None))
+    if off > _tolerance(probe.model):
         yield Seen(
             "the output for a sample depends on the other samples of its batch.",
             f"with sample 0 changed, those of others move by {off:.2g} of their size ({TOLERANCE:g} allowed), in "
             "eval mode",
             f"{type(probe.model).__name__}; {probe.case.place}",
             "look at every view, reshape and transpose: dimension 0 stays the batch; nn.LSTM(..., batch_first=True)",
+            level="info" if is_custom(probe.case) else None,
         )
 
 
@@ -135,7 +140,7 @@ def causal_leak(probe: Probe) -> Iterator[Seen]:
         if along is not None and one.is_floating_point():
             early = [part.detach().double().narrow(along, 0, time - 1) for part in (one, other)]
             off = max(off, (early[0] - early[1]).abs().max().item() / max(early[0].abs().max().item(), 1e-6))
-    if off > TOLERANCE:
+    if off > _tolerance(probe.model):
         yield Seen(
             "the model sees what it is to predict.",
             f"with the last of {time} places changed, outputs of earlier ones move by {off:.2g} of their size "
@@ -163,6 +168,8 @@ def inputs_ignored(probe: Probe) -> Iterator[Seen]:
     model, case = probe.trained, probe.case
     if model is None or case.now.samples < 4 or any(share > 0.9 for _, share in probe.dead(model)):
         return
+    if probe.trial is not None and any(no_gradient_at_all(probe.trial.vitals)):
+        return  # which is why
     outputs = probe.outputs(case.now.batch, model)
     found = [
         one.detach().double()

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 
 from epochal.data.batch import split
 from epochal.data.loader import Loader
-from epochal.doctor.case import Case
+from epochal.doctor.case import Case, some_of
 from epochal.doctor.finding import Seen, rule
 from epochal.doctor.trace import tensors
 from epochal.runtime.seeding import generators_in
@@ -61,6 +61,8 @@ def _in_order(case: Case) -> list[Tensor] | None:
         targets = [
             split(batch, getattr(case.objective, "target", ()))[2] for batch in islice(train.batches(epoch=0), 100)
         ]
+    elif isinstance(getattr(train.loader, "dataset", None), IterableDataset) and not train.loader.num_workers:
+        targets = [split(batch, getattr(case.objective, "target", ()))[2] for batch in some_of(train)]
     else:
         return None
     if not all(isinstance(one, Tensor) and one.dim() >= 1 for one in targets):
@@ -97,6 +99,10 @@ def same_order(case: Case) -> Iterator[Seen]:
     sampler = loader.batch_sampler if getattr(loader, "batch_sampler", None) is not None else loader.sampler
     if type(loader.sampler) in (SequentialSampler, RandomSampler) and not stream:
         generator = getattr(loader.sampler, "generator", None)
+        if type(loader.sampler) is SequentialSampler and len(loader) > 1:
+            yield Seen("the data come in the same order in each epoch: nothing shuffles them.",
+                       f"{len(loader)} batches of a DataLoader with shuffle=False", case.place,
+                       "give DataLoader(..., shuffle=True), unless the order matters", level="info")  # fmt: skip
         if type(loader.sampler) is SequentialSampler or generator is None:
             return
     if stream:
@@ -182,7 +188,7 @@ def worker_randomness(case: Case) -> Iterator[Seen]:
 def random_validation(case: Case) -> Iterator[Seen]:
     """A sample of val that is another one each time makes two evaluations differ, and augmented ones are not the task.
 
-    Fetches two samples of val twice, by their index.
+    Fetches two samples of val twice, by their index, and makes the first batch twice.
     """
     loader = case.run.validation.loader
     dataset = getattr(getattr(loader, "loader", None), "dataset", None)
@@ -198,3 +204,10 @@ def random_validation(case: Case) -> Iterator[Seen]:
                 "augment train only: give val a data set without random transforms",
             )
             return
+    given = getattr(loader, "loader", None)
+    if given is not None and not given.num_workers and isinstance(given.sampler, SequentialSampler):
+        one, other = (_digest_of(next(iter(given))) for _ in range(2))
+        if one != other:
+            yield Seen("a batch of val is another one each time it is made.", "the first batch, made twice, differs",
+                       f"val, collate_fn of the DataLoader; {case.place}",
+                       "draw nothing in the collate_fn of val")  # fmt: skip

@@ -107,6 +107,23 @@ def schedule_horizon(case: Case) -> Iterator[Seen]:
         )
 
 
+@rule("schedule-before-step", "warning", "static")
+def begun_schedule(case: Case) -> Iterator[Seen]:
+    """A schedule that moves before the optimizer has stepped skips its first rate.
+
+    Looks at a schedule that is given: it has moved already, and its optimizer, which keeps something of each step, has
+    never stepped.
+    """
+    scheduled, optimizer = case.run.state.schedule, case.optimizer
+    if scheduled is None or optimizer is None or case.run.state.progress.step:
+        return
+    keeps = any(group.get("momentum") or group.get("betas") or group.get("alpha") for group in optimizer.param_groups)
+    if keeps and not optimizer.state and (moved := scheduled.scheduler.last_epoch) > 0:
+        yield Seen("the schedule has moved before the first update.", f"{moved} moves, and the optimizer has no state",
+                   f"{type(scheduled.scheduler).__name__}; {case.place}",
+                   "leave its step() to epochal, or to after optimizer.step()")  # fmt: skip
+
+
 @rule("warmup-order", "warning", "static")
 def warmup_order(case: Case) -> Iterator[Seen]:
     """A warm-up begins low and rises; one that comes too late, or jumps, hits the weights with the full rate at once.

@@ -110,6 +110,44 @@ def _dim(node: object, result: Tensor) -> int:
     return dim % max(1, result.dim())
 
 
+@rule("softmax-over-one", "warning", "batch")
+def lone_inside(case: Case) -> Iterator[Seen]:
+    """A softmax over a single number is always 1, wherever it stands; it passes no gradient on.
+
+    Looks at every softmax of the first passes: its dimension has the size 1.
+    """
+    for one in case.now.trace.softmaxes:
+        node = maker(one.result)
+        if node is not None and made_by(one.result) in ("Softmax", "LogSoftmax"):
+            dim = _dim(node, one.result)
+            if one.result.dim() > 1 and one.result.shape[dim] == 1 and one.result.numel() > 1:
+                yield Seen("a softmax is taken over a single number, and is always 1.",
+                           f"{one.name} over dimension {dim} of {tuple(one.result.shape)}", case.at(one.place),
+                           "take it over the dimension that is to be divided, or take a sigmoid")  # fmt: skip
+                return
+
+
+@rule("softmax-dim", "warning", "batch")
+def over_samples(case: Case) -> Iterator[Seen]:
+    """A softmax over the samples of the batch, inside of a model, makes each sample depend on the others.
+
+    Looks at every softmax of the first passes: it is taken over dimension 0, which counts the samples, and none of the
+    others does.
+    """
+    for one in case.now.trace.softmaxes:
+        node, shape = maker(one.result), tuple(one.result.shape)
+        if node is None or made_by(one.result) not in ("Softmax", "LogSoftmax") or len(shape) < 2:
+            continue
+        if _dim(node, one.result) == 0 and shape[0] == case.now.samples > 1 and shape[0] not in shape[1:]:
+            yield Seen(
+                "a softmax is taken over the samples of the batch.",
+                f"{one.name} over dimension 0 of {shape}, which counts the samples",
+                case.at(one.place),
+                "take it over the last dimension: torch.softmax(x, dim=-1)",
+            )
+            return
+
+
 @rule("softmax-before-loss", "error", "batch")
 def softmax_before_loss(case: Case) -> Iterator[Seen]:
     """A softmax of a softmax is nearly flat: gradients shrink, the loss cannot come near 0, and training stalls early.
@@ -221,6 +259,13 @@ def activation_before_loss(case: Case) -> Iterator[Seen]:
             _made(case, call),
             "let the model end with its last nn.Linear",
         )
+    for one in case.now.trace.softmaxes if not case.now.calls else ():
+        name = made_by(one.inputs[0]) if isinstance(one.inputs[0], Tensor) else ""
+        if name in made and any(maker(out) is maker(one.inputs[0]) for out in tensors(case.now.outputs)):
+            yield Seen(f"an activation ({made[name]}) stands between the last layer and {one.name}.",
+                       f"the scores lie from {one.inputs[0].min().item():.3g} to {one.inputs[0].max().item():.3g}",
+                       f"{case.output_layer()}, {case.place}", "let the model end with its last nn.Linear")  # fmt: skip
+            return
     yield from _floored(case)
 
 
@@ -263,20 +308,20 @@ def unreachable_targets(case: Case) -> Iterator[Seen]:
 
 
 def _unreachable_for_own(case: Case) -> Iterator[Seen]:
-    """The same for a loss of the user's own, f(outputs, targets), over numbers; a warning, for it may undo it."""
-    outputs, targets = case.now.outputs, case.now.targets
-    if is_custom(case) or case.now.calls or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
-        return
-    name = made_by(outputs)
-    if name not in RANGES or outputs.shape != targets.shape or not targets.is_floating_point():
-        return
-    low, high = RANGES[name]
-    outside = ((targets < low - 1e-4) | (targets > high + 1e-4)).float().mean().item()
-    if outside > 0.05:
-        yield Seen(
-            f"the model ends with {name.lower()}, which cannot give these targets.",
-            f"{outside:.0%} of the targets are outside of {low:g} to {high:g} (at most 5 %)",
-            f"{case.output_layer()}, {case.place}",
-            f"leave out the {name.lower()} at the end, or scale the targets into its range",
-            level="warning",
-        )
+    """The same where outputs and targets are subtracted by the user; a warning, for it may be meant so."""
+    for one in case.now.trace.differences:
+        outputs, targets = sorted(one.inputs, key=lambda part: not part.requires_grad)
+        name = made_by(outputs)
+        if name not in RANGES or not outputs.requires_grad or targets.requires_grad:
+            continue
+        low, high = RANGES[name]
+        outside = ((targets < low - 1e-4) | (targets > high + 1e-4)).float().mean().item()
+        if outside > 0.05:
+            yield Seen(
+                f"the model ends with {name.lower()}, which cannot give these targets.",
+                f"{outside:.0%} of the targets are outside of {low:g} to {high:g} (at most 5 %)",
+                f"{case.output_layer()}, {case.at(one.place)}",
+                f"leave out the {name.lower()} at the end, or scale the targets into its range",
+                level="warning",
+            )
+            return

@@ -120,7 +120,7 @@ def lr_too_low(vitals: Vitals) -> Iterator[Seen]:
     have changed by less than 1 of 100 at the end of the plan. ``epochal check`` tries higher rates on a copy.
     """
     losses = vitals.read()
-    if not is_stalled(losses, 0.97) or vitals.case is None:
+    if not is_stalled(losses, 0.97) or vitals.case is None or stands_still(vitals):
         return
     planned = vitals.case.run.started.steps
     ratios = [update_ratio(seen, _matrices(vitals)) for seen in _recent(vitals)]
@@ -133,6 +133,12 @@ def lr_too_low(vitals: Vitals) -> Iterator[Seen]:
             vitals.case.place,
             f"give lr={_nice(vitals.looks[-1].rate * 100)}",
         )
+
+
+def stands_still(vitals: Vitals) -> bool:
+    """Whether gradients do not arrive: then no rate is to blame."""
+    rules = vanishing_gradient, dead_units, zero_gradient, no_gradient_at_all
+    return len(vitals.looks) >= LOOKS and any(any(one(vitals)) for one in rules)
 
 
 def _nice(rate: float) -> str:
@@ -194,13 +200,14 @@ def _is_embedding(vitals: Vitals, name: str) -> bool:
 def vanishing_gradient(vitals: Vitals) -> Iterator[Seen]:
     """Where the gradient shrinks from layer to layer, the first layers stand still, and what they give stays random.
 
-    Looks at the gradients of weights in three looks in a row, while the loss does not fall: that of the first, of its
-    size, is below a thousandth of that of the last (AUTOTRAINER).
+    Looks at the gradients of weights in three looks in a row, while the loss does not fall: that of the one with the
+    least, of its size, is below a thousandth of that of the last (AUTOTRAINER).
     """
     names = [name for name in _matrices(vitals) if not _is_embedding(vitals, name)]
     if len(names) < 3 or not is_stalled(vitals.read()):
         return
-    first, last = names[0], names[-1]
+    last = names[-1]
+    first = min(names[:-1], key=lambda name: _relative(vitals.looks[-1], name) or math.inf)
     ratios = [_relative(seen, first) / max(_relative(seen, last), 1e-30) for seen in _recent(vitals)]
     if all(ratio < 1e-3 for ratio in ratios) and all(seen.gradient[last] > 0 for seen in _recent(vitals)):
         yield Seen(
@@ -311,10 +318,14 @@ def stuck_at_chance(vitals: Vitals) -> Iterator[Seen]:
     """A classifier whose loss stays at ln(classes) says the same of every sample: it has learned nothing of the inputs.
 
     Looks at cross_entropy over class indices: within 2 of 100 of ln(classes) in the last quarter of at least 60
-    updates, and no lower than at the start.
+    updates, and no lower than at the start, or than a while ago.
     """
     losses, case = vitals.read(), vitals.case
-    if case is None or not case.passes or len(losses) < 60 or not is_stalled(losses, 0.98):
+    if case is None or not case.passes or len(losses) < 60:
+        return
+    quarter = len(losses) // 4
+    is_flat = len(losses) >= 100 and abs(trend(losses[-2 * quarter :]) - 1) < 0.01
+    if not is_stalled(losses, 0.98) and not is_flat:
         return
     classes = vitals.classes
     if not classes:

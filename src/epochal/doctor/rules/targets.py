@@ -110,6 +110,22 @@ def missing_class(case: Case) -> Iterator[Seen]:
     )
 
 
+@rule("missing-class", "info", "data")
+def missing_label(case: Case) -> Iterator[Seen]:
+    """A label that is never set, or always, tells a model nothing.
+
+    Looks at targets of 0 and 1, several labels a sample, over at least 200 samples.
+    """
+    targets = case.sample[1] if case.sample is not None else None
+    if targets is None or targets.dim() != 2 or not any(call.name in losses.BINARY for call in case.now.calls):
+        return
+    constant = (targets == targets[0]).all(0).nonzero().flatten().tolist() if len(targets) >= 200 else []
+    if constant and targets.shape[1] > 1:
+        yield Seen("some labels are the same for all samples.", f"{len(constant)} of {targets.shape[1]}, over "
+                   f"{len(targets)} samples", f"labels {', '.join(map(str, constant[:8]))}; {case.place}",
+                   "leave these outputs out, or look for what became of the labels")  # fmt: skip
+
+
 @rule("targets-ignored", "warning", "batch")
 def one_class_counts(case: Case) -> Iterator[Seen]:
     """Where all that counts is one class, a model learns to say it always: the mask may be the wrong way round.
@@ -225,7 +241,7 @@ def unscaled_targets(case: Case) -> Iterator[Seen]:
             f"{size:.3g} in size",
             f"targets of train; {case.place}",
             "train on (y - y.mean()) / y.std(), and turn predictions back",
-            level="warning" if spread > 50 and size < 0.01 * spread else None,
+            level="warning" if max(spread, mean / 10) > 50 and size < 0.01 * max(spread, mean) else None,
         )
 
 

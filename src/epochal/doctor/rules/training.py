@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from statistics import median
 from typing import TYPE_CHECKING
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from epochal.doctor.finding import Seen, rule
-from epochal.doctor.rules.model import told_of_pairs
+from epochal.doctor.rules.model import init_scale, told_of_pairs
 from epochal.doctor.rules.symptoms import is_stalled, total
 from epochal.objective import Supervised
 
@@ -76,6 +77,31 @@ def lacks_nonlinearity(probe: Probe) -> Iterator[Seen]:
         yield told[0]
 
 
+@rule("init-scale", "warning", "probe")
+def badly_begun(probe: Probe) -> Iterator[Seen]:
+    """Where layers blow their inputs up, or let them fade, and the training goes badly, that is why.
+
+    Looks at the deviation over samples in the first pass, at the trial, whose loss has not fallen, and at the weights:
+    the deviation of most, times the root of the inputs, is not from 0.1 to 10 (torch's own is about 0.6).
+    """
+    layers = [p.detach() for p in probe.case.trained.values() if p.dim() > 1]
+    gains = [p.std().item() * math.sqrt(p[0].numel()) for p in layers if p.numel() > 1]
+    if probe.is_stalled() and gains and not 0.1 < median(gains) < 10:
+        yield from init_scale(probe.case)
+
+
+@rule("dead-units", "warning", "probe")
+def dead_at_once(probe: Probe) -> Iterator[Seen]:
+    """A layer whose units are dead before the first update was initialised so.
+
+    Looks at what activations give in a pass over a batch, before anything is trained: 0 for all samples in nine of ten
+    units, and in the trained copy, too.
+    """
+    begun = {path for path, share in probe.dead(probe.model) if share > 0.9}
+    if begun:
+        yield from (seen for seen in all_dead(probe) if seen.where.partition(" ")[0] in begun)
+
+
 @rule("dead-units", "warning", "probe", told="capacity")
 def all_dead(probe: Probe) -> Iterator[Seen]:
     """A unit behind a ReLU that is never above 0 gets no gradient, and does not come back.
@@ -115,7 +141,7 @@ def weights_shrink(probe: Probe) -> Iterator[Seen]:
     before, after = probe.known_loss(probe.model), probe.known_loss(probe.trained)
     if not before or not after or after < 0.9 * before:
         return
-    whole = trial.first, trial.last
+    whole = [probe.loss(probe.case.now.batch, model) or 0.0 for model in (probe.model, probe.trained)]
     if whole[1] < 0.5 * whole[0] and whole[0] > 2 * before:
         yield Seen(
             "what is added to the error is all that gets smaller.",
