@@ -39,8 +39,8 @@ def judged(name: str) -> dict[str, Any]:
     plain = by_torch(program)
     return {
         "name": name, "cause": program.cause, "also": program.also, "codes": codes, "failure": failure, "torch": plain,
-        "steps": verdict and verdict.steps, "check": verdict and verdict.seconds,
-        "seconds": time.perf_counter() - began,
+        "kind": program.make.__module__.rpartition(".")[2], "steps": verdict and verdict.steps,
+        "check": verdict and verdict.seconds, "seconds": time.perf_counter() - began,
     }  # fmt: skip
 
 
@@ -63,7 +63,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     faulty = [row for row in rows if row["cause"]]
     healthy = [row for row in rows if not row["cause"]]
     places = [place_of(row) for row in faulty]
-    steps = [row["steps"] for row in faulty if row["steps"] is not None]
     accused = {
         level: sum(one == level for row in healthy for one, *_ in row["codes"]) for level in ("error", "warning")
     }
@@ -74,9 +73,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"  found                   {_share(sum(map(is_found, faulty)), faulty):>14} {_share(by_plain, faulty):>14}",
         f"  right cause first       {_share(sum(p == 1 for p in places), faulty):>14}",
         f"  right cause in three    {_share(sum(p is not None and p <= 3 for p in places), faulty):>14}",
-        f"  updates until the run itself told it: {len(steps)} told, median "
-        f"{statistics.median(steps) if steps else 0:g}, "
-        f"{sum(step == 0 for step in steps)} before the first",
+        *_by_kind(faulty),
         f"{len(healthy)} healthy programs",
         f"  errors a program        {accused['error'] / max(1, len(healthy)):14.3f} "
         f"{sum(row['torch'] is not None for row in healthy) / max(1, len(healthy)):14.3f}",
@@ -85,6 +82,19 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"{max(checks, default=0):.1f} s at most",
     ]
     return "\n".join(lines)
+
+
+def _by_kind(faulty: list[dict[str, Any]]) -> list[str]:
+    """Of each kind, how many the run told by itself, without a check, and after how many updates."""
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in faulty):
+        rows = [row for row in faulty if row["kind"] == kind]
+        steps = sorted(row["steps"] for row in rows if row["steps"] is not None)
+        early = (
+            f"{sum(step == 0 for step in steps)} before the first update, {sum(step <= 1 for step in steps)} after one"
+        )
+        lines.append(f"  {kind.replace('_', ' ')}: {len(steps)} of {len(rows)} told by the run itself, {early}")
+    return lines
 
 
 def _share(count: int, of: list[Any]) -> str:

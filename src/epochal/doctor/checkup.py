@@ -157,7 +157,6 @@ def _of_trials(plan: Plan, case: Case, trial: Trial, began: float, found: Sequen
     if trial.error is not None and not isinstance(trial.error, NonFiniteError):
         return list(of_error(trial.error)) if isinstance(trial.error, EpochalError) else []
     is_bad = trial.last is math.inf or (len(trial.losses) >= 8 and goes_badly(trial.losses))
-    is_bad = is_bad or max(trial.losses, default=0.0) > 20 * (trial.losses or [0.0])[0] > 0
     explained = any(one.level != "info" and one.stage not in ("capacity", "symptom") for one in found)
     if not is_bad or plan.step is not None or explained:
         return []

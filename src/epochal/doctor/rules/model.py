@@ -248,9 +248,10 @@ def init_scale(case: Case) -> Iterator[Seen]:
     first and the last it grows or shrinks by more than 1000.
     """
     layers = [one for one in case.now.layers if isinstance(one.module, LINEAR) and isinstance(one.output, Tensor)]
-    sizes = [_over_samples(one.output) for one in layers]
-    if len(sizes) < 3 or case.run.state.progress.step > 2 or min(sizes) <= 0:
+    known = [(one, size) for one in layers if (size := _over_samples(one.output)) > 0]  # a layer may begin at 0
+    if len(known) < 3 or case.run.state.progress.step > 2:
         return
+    layers, sizes = zip(*known)
     if (ratio := max(sizes[-1] / sizes[0], sizes[0] / sizes[-1])) > 1000:
         yield Seen(
             "the layers blow their inputs up."
