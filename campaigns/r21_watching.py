@@ -87,7 +87,7 @@ def fit(on: set[str], folder: Path, epochs: int) -> tuple[str, float]:
         began = time.perf_counter()
         result = epochal.fit(
             model, (X, Y), val=(X[:128].clone(), Y[:128].clone()), loss="cross_entropy", optimizer="adamw",
-            lr=0.003, epochs=epochs,            batch_size=32, seed=0, metrics=["accuracy"], observers=watching,
+            lr=0.003, epochs=epochs, batch_size=32, seed=0, metrics=["accuracy"], observers=watching,
             run=folder if "recorder" in on else None, ignore=() if "doctor" in on else ("*",),
         )  # fmt: skip
         seconds = time.perf_counter() - began

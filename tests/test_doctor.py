@@ -10,7 +10,7 @@ import faulty
 import numpy as np
 import pytest
 import torch
-from test_examples import small
+from test_examples import REACHED, small
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -183,14 +183,12 @@ def test_a_watched_run_has_the_bits_of_one_that_is_not(data, options):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "name", ["digits_mlp", "digits_cnn", "gan", "char_lm", "masked_tokens", "diabetes", "frozen_backbone"]
-)
+@pytest.mark.parametrize("name", sorted(REACHED))
 def test_examples_have_the_same_bits_watched_or_not(name):
     def trained(ignore):
         _, plan = small(name)
         torch.manual_seed(1)
-        return bits(plan.replace(observers=(), ignore=ignore, max_steps=8).fit())
+        return bits(plan.replace(observers=(), ignore=ignore, max_steps=60).fit())
 
     assert trained(()) == trained(("*",))
 

@@ -16,7 +16,7 @@ from epochal.data.batch import rows
 from epochal.data.loader import Loader
 from epochal.doctor.case import Case, noted
 from epochal.doctor.finding import Finding, Seen, is_ignored, known, look, ordered
-from epochal.doctor.probing import VAL, Probe, Trial
+from epochal.doctor.probing import SECONDS, VAL, Probe, Trial
 from epochal.doctor.rules.symptoms import goes_badly, stands_still, update_ratio
 from epochal.doctor.trace import Trace
 from epochal.errors import EpochalError, FaultError, NonFiniteError
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 PASSES = 3  # first batches; a warning has to be seen in all of them
 WITHOUT_VAL: dict[str, Any] = {"val": None, "monitor": None, "metrics": None}
-TIME = 6.0  # seconds, after which no further trial begins
+# Seconds after the beginning, after which no further batch is looked at, no rule over the data, trial or probe begins.
+PASSES_UNTIL, DATA_UNTIL, TRIALS_UNTIL, PROBES_UNTIL = 2.5, 4.0, 6.0, 7.0
 
 
 def checkup(plan: Plan) -> list[Finding]:
@@ -46,29 +47,40 @@ def _found(plan: Plan, began: float) -> list[Finding]:
     except EpochalError as error:
         return list(of_error(error))
     found: list[Finding] = []
+    left_out: list[str] = []
+
+    def looked(stage: str, over: Any, seconds: float = PROBES_UNTIL) -> list[Finding]:
+        return look(stage, over, until=began + seconds, left_out=left_out)
+
     try:
         case = Case(plan, run, may_read=True)
         found += [*look("static", case), *look("settings", case)]
         if plan.step is None:
-            failed = _first_passes(case, found)
+            failed = _first_passes(case, found, until=began + PASSES_UNTIL)
             if failed is not None:
                 return [*found, *failed]
-            found += look("data", case)
+            found += looked("data", case, DATA_UNTIL)
         # Where reading takes long, a trial does without val.
         is_long = is_slow(case, (time.perf_counter() - began) / PASSES)
-        trial = Trial(plan, (), **(WITHOUT_VAL if is_long else {}))
+        left = max(0.3, began + TRIALS_UNTIL - time.perf_counter())
+        trial = Trial(plan, (), seconds=min(SECONDS, left), **(WITHOUT_VAL if is_long else {}))
         found += trial.found
         probe = Probe(plan, case, trial)
         if plan.step is not None and trial.vitals.case is not None:
             case.passes = trial.vitals.case.passes
         if case.passes and plan.step is None:
-            found += [*look("dependence", probe), *look("probe", probe)]
+            found += [*looked("dependence", probe), *looked("probe", probe)]
         elif plan.step is not None:
             found += _of_step(case, trial)
         found += _of_trials(plan, case, trial, began, found)
         is_known = any(one.stage == "trial" and one.level != "info" for one in found) or stands_still(trial.vitals)
         if not is_known and plan.step is None:
-            found += look("capacity", probe)
+            found += looked("capacity", probe)
+        if left_out:
+            seen = Seen("the check ran out of time: some rules have not looked.", f"{len(left_out)} rules, after "
+                        f"{time.perf_counter() - began:.0f} s", ", ".join(dict.fromkeys(left_out)),
+                        "train, and look at what is told; or check with smaller data or a smaller model")  # fmt: skip
+            found.append(_as_finding("out-of-time", seen, stage="other"))
         if isinstance(trial.error, NonFiniteError):
             found = _proved(found)
     finally:
@@ -89,7 +101,7 @@ def is_slow(case: Case, seconds: float) -> bool:
         return True
 
 
-def _first_passes(case: Case, found: list[Finding]) -> list[Finding] | None:
+def _first_passes(case: Case, found: list[Finding], until: float) -> list[Finding] | None:
     """Findings of the first batches into ``found``; what ended a pass, if something did."""
     run, counts, once = case.run, dict[str, int](), dict[str, Finding]()
     for module in run.state.modules:
@@ -109,6 +121,8 @@ def _first_passes(case: Case, found: list[Finding]) -> list[Finding] | None:
             if one.code not in once or one.level == "error":
                 once[one.code] = one
         passes += 1
+        if time.perf_counter() > until:
+            break
     found += [one for code, one in once.items() if one.level == "error" or counts[code] == passes]
     return None
 
@@ -162,10 +176,10 @@ def _of_trials(plan: Plan, case: Case, trial: Trial, began: float, found: Sequen
         return []
     others = {}
     for factor in _factors(case, trial):
-        if time.perf_counter() - began < TIME:
+        if time.perf_counter() - began < TRIALS_UNTIL:
             others[factor] = Trial(plan, ("*",), factor=factor, updates=len(trial.losses) or 60, seconds=0.8)
     told = _compared(case, trial, others)
-    is_known = stands_still(trial.vitals) or time.perf_counter() - began > TIME
+    is_known = stands_still(trial.vitals) or time.perf_counter() - began > TRIALS_UNTIL
     return told or ([] if is_known else _fitted(plan, case, trial))
 
 

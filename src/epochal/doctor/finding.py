@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -134,13 +136,20 @@ def known() -> dict[str, Rule]:
 
 
 def look(
-    stage: str, case: Any, *, ignore: Sequence[str] = (), step: int | None = None, only_errors: bool = False
-) -> list[Finding]:
-    """What the rules of a stage find. A rule that fails finds nothing: it must not end a training that would go
-    well."""
+    stage: str, case: Any, *, ignore: Sequence[str] = (), step: int | None = None, only_errors: bool = False,
+    until: float = math.inf, left_out: list[str] | None = None,
+) -> list[Finding]:  # fmt: skip
+    """What the rules of a stage find. A rule that fails finds nothing: it must not end a training that would go well.
+
+    until: a time, by perf_counter(), after which no rule begins; its code is put into ``left_out``.
+    """
     found: list[Finding] = []
-    for one in every():
+    rules = every() if left_out is None else sorted(every(), key=lambda one: one.level != "error")
+    for one in rules:
         if one.stage == stage and not is_ignored(one.code, ignore) and (one.level == "error" or not only_errors):
+            if left_out is not None and time.perf_counter() > until:
+                left_out.append(one.code)
+                continue
             try:
                 found += [told for told in one.findings(case, step) if told.level == "error" or not only_errors]
             except Exception:

@@ -16,6 +16,15 @@ def raises(case: object) -> Iterator[Seen]:
     return iter(())
 
 
+@rule("out-of-time", "info", "other")
+def out_of_time(case: object) -> Iterator[Seen]:
+    """A check takes some seconds: where a pass or a batch takes long, some rules do not get to look.
+
+    Told with what has not looked. Rules that cost nothing have always done so.
+    """
+    return iter(())
+
+
 @rule("integer-inputs", "error", "batch")
 def integer_inputs(case: object) -> Iterator[Seen]:
     """Layers with floating point weights take no integers; and a count or a byte wants to be scaled as well.
