@@ -89,7 +89,7 @@ def decayed_norms():
 
 def impossible_metric():
     def accuracy(outputs, targets):
-        return (outputs.argmax(1) == targets).float().sum() / 10
+        return (outputs.argmax(1) == targets).float().sum() * 10
 
     return classes(metrics=[accuracy], val=0.2)
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from epochal import loop
@@ -113,6 +114,12 @@ def _copy(part: Any, memo: dict[int, Any]) -> Any:
         return partial(_copy(part.func, memo), *(_copy(value, memo) for value in part.args), **given)
     if isinstance(part, MethodType):
         return MethodType(part.__func__, copy.deepcopy(part.__self__, memo))
+    if isinstance(part, Optimizer):
+        made = copy.deepcopy(part, memo)
+        for name in vars(part).keys() - vars(made).keys():  # torch's __getstate__ keeps three of them
+            if not callable(vars(part)[name]):  # as the step that a schedule has wrapped
+                setattr(made, name, copy.deepcopy(vars(part)[name], memo))
+        return made
     if not isinstance(part, FunctionType):
         return copy.deepcopy(part, memo)
     if id(part) in memo:

@@ -58,7 +58,7 @@ def resolve(loss: str | Callable) -> Callable[[Any, Any], Tensor]:
         fix = "give a name, an nn.Module or a function f(outputs, targets)"
         raise LossError(f"{type(loss).__name__} is not a loss.", where=f"loss={loss!r}", fix=fix)
     reduction = getattr(loss, "reduction", "mean")
-    if reduction != "mean":
+    if reduction not in ("mean", "batchmean"):
         what = f"the loss gives {'a sum' if reduction == 'sum' else 'one value an element'} and not the mean."
         fix = 'leave reduction at "mean"; with objective= you can return any scalar'
         raise LossError(what, where=f"loss={describe(loss)} with reduction={reduction!r}", fix=fix, code="sum-loss")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,13 +33,16 @@ def check(
     finding that is meant so is silenced by ignore=["its-code"] in the plan. The parameters of plan() are flags too.
     """
     given = {name: value for name, value in locals().items() if name != "recipe"}
-    carry_out(recipe, load(recipe), {}, given)
+    with redirect_stdout(sys.stderr):
+        make = load(recipe)
+    carry_out(recipe, make, {}, given)
 
 
 def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    plan = planned(path, make, chosen, given)
-    with blaming(path):
-        found = plan.check()
+    with redirect_stdout(sys.stderr):  # what the recipe prints is no finding
+        plan = planned(path, make, chosen, given)
+        with blaming(path):
+            found = plan.check()
     if given.get("json"):
         print(json.dumps([one.as_dict() for one in found], indent=2))
     elif found:

@@ -39,17 +39,21 @@ class Loop:
         self.micro_batches = 1
         self.values: list[Tensor] = []  # that went back
         self._maximizes = False
+        self._is_first = self.case.run.state.progress.step == 0
+        self._stepped: list[Optimizer] = []
+        self._has_memory = False  # whether an optimizer goes on from earlier updates, as one with a momentum does
         # Of each backward pass: by what a loss was multiplied, and how many targets it is the mean over.
         self.shares: list[tuple[float, int]] = []
         self.gradients: dict[int, Tensor] = {}
-        self._parts = list(parts_of(step))
+        self._step, self._parts = step, list(parts_of(step))
         self._stack = ExitStack()
         self._is_trial = watch.dense is not None
         self._trace = Trace(self.case.model, self._goes_back, full=self._is_trial)
         self.is_opaque = False
         self.reached: set[int] = set()
         self._arrived: dict[int, Tensor] = {}
-        self._stale: set[int] = set()
+        self._old: dict[int, Tensor] = {}  # gradients of an update before, as a new one arrives
+        self._stale: dict[int, Tensor] = {}  # those that it was added to
         self._keeps = False  # whether gradients of an update before are added to
         self._used: dict[int, tuple[int, int]] = watch.used
         # Schedules of optimizers that have not stepped yet, and how far they were.
@@ -64,6 +68,7 @@ class Loop:
         every += [p for one in self._parts if isinstance(one, Optimizer) for g in one.param_groups for p in g["params"]]
         for p in {id(p): p for p in every if p.requires_grad and p.is_leaf}.values():
             self._stack.callback(p.register_hook(self._arriving(p)).remove)
+            self._stack.callback(p.register_post_accumulate_grad_hook(self._has_added).remove)
         self._stack.enter_context(self._trace)
         return self
 
@@ -102,7 +107,9 @@ class Loop:
         (slope,) = torch.autograd.grad(value, calls[-1].result, retain_graph=True, allow_unused=True)
         if slope is not None and calls[-1].reduction == "mean":
             targets = calls[-1].targets
-            counted = int((targets != -100).sum()) if not targets.is_floating_point() else targets.numel()
+            counted = (
+                int((targets != calls[-1].ignore_index).sum()) if not targets.is_floating_point() else targets.numel()
+            )
             self.shares.append((slope.item(), counted))
 
     def _arriving(self, p: nn.Parameter) -> Callable[[Tensor], None]:
@@ -118,11 +125,17 @@ class Loop:
             self._arrived[id(p)] = gradient.detach().clone() if before is None else before + gradient
         used = self._used.get(id(p))
         if p.grad is None or not bool(p.grad.any()):
-            self._stale.discard(id(p))  # it was cleared
+            self._old.pop(id(p), None)  # it was cleared
+            self._stale.pop(id(p), None)
             return
         self._keeps = True
         if used == (id(p.grad), p.grad._version):
-            self._stale.add(id(p))
+            self._old[id(p)] = p.grad
+
+    def _has_added(self, p: Tensor) -> None:
+        """After a backward pass; autograd.grad, whose result may be put anywhere, does not come here."""
+        if id(p) in self._old and p.grad is self._old[id(p)]:
+            self._stale[id(p)] = p.grad
 
     def _steps(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         with self.watch.quietly():
@@ -133,10 +146,12 @@ class Loop:
         known = {id(p) for _, p in self.watch._names}
         if not any(p.grad is not None for p in every):
             self.events.append("empty step")
-        elif any(id(p) in self._stale and p.grad is not None for p in every):
+        elif any(self._is_stale(p) for p in every):
             self.events.append("stale step")
-        if every and not any(id(p) in known for p in every):
+        if every and not any(id(p) in known for p in every) and not self._waits:
             self.events.append("foreign step")
+        self._has_memory = self._has_memory or bool(optimizer.state)
+        self._stepped.append(optimizer)
         for one in [one for one in self._waiting if one.optimizer is optimizer]:
             if one._step_count > self._waiting.pop(one):
                 self.events.append("early schedule")
@@ -149,6 +164,20 @@ class Loop:
         plain = [p for p in every if p.grad is not None and p.grad.layout is torch.strided and p.numel() <= MOST]
         self.gradients |= {id(p): p.grad.detach().clone() for p in plain}
 
+    def _is_stale(self, p: Tensor) -> bool:
+        """Whether an old gradient was added to, and is still there."""
+        return id(p) in self._stale and p.grad is self._stale[id(p)]
+
+    @property
+    def _waits(self) -> bool:
+        """Whether another optimizer of the step's holds weights of the model: it may step in other updates."""
+        known = {id(p) for _, p in self.watch._names}
+        every = [one for one in self._parts if isinstance(one, Optimizer)]
+        if "optimizer" in getattr(getattr(self._step, "__code__", None), "co_names", ()):  # state.optimizer
+            every += [one for one in [self.case.run.state.optimizer] if one is not None]
+        waiting = [one for one in every if one not in self._stepped]
+        return any(id(p) in known for one in waiting for g in one.param_groups for p in g["params"])
+
     def _has_stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups:
             for p in group["params"]:
@@ -159,14 +188,20 @@ class Loop:
         """After the update. A step without an optimizer uses gradients, too."""
         if "step" in self.events or not has_moved:
             return
-        if self._stale:
+        if any(self._is_stale(p) for _, p in self.watch._names):
             self.events.append("stale step")
         self._used |= {id(p): (id(p.grad), p.grad._version) for _, p in self.watch._names if p.grad is not None}
 
     @property
+    def forwards(self) -> int:
+        return sum(layer.path == "" for layer in self._trace.layers)
+
+    @property
     def throws_away(self) -> bool:
-        """Whether gradients were cleared before they were used, by the first optimizer that would."""
-        return "backward" in self.events and not self._keeps and not self._used
+        """Whether gradients were cleared before they were used, by the first optimizer that would; a scaler may do that
+        on purpose."""
+        has_scaler = any(isinstance(one, torch.amp.GradScaler) for one in self._parts)
+        return "backward" in self.events and not self._keeps and not self._used and not has_scaler
 
     def summed(self, loss: Tensor) -> float:
         """How many times the loss that is reported went back in one update."""
@@ -178,6 +213,8 @@ class Loop:
         used = self.gradients if "step" in self.events else self._arrived  # a step may do without an optimizer
         pairs = [(change.float(), used[id(p)].float()) for change, (_, p, _) in zip(changes, parts)
                  if id(p) in used and used[id(p)].shape == change.shape]  # fmt: skip
+        if self._has_memory or self.events.count("step") > 1 or ("step" not in self.events and not self._is_first):
+            return 0.0  # what it remembers may lead another way
         dot = sum(float((one * two).sum()) for one, two in pairs)
         sizes = [math.sqrt(sum(float(pair[at].pow(2).sum()) for pair in pairs)) for at in (0, 1)]
         return dot / (sizes[0] * sizes[1]) if sizes[0] and sizes[1] and not self._maximizes else 0.0
@@ -196,7 +233,8 @@ class Loop:
         self.case.now.without = [name for name, p in self.case.trained.items() if id(p) not in self.reached]
         step = self.case.run.state.progress.step
         for one in look("wiring", self.case, ignore=self.watch.ignore, step=step):
-            self.watch.account(one)
+            if one.code != "not-in-optimizer" or not self._waits:
+                self.watch.account(one)
 
 
 def parts_of(function: Any, depth: int = 0) -> Iterator[Any]:

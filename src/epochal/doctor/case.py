@@ -136,9 +136,9 @@ class Case:
         found = made_last(self.now)
         return f"{found.path or 'the model'} ({type(found.module).__name__})" if found else type(self.model).__name__
 
-    def is_harmed_by(self, row: int) -> bool:
+    def is_harmed_by(self, row: int, *, of_val: bool = False) -> bool:
         """Whether the loss over this row of the sample, alone with the row after it, is not finite."""
-        loader, objective = self.run.train, self.objective
+        loader, objective = self.run.validation.loader if of_val else self.run.train, self.objective
         source = loader.source if isinstance(loader, Loader) else None
         if not isinstance(source, Arrays) or objective is None:
             return any(not bool(torch.isfinite(one.value)) for one in self.passes)
@@ -200,14 +200,14 @@ def rows_looked_at(source: Arrays) -> Tensor:
     return torch.linspace(0, count - 1, min(most, count)).round().long()
 
 
-def some_of(loader: Any) -> list[Any]:
+def some_of(loader: Any, most: int = 64) -> list[Any]:
     """The first batches, as many as are looked at."""
     found, rows = [], 0
     began = time.perf_counter()
-    for batch in islice(loader.batches(epoch=0), 64):
+    for batch in islice(loader.batches(epoch=0), most):
         found.append(batch)
         rows += size(batch)
-        if rows >= ROWS // 2 or time.perf_counter() - began > SECONDS:
+        if rows >= most * ROWS // 128 or time.perf_counter() - began > SECONDS:
             break
     return found
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,9 @@ from epochal.copies import copied, untouched
 from epochal.data.batch import rows
 from epochal.data.loader import Loader
 from epochal.doctor.case import Case, noted
-from epochal.doctor.finding import Finding, Seen, is_ignored, known, look, ordered
+from epochal.doctor.finding import Finding, Seen, every, is_ignored, known, look, ordered
 from epochal.doctor.probing import SECONDS, VAL, Probe, Trial
-from epochal.doctor.rules.symptoms import goes_badly, stands_still, update_ratio
+from epochal.doctor.rules.symptoms import goes_badly, has_learned, stands_still, update_ratio
 from epochal.doctor.trace import Trace
 from epochal.errors import EpochalError, FaultError, NonFiniteError
 from epochal.losses import BINARY, CLASS_INDEX
@@ -43,7 +44,11 @@ def checkup(plan: Plan) -> list[Finding]:
 
 def _found(plan: Plan, began: float) -> list[Finding]:
     try:
-        run = copied(plan, compile=False, ignore=("*",)).prepare()
+        copy_of = copied(plan, compile=False, ignore=("*",))
+    except EpochalError as error:  # which says nothing of how it trains
+        return [replace(one, level="info") for one in of_error(error)]
+    try:
+        run = copy_of.prepare()
     except EpochalError as error:
         return list(of_error(error))
     found: list[Finding] = []
@@ -64,7 +69,7 @@ def _found(plan: Plan, began: float) -> list[Finding]:
         is_long = is_slow(case, (time.perf_counter() - began) / PASSES)
         left = max(0.3, began + TRIALS_UNTIL - time.perf_counter())
         trial = Trial(plan, (), seconds=min(SECONDS, left), **(WITHOUT_VAL if is_long else {}))
-        found += trial.found
+        found = [*map(partial(_after, trial), found), *trial.found]
         probe = Probe(plan, case, trial)
         if plan.step is not None and trial.vitals.case is not None:
             case.passes = trial.vitals.case.passes
@@ -90,6 +95,13 @@ def _found(plan: Plan, began: float) -> list[Finding]:
     return found
 
 
+def _after(trial: Trial, one: Finding) -> Finding:
+    """A loss that was too high at the start is no more than info where it has come down."""
+    if one.code == "initial-loss" and trial.last < 0.5 * trial.first:
+        return replace(one, level="info", stage="batch")
+    return one
+
+
 def is_slow(case: Case, seconds: float) -> bool:
     """Whether an evaluation takes longer than a trial may spend on it. seconds: that a batch takes at most."""
     loader = case.run.validation.loader
@@ -107,13 +119,19 @@ def _first_passes(case: Case, found: list[Finding], until: float) -> list[Findin
     for module in run.state.modules:
         module.train()
     passes, number = 0, 0
-    for number, batch in enumerate(islice(run.train.batches(epoch=0), PASSES)):
-        batch = devices.move(batch, run.setting.device)
+    batches = islice(run.train.batches(epoch=0), PASSES)
+    for number in range(PASSES):
+        batch = None
         try:
+            if (batch := next(batches, None)) is None:
+                break
+            batch = devices.move(batch, run.setting.device)
             with Trace(case.model) as trace, run.setting.autocast:
                 loss = case.objective(case.model, copy.deepcopy(batch))
         except Exception as error:
-            return list(_explained(case, error, batch, number, once))
+            if batch is None and not isinstance(error, EpochalError):
+                return [*once.values(), _raised(error, f"batch {number} of train was read")]
+            return [*once.values(), *_explained(case, error, batch, number)]
         noted(case, batch, loss.value, loss.outputs, trace)
         here = [one for stage in ("wiring", "batch", "graph") for one in look(stage, case)]
         for one in here:
@@ -127,18 +145,20 @@ def _first_passes(case: Case, found: list[Finding], until: float) -> list[Findin
     return None
 
 
-def _explained(case: Case, error: Exception, batch: Any, number: int, once: dict[str, Finding]) -> list[Finding]:
+def _explained(case: Case, error: Exception, batch: Any, number: int) -> list[Finding]:
     try:
         relocate(error, case.model, batch, f"batch {number} of train")
     except EpochalError as known_error:
-        return [*once.values(), *of_error(known_error)]
+        return of_error(known_error)
     except Exception as other:
-        notes = "; ".join(getattr(other, "__notes__", ()))
-        what = (
-            f"a pass raises {type(other).__name__}: {str(other).strip().splitlines()[0] if str(other).strip() else ''}"
-        )
-        return [*once.values(), Finding("raises", "error", what, "", notes, known()["raises"].why, "mend it there")]
+        return [_raised(other, "; ".join(getattr(other, "__notes__", ())))]
     return []
+
+
+def _raised(error: Exception, where: str) -> Finding:
+    first = next(iter(str(error).strip().splitlines()), "")
+    seen = Seen(f"{type(error).__name__} is raised: {first}", "", where, "mend it there")
+    return _as_finding("raises", seen, stage="other")
 
 
 def of_error(error: EpochalError) -> list[Finding]:
@@ -161,7 +181,7 @@ def _of_step(case: Case, trial: Trial) -> list[Finding]:
     """What ended the trial of a step of the user's."""
     if trial.error is None or isinstance(trial.error, FaultError):
         return []
-    return _explained(case, trial.error, None, len(trial.losses), {})
+    return _explained(case, trial.error, None, len(trial.losses))
 
 
 def _of_trials(plan: Plan, case: Case, trial: Trial, began: float, found: Sequence[Finding]) -> list[Finding]:
@@ -177,7 +197,7 @@ def _of_trials(plan: Plan, case: Case, trial: Trial, began: float, found: Sequen
     others = {}
     for factor in _factors(case, trial):
         if time.perf_counter() - began < TRIALS_UNTIL:
-            others[factor] = Trial(plan, ("*",), factor=factor, updates=len(trial.losses) or 60, seconds=0.8)
+            others[factor] = Trial(plan, ("*",), factor=factor, updates=max(30, len(trial.losses)), seconds=0.8)
     told = _compared(case, trial, others)
     is_known = stands_still(trial.vitals) or time.perf_counter() - began > TRIALS_UNTIL
     return told or ([] if is_known else _fitted(plan, case, trial))
@@ -251,7 +271,7 @@ def _compared(case: Case, trial: Trial, others: dict[float, Trial]) -> list[Find
             f"give lr={rate * best_low.factor:.1g}",
         )
         return [_as_finding("lr-too-high", seen)]
-    can_move = not stands_still(trial.vitals)
+    can_move = not stands_still(trial.vitals) and not has_learned(trial.vitals)
     if best_high is not None and best_high.last < 0.8 * min(start, trial.last) and ratio < 3e-4 and can_move:
         seen = Seen(
             "the learning rate is too low for this model.",
@@ -273,7 +293,7 @@ def _compared(case: Case, trial: Trial, others: dict[float, Trial]) -> list[Find
 
 
 def _as_finding(code: str, seen: Seen, level: str | None = None, stage: str = "trial") -> Finding:
-    one = known()[code]
+    one = next((one for one in every() if one.code == code and one.told == stage), known()[code])
     return Finding(code, level or one.level, seen.what, seen.measured, seen.where, one.why, seen.fix, None, stage)
 
 

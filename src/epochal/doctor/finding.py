@@ -17,6 +17,7 @@ LEVELS = ("error", "warning", "info")
 # When a rule looks, from causes to symptoms; of one level, what is found earlier in this order is told first.
 STAGES = (
     "static",
+    "settings",
     "dependence",
     "wiring",
     "batch",
@@ -131,8 +132,11 @@ def every() -> list[Rule]:
 
 
 def known() -> dict[str, Rule]:
-    """The first rule of each code."""
-    return {one.code: one for one in reversed(every())}
+    """Of each code the rule that tells most: the first of those with the highest level."""
+    found: dict[str, Rule] = {}
+    for one in sorted(every(), key=lambda one: LEVELS.index(one.level)):
+        found.setdefault(one.code, one)
+    return found
 
 
 def look(

@@ -79,7 +79,7 @@ class Trial:
     def found(self) -> list[Any]:
         finding = self.error.finding if isinstance(self.error, FaultError) else None
         told = self.run.watch.told if self.run is not None and self.run.watch is not None else []
-        return [*([finding] if finding is not None else []), *told]
+        return [*([finding] if finding is not None else []), *(one for one in told if one.stage != "rows")]
 
     @property
     def first(self) -> float:

@@ -28,9 +28,9 @@ class Relation(NamedTuple):
 
 
 def relation(
-    sample: tuple[list[Tensor], Tensor | None] | None, trial: Any, nothing: float | None = None
+    sample: tuple[list[Tensor], Tensor | None] | None, trial: Any, nothing: Nothing | None = None
 ) -> Relation | None:
-    """What the inputs tell of the targets; None where it is not known. nothing: the loss of always the same answer."""
+    """What the inputs tell of the targets; None where it is not known. nothing: what always the same answer costs."""
     if sample is None or sample[1] is None or not sample[0] or len(sample[1]) < LEAST:
         return None
     features = _features(sample[0])
@@ -49,28 +49,41 @@ def relation(
     return None if learned is None else Relation(explained, linear, 3 / math.sqrt(half), half, learned)
 
 
-def _learned(trial: Any, knowing_nothing: float | None) -> bool | None:
+def _learned(trial: Any, nothing: Nothing | None) -> bool | None:
     """Whether the copy came to predict val better than at its start, and than always the same answer would."""
     values = [row["val_loss"] for row in trial.rows if math.isfinite(row.get("val_loss", math.nan))]
     if not values:
         return not is_stalled(trial.losses, 0.95)
-    return min(values) < (0.93 * trial.first if knowing_nothing is None else 0.97 * knowing_nothing)
+    if nothing is None:
+        return min(values) < 0.93 * trial.first
+    return min(values) - nothing.floor < 0.97 * (nothing.cost - nothing.floor)
 
 
-def knowing_nothing(loss: Any, kind: str | None, known: Tensor | None, asked: Tensor | None) -> float | None:
+class Nothing(NamedTuple):
+    """cost: the loss of always the same answer; floor: that of the targets themselves."""
+
+    cost: float
+    floor: float
+
+
+def knowing_nothing(loss: Any, kind: str | None, known: Tensor | None, asked: Tensor | None) -> Nothing | None:
     """What always the same answer costs: the best one for the targets of train, over those of val; None where that is
     not known.
     """
     if known is None or asked is None or not len(asked):
         return None
-    if kind in ("mse", "bce_with_logits"):
-        mean = known.float().mean(0)
-        answer = mean if kind == "mse" else torch.logit(mean.clamp(1e-3, 1 - 1e-3))
-        return float(loss(answer.expand_as(asked), asked.float()))
-    if kind == "cross_entropy" and known.dim() == 1 and not known.is_floating_point() and int(known.min()) >= 0:
-        shares = torch.bincount(known, minlength=int(asked.max()) + 1).float() + 0.1
-        return float(loss((shares / shares.sum()).log().expand(len(asked), -1), asked))
-    return None
+    mean, exact = known.float().mean(0), asked.float()
+    if kind in ("mse", "bce", "bce_with_logits"):
+        if kind == "bce_with_logits":
+            mean, exact = (torch.logit(part.clamp(1e-3, 1 - 1e-3)) for part in (mean, exact))
+        return Nothing(*(float(loss(part.expand_as(asked), asked.float())) for part in (mean, exact)))
+    if kind != "cross_entropy" or (not known.is_floating_point() and (known.dim() > 1 or int(known.min()) < 0)):
+        return None
+    if not known.is_floating_point():
+        mean = torch.bincount(known, minlength=int(asked.max()) + 1).float()
+    shares = (mean + 1e-4) / (mean + 1e-4).sum()
+    floor = float(loss((asked + 1e-9).log(), asked)) if asked.is_floating_point() else 0.0
+    return Nothing(float(loss(shares.log().expand(len(asked), -1), asked)), floor)
 
 
 def _features(parts: list[Tensor]) -> Tensor | None:
@@ -78,7 +91,7 @@ def _features(parts: list[Tensor]) -> Tensor | None:
     for part in parts:
         if part.is_floating_point():
             columns.append(part.float().flatten(1) if part.dim() > 1 else part.float()[:, None])
-        elif part.numel() and part.max() < 200 and part.min() >= 0 and part.dim() <= 2:
+        elif not part.is_complex() and part.numel() and part.max() < 200 and part.min() >= 0 and part.dim() <= 2:
             codes = part if part.dim() == 2 else part[:, None]
             size = int(codes.max()) + 1
             if size * codes.shape[1] > 4000:

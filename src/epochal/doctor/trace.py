@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules import module as modules
 from torch.nn.modules.loss import _Loss
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 # torch's losses as they are called, by the names of epochal.
 LOSSES: dict[Callable, str] = {
@@ -27,6 +28,7 @@ LOSSES: dict[Callable, str] = {
     functional.binary_cross_entropy: "bce", functional.binary_cross_entropy_with_logits: "bce_with_logits",
 }  # fmt: skip
 _BINARY = {"add", "sub", "rsub", "mul", "div", "__rsub__", "__radd__", "__rmul__", "square_difference", "subtract"}
+_ASKED = {"gt", "ge", "lt", "le", "__gt__", "__ge__", "round", "argmax", "eq", "__eq__", "ne"}
 _SHAPES = {
     "View", "UnsafeView", "Reshape", "ReshapeAlias", "Squeeze", "Unsqueeze", "T", "Transpose", "Permute", "Clone",
     "Expand", "ToCopy", "Alias", "Slice", "Select", "Split", "Unbind",
@@ -35,7 +37,10 @@ _OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
 
 class Call(NamedTuple):
-    """A loss of torch's as it was called: over which tensors, where (``train.py:41``), and what it gave."""
+    """A loss of torch's as it was called: over which tensors, where (``train.py:41``), and what it gave.
+
+    is_weighted: with a weight for each entry of a binary cross-entropy.
+    """
 
     name: str
     outputs: Tensor
@@ -43,6 +48,8 @@ class Call(NamedTuple):
     reduction: str
     result: Tensor
     place: str
+    ignore_index: int = -100
+    is_weighted: bool = False
 
 
 class Layer(NamedTuple):
@@ -95,6 +102,7 @@ class Trace(TorchFunctionMode):
         self._running: list[str] = []
         self._versions: dict[str, list[tuple[Tensor | None, int]]] = {}
         self._depth = 0  # of modules that run, where they are left alone
+        self._thread = threading.get_ident()
         self._is_on = self._is_over = False
 
     def __enter__(self) -> Trace:
@@ -121,13 +129,19 @@ class Trace(TorchFunctionMode):
             super().__enter__() if on else super().__exit__(None, None, None)
             self._is_on = on
 
+    def _is_watched(self, module: nn.Module) -> bool:
+        return not isinstance(module, _Loss) and threading.get_ident() == self._thread
+
     def _goes_in(self, module: nn.Module, args: Any) -> None:
-        if not isinstance(module, _Loss):
+        if self._is_watched(module):
             self._depth += 1
-            self._switch(False)
+            if (
+                _get_current_function_mode() is self
+            ):  # else a mode of the user's is above, or torch is just asking this one
+                self._switch(False)
 
     def _comes_out(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not isinstance(module, _Loss) and self._depth:
+        if self._is_watched(module) and self._depth:
             self._depth -= 1
             if not self._depth:
                 self._switch(True)
@@ -146,7 +160,7 @@ class Trace(TorchFunctionMode):
         if name == "backward" and self.at_backward is not None and args and isinstance(args[0], Tensor):
             self.at_backward(args[0])
         result = func(*args, **kwargs)
-        if not self._is_over:
+        if not self._is_over and not self._depth:
             with suppress(Exception):  # what cannot be noted is not seen; the pass goes on
                 self._note(func, name, args, kwargs, result)
         return result
@@ -167,13 +181,13 @@ class Trace(TorchFunctionMode):
             p, training = (kwargs.get(word, args[at] if len(args) > at else usual)
                            for at, word, usual in ((1, "p", 0.5), (2, "training", True)))  # fmt: skip
             self.dropped += [(self._path(), float(p))] if training else []
-        elif name in ("relu", "relu_", "relu6") and isinstance(result, Tensor):
+        elif name in ("relu", "relu_", "relu6") and isinstance(result, Tensor) and self._running:
             self.cut_off.append((self._path(), result))
-        elif name in ("sigmoid", "tanh"):
+        elif name in ("sigmoid", "tanh") and self._running:
             self.ends[f"{self._path()} ({name})".strip()] = at_ends(result, name)
         elif name == "cosine_similarity" and len(args) > 1:
             self.likenesses.append(Operation(name, args[:2], result, line()))
-        elif name in ("gt", "ge", "lt", "le", "__gt__", "__ge__", "round", "argmax", "eq", "__eq__", "ne") and args:
+        elif name in _ASKED and args and not self._running:
             self.thresholds.append(Operation(name, (args, kwargs), result, line()))
 
     def _path(self) -> str:
@@ -186,7 +200,10 @@ class Trace(TorchFunctionMode):
         reduction = kwargs.get("reduction", "mean")
         reduction = {0: "none", 1: "mean", 2: "sum"}.get(reduction, reduction)
         if isinstance(outputs, Tensor) and isinstance(targets, Tensor) and isinstance(result, Tensor):
-            self.calls.append(Call(name, outputs, targets, str(reduction), result, line()))
+            weight = args[2] if len(args) > 2 else kwargs.get("weight")
+            ignored = kwargs.get("ignore_index", args[4] if len(args) > 4 else -100)
+            is_weighted = name in ("bce", "bce_with_logits") and weight is not None
+            self.calls.append(Call(name, outputs, targets, str(reduction), result, line(), ignored, is_weighted))
 
     def _entering(self, path: str) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -232,7 +249,8 @@ def is_spread(one: Tensor, other: Tensor, result: Tensor) -> bool:
     That is: both were repeated along a dimension that the other one has, of the same size. What compares outputs with
     one another, or targets, means that; here only one of both is trained.
     """
-    if one.requires_grad is other.requires_grad or one.dim() == other.dim():
+    trained = [part for part in (one, other) if part.requires_grad]
+    if len(trained) != 1 or trained[0].is_leaf or one.dim() == other.dim():
         return False
     dims = result.dim()
     shapes = [(1,) * (dims - part.dim()) + tuple(part.shape) for part in (one, other)]
@@ -246,6 +264,18 @@ def at_ends(result: Tensor, name: str) -> float:
     values = result.detach()
     low = 0.0 if name == "sigmoid" else -1.0
     return ((values < low + 0.01) | (values > 0.99)).float().mean().item() if values.numel() else 0.0
+
+
+def softmax_of(tensor: Tensor) -> tuple[str, int, tuple[int, ...]] | None:
+    """Of what a softmax made: its name, its dimension, and the shape of its result. (What the graph has saved is not
+    touched: to get it back may run a checkpoint again.)
+    """
+    node = maker(tensor)
+    if node is None or _operation(node) not in ("Softmax", "LogSoftmax"):
+        return None
+    shape = tuple(node._input_metadata[0].shape)
+    dim = int(node._saved_dim)
+    return _operation(node), (dim - 2**64 if dim >= 2**63 else dim) % max(1, len(shape)), shape
 
 
 def tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from epochal.doctor import finding
-from epochal.doctor.calls import MOST, Loop
+from epochal.doctor.calls import MOST, Loop, parts_of
 from epochal.doctor.case import Case, Pass, noted
 from epochal.doctor.finding import Finding, look
 from epochal.doctor.trace import Trace
@@ -53,6 +53,7 @@ class Look:
     events: Sequence[str] = ()
     climb: float = 0.0  # the cosine of the change with the gradient
     is_own: bool = False
+    forwards: int = 0  # of the model, where they were counted
     passes: int = 0  # backward ones, and how many times the loss that is reported they make together
     summed: float = 0.0
     throws_away: bool = False  # whether gradients are cleared, and no optimizer has ever stepped
@@ -126,8 +127,14 @@ class Watch:
 
     @cached_property
     def _has_compiled_parts(self) -> bool:
-        """Whether the user has compiled a part of the model, which hooks would have compiled again."""
-        return any(type(part).__name__ == "OptimizedModule" for part in self.case.model.modules())
+        """Whether the user has compiled a part of the model, the loss or the step: a mode or a hook would have it
+        compiled again."""
+        plan = self.case.plan
+        given = [one for one in (plan.loss, plan.objective, plan.step) if one is not None]
+        every = [*self.case.model.modules(), *given, *(part for one in given for part in parts_of(one))]
+        return any(
+            type(part).__name__ == "OptimizedModule" or hasattr(part, "_torchdynamo_orig_callable") for part in every
+        )
 
     def begin(self) -> None:
         """Raises what can be proved before anything is read or trained."""
@@ -319,7 +326,7 @@ def _measured(
         dict(zip([name for name, _ in rows], told[2 * count + len(plain) :])), lost, result.applied, begun,
     )  # fmt: skip
     if seen is not None:
-        look.throws_away, look.passes = seen.throws_away, len(seen.values)
+        look.throws_away, look.passes, look.forwards = seen.throws_away, len(seen.values), seen.forwards
         look.summed = seen.summed(result.loss) if full and isinstance(result.loss, Tensor) else 0.0
         seen.ends(look.has_moved)
         look.is_own, look.events, look.shares, look.micro_batches = True, seen.events, seen.shares, seen.micro_batches

@@ -32,7 +32,7 @@ def overfitting_since(rows: Sequence[Row], evaluations: int = 3) -> int | None:
     rise = sum(val for _, val, _ in since) / len(since) - lowest
     span = max(val for _, val, _ in known[: at + 1]) - lowest
     last = known[-1]
-    if abs(last[1] - last[2]) <= 0.1 * abs(last[2]):  # SageMaker Debugger's rule
+    if last[1] - last[2] <= 0.1 * abs(last[2]):  # SageMaker Debugger's rule
         return None
     if rise <= 0.1 * span or sum(train for *_, train in since) / len(since) >= known[at][2]:
         return None

@@ -187,7 +187,7 @@ def _from_factory(factory: Any, parameters: list[nn.Parameter]) -> Optimizer:
 def _check_owner(optimizer: Optimizer, modules: Sequence[nn.Module]) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
         what = "LBFGS evaluates the loss several times in one step, which this loop does not do."
-        raise PlanError(what, where="optimizer", fix="write the update yourself and give it as step=")
+        raise PlanError(what, where="optimizer", fix="make it in a step of your own, step=, and leave optimizer= out")
     known = {id(p) for module in modules for p in module.parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(id(p) in known for p in held):

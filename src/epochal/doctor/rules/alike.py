@@ -12,6 +12,7 @@ from torch import Tensor
 
 from epochal.doctor.case import Case
 from epochal.doctor.finding import Seen, rule
+from epochal.losses import CLASS_INDEX
 
 
 @rule("causal-leak", "warning", "data")
@@ -62,7 +63,7 @@ def duplicates_in_val(case: Case) -> Iterator[Seen]:
     train, val = case.sample, case.val_sample
     if not train[0] or not val[0] or [p.shape[1:] for p in train[0]] != [p.shape[1:] for p in val[0]]:
         return
-    one, two = Counter(_digests(*train)), _digests(*val)
+    one, two = Counter(_digests(*_counted(case, train))), _digests(*_counted(case, val))
     if not two or len(one) < 2:
         return
     shared = sum(digest in one for digest in two) / len(two)
@@ -81,6 +82,16 @@ def duplicates_in_val(case: Case) -> Iterator[Seen]:
             f"val; {case.place}",
             "divide after duplicates are taken out, and before anything is copied, cut into windows or augmented",
         )
+
+
+def _counted(case: Case, sample: tuple[list[Tensor], Tensor | None]) -> tuple[list[Tensor], Tensor | None]:
+    """The samples whose target is not ignored."""
+    inputs, targets = sample
+    ignored = next((call.ignore_index for call in case.now.calls if call.name in CLASS_INDEX), None)
+    if ignored is None or targets is None or targets.dim() != 1 or targets.is_floating_point():
+        return sample
+    counts = targets != ignored
+    return [part[counts] for part in inputs], targets[counts]
 
 
 def _moved(train: Sequence[Tensor], val: Sequence[Tensor]) -> float:
@@ -106,7 +117,9 @@ def _near(train: Sequence[Tensor], val: Sequence[Tensor]) -> float:
 
 def _is_fine(part: Tensor) -> bool:
     """Whether the numbers are so many different ones that two equal samples are no chance."""
-    column = part[:1000].flatten(1)
+    if part.is_complex() or not part.numel():
+        return False
+    column = part[:1000].reshape(min(1000, len(part)), -1)
     if not part.is_floating_point():  # of words or codes: how often two would be equal if columns had nothing to do
         shares = [one.unique(return_counts=True)[1] / len(column) for one in column.T]
         return math.prod(float(one.square().sum()) for one in shares) * len(column) ** 2 < 1e-3

@@ -222,7 +222,7 @@ def nonfinite_inputs(case: Case) -> Iterator[Seen]:
     yield from _nonfinite(case, case.sample[0] if case.sample is not None else [], "inputs")
     for part in case.val_sample[0] if case.val_sample is not None else ():
         rows = (~torch.isfinite(part)).reshape(len(part), -1).any(1).nonzero().flatten().tolist()
-        if rows:
+        if rows and case.is_harmed_by(rows[0], of_val=True):
             yield Seen(
                 "the inputs of val hold values that are not finite.",
                 f"{len(rows)} of {len(part)} rows that were looked at",

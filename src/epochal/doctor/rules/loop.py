@@ -85,7 +85,7 @@ def step_without_effect(seen: Look) -> Iterator[Seen]:
             f"no weight moved in update {seen.step}, and no optimizer stepped",
             f"step=, in this order: {order}",
             "call optimizer.zero_grad(), loss.backward() and optimizer.step() in it",
-            level=None if "backward" in seen.events else "warning",
+            level="warning",
         )
 
 
@@ -145,7 +145,8 @@ def unscaled_accumulation(seen: Look) -> Iterator[Seen]:
     """
     shares, parts = seen.shares, max(seen.micro_batches, seen.passes)
     is_known = 1 < seen.micro_batches == len(shares)
-    if not is_known and (seen.micro_batches > 1 or parts > 2) and abs(seen.summed - parts) < 0.02 * parts:
+    is_divided = seen.micro_batches > 1 or parts == seen.forwards > 2  # and not several losses of one pass
+    if not is_known and is_divided and abs(seen.summed - parts) < 0.02 * parts:
         yield Seen(
             "what goes back in an update is a sum over its parts, not their mean.",
             f"{parts} parts, and {seen.summed:.4g} times the loss that is reported",
@@ -246,9 +247,10 @@ def symmetric_init(seen: Look) -> Iterator[Seen]:
         # A weight of the user's own may have its units in columns.
         ways = [(rows, slopes)] + ([(rows.T, slopes.T)] if weight.dim() == 2 and weight.shape[1] > 1 else [])
         is_read_alike = name in after and bool((rows == rows[0]).all())
+        is_read_alike = is_read_alike and bool((slopes - slopes[0]).abs().max() <= 1e-5 * _largest(seen))
         if not any(_are_alike(*way, largest) for way in ways) and not is_read_alike:
             continue
-        if not bool(largest > 0) and not _are_all_still(seen) and not is_read_alike:
+        if not _largest(seen) > 0 or (not bool(largest > 0) and not _are_all_still(seen) and not is_read_alike):
             continue
         is_constant = bool((rows == rows[0, 0]).all())
         yield Seen(
@@ -264,6 +266,12 @@ def symmetric_init(seen: Look) -> Iterator[Seen]:
 
 def _are_alike(rows: Tensor, slopes: Tensor, largest: Tensor) -> bool:
     return bool((rows == rows[0]).all()) and bool((slopes - slopes[0]).abs().max() <= 1e-5 * largest)
+
+
+def _largest(seen: Look) -> float:
+    """The largest number of all gradients."""
+    known = [gradient for _, gradient in seen.begun.values() if gradient is not None and not gradient.is_sparse]
+    return max((gradient.abs().max().item() for gradient in known if gradient.numel()), default=0.0)
 
 
 def _read_alike(seen: Look) -> set[str]:

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 def broadcast_loss(case: Case) -> Iterator[Seen]:
     """Outputs (n,) and targets (n, 1) are compared each with each: the loss is that of predicting the mean for all.
 
-    Looks at every loss of torch's, and at every sum, difference and product inside a user's own: one side is trained,
-    the other is not, their shapes differ by a last dimension of 1, and the result is (n, n).
+    Looks at every loss of torch's, whose shapes have to be the same, and at every sum, difference and product inside a
+    user's own: one side is made by the model, the other is not trained, their shapes differ by a last dimension of 1,
+    and the result is (n, n).
     """
     for call in case.now.calls:
         shapes = tuple(call.outputs.shape), tuple(call.targets.shape)
-        if call.name in losses.ELEMENTWISE and shapes[0] != shapes[1] and call.targets.numel() > 1:
+        is_meant = call.reduction == "none" and call.outputs.dim() == call.targets.dim()  # each with each, by views
+        if call.name in losses.ELEMENTWISE and shapes[0] != shapes[1] and call.targets.numel() > 1 and not is_meant:
             yield Seen(
                 f"{call.name} compares outputs and targets of different shapes.",
                 f"outputs {shapes[0]}, targets {shapes[1]}: they have to be the same",
@@ -61,7 +63,7 @@ def detached_loss(case: Case) -> Iterator[Seen]:
         (layer for layer in reversed(case.now.layers) if any(t.requires_grad for t in tensors(layer.output))), None
     )
     last = f"; the last layer with a graph is {cut.path or 'the model'}" if cut is not None else ""
-    kept = any(one.requires_grad for one in tensors(case.now.outputs))
+    kept = case.now.outputs is None or any(one.requires_grad for one in tensors(case.now.outputs))
     fix = "return the tensor itself: without .item(), .detach(), .data, torch.tensor(...), argmax or NumPy on the way"
     yield Seen(
         "nothing leads back from the loss to a weight: it is cut off from the model.",
@@ -76,9 +78,8 @@ def gradient_ascent(case: Case) -> Iterator[Seen]:
     """What is minimised falls where the error rises: every update makes the model worse.
 
     Looks at the derivative of what is minimised by each loss of torch's inside it: all of them are below 0, in three
-    passes, and nothing else is minimised. An optimizer with ``maximize`` over such a loss is an error. A loss of the
-    user's own, f(outputs, targets), is asked about the targets themselves: it has to be lower for them than for the
-    model's outputs.
+    passes, and nothing else is minimised. An optimizer with ``maximize`` over such a loss is an error. A cosine
+    similarity to what is not trained has to be made larger.
     """
     value, results = case.now.value, [call.result for call in case.now.calls if call.result.requires_grad]
     if results and value.requires_grad and all(one.dim() == 0 for one in results):
@@ -100,10 +101,10 @@ def gradient_ascent(case: Case) -> Iterator[Seen]:
             level = "error" if maximizes else None
             yield Seen("the error is maximised, not minimised.", told, case.at(at), fix, level)
         return
-    yield from _parts_from_targets(case)
+    yield from _likenesses(case)
 
 
-def _parts_from_targets(case: Case) -> Iterator[Seen]:
+def _likenesses(case: Case) -> Iterator[Seen]:
     """Of cosine similarities between what is trained and what is not, whether they are made smaller."""
     for one in case.now.trace.likenesses:
         first, second = one.inputs
@@ -123,7 +124,7 @@ def negative_loss(case: Case) -> Iterator[Seen]:
     Looks at cross_entropy, binary cross-entropy and the losses of differences as they are called.
     """
     for call in case.now.calls:
-        if call.name != "nll" and call.result.dim() == 0 and call.result.item() < -1e-6:
+        if call.name != "nll" and not call.is_weighted and call.result.dim() == 0 and call.result.item() < -1e-6:
             low, high = call.targets.min().item(), call.targets.max().item()
             yield Seen(
                 f"{call.name} is negative, which it never is of what it is made for.",
@@ -152,7 +153,7 @@ def sum_loss(case: Case) -> Iterator[Seen]:
                     "by nothing",
                     case.at(call.place),
                     'divide by the samples: loss / len(targets), or leave reduction at "mean"',
-                    level="warning",
+                    level="warning" if case.plan.step is None else None,  # a step may divide the gradients
                 )
 
 
@@ -174,7 +175,7 @@ def grows_with_batch(probe: Probe) -> Iterator[Seen]:
                    level=None if is_custom(case) else "warning")  # fmt: skip
 
 
-@rule("initial-loss", "warning", "batch", told="symptom")
+@rule("initial-loss", "warning", "graph", told="symptom")
 def initial_loss(case: Case) -> Iterator[Seen]:
     """Before it has learned anything, a classifier should lose about ln(classes); far more says that it begins by being
     sure of what is wrong.
@@ -253,7 +254,8 @@ def penalty_dominates(case: Case) -> Iterator[Seen]:
         for a, b, p in zip(whole, data, parameters)
     ]  # fmt: skip
     of_data, of_rest = (
-        math.sqrt(sum(float(one.pow(2).sum()) for one in part if isinstance(one, Tensor))) for part in (data, rest)
+        math.sqrt(sum(float(one.abs().pow(2).sum()) for one in part if isinstance(one, Tensor)))
+        for part in (data, rest)
     )
     if of_rest > 2 * of_data > 0:
         yield Seen(
@@ -266,7 +268,7 @@ def penalty_dominates(case: Case) -> Iterator[Seen]:
 
 def _sized(value: Any, wanted: list[Tensor], factors: Any = None) -> float:
     slopes = torch.autograd.grad(value, wanted, factors, retain_graph=True, allow_unused=True)
-    return math.sqrt(sum(float(one.pow(2).sum()) for one in slopes if one is not None))
+    return math.sqrt(sum(float(one.abs().pow(2).sum()) for one in slopes if one is not None))
 
 
 def _decays(case: Case) -> dict[int, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -86,7 +87,8 @@ def impossible_metric(probe: Probe) -> Iterator[Seen]:
         if operation.name in EQUAL and isinstance(one, Tensor) and isinstance(other, Tensor):
             shapes = sorted((tuple(one.shape), tuple(other.shape)), key=len)
             count = shapes[0][0] if shapes[0] else 0
-            if count > 1 and shapes == [(count,), (count, 1)] and isinstance(result, Tensor):
+            is_of_one = one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()  # labels with labels
+            if count > 1 and shapes == [(count,), (count, 1)] and isinstance(result, Tensor) and not is_of_one:
                 yield Seen(
                     "a metric compares each sample with all others.",
                     f"{tuple(one.shape)} and {tuple(other.shape)} made {tuple(result.shape)}",
@@ -95,9 +97,10 @@ def impossible_metric(probe: Probe) -> Iterator[Seen]:
                 )
                 return
     for name, whole, mean in probe.averaged_metrics():
-        is_share = any(word in name.lower() for word in ("accuracy", "acc", "precision", "recall", "f1", "auc"))
+        words = re.split(r"[^a-z0-9]+", name.lower())
+        is_share = any(word in words for word in ("accuracy", "acc", "precision", "recall", "f1", "auc"))
         for value in (whole, mean):
-            if is_share and not -1e-6 <= value <= 1 + 1e-6:
+            if is_share and not -1e-6 <= value <= 1 + 1e-6 and not 1 < value <= 100:  # which are percent
                 yield Seen(
                     f"{name} is {value:.4g}, which no share can be.",
                     f"{value:.4g} over val (0 to 1 allowed)",

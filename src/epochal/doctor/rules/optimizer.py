@@ -19,26 +19,25 @@ HIGHEST_OF_OTHERS = 30.0
 def absurd_lr(case: Case) -> Iterator[Seen]:
     """The learning rate cannot be meant: at 0 nothing moves, and an Adam moves every weight by it in each update.
 
-    Looks at the rate of each group: 0 without a schedule is an error; for the family of Adam above 0.5, and for SGD
+    Looks at the rates of all groups: 0 without a schedule is an error; for the family of Adam above 0.5, and for SGD
     above 30, a warning. Weights are about 0.01 to 1 in size.
     """
-    for group in case.optimizer.param_groups if case.optimizer is not None else ():
-        rate = float(group.get("initial_lr", group["lr"]))
-        highest = HIGHEST if isinstance(case.optimizer, ADAMS) else HIGHEST_OF_OTHERS
-        if rate <= 0 and case.run.state.schedule is None:
-            told = "error", "0: nothing is trained", "above 0"
-        elif rate > highest:
-            told = "warning", f"{rate:g}", f"{highest:g} at most"
-        else:
-            continue
+    groups = case.optimizer.param_groups if case.optimizer is not None else []
+    highest = HIGHEST if isinstance(case.optimizer, ADAMS) else HIGHEST_OF_OTHERS
+    rates, told = [float(group["lr"]) for group in groups], None  # a schedule has been applied to them
+    if rates and max(rates) <= 0 and case.run.state.schedule is None:
+        is_own = case.own_optimizer is not None  # whose rate may rise from update to update
+        told = 0.0, "nothing is trained", "warning" if is_own else "error"
+    elif rates and max(rates) > highest:
+        told = max(rates), f"{highest:g} at most", "warning"
+    if told:
         yield Seen(
-            f"the learning rate is {told[1]}.",
-            f"lr {rate:g} ({told[2]}) of {type(case.optimizer).__name__}",
+            f"the learning rate is {told[0]:g}.",
+            f"lr {told[0]:g} ({told[1]}) of {type(case.optimizer).__name__}",
             case.place,
             "give lr=1e-3 for the family of Adam, 0.01 to 0.1 for SGD",
-            level=told[0],
+            level=told[2],
         )
-        return
 
 
 @rule("odd-betas", "warning", "settings", told="static")

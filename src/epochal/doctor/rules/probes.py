@@ -62,7 +62,11 @@ def stochastic_eval(probe: Probe) -> Iterator[Seen]:
     Calls the copy twice in eval mode, on the same batch: outputs differ by more than 1e-4 of their size. F.dropout
     needs training=self.training; a sampled latent needs its mean. Under an objective of the user's own it is info.
     """
-    if (off := differ(probe.evaluated.outputs, probe.again.outputs)) > TOLERANCE:
+    off = differ(probe.evaluated.outputs, probe.again.outputs)
+    if is_custom(probe.case):  # which may draw by itself
+        once, again = (probe.outputs(probe.case.now.batch) for _ in range(2))
+        off = differ(once, again) if once is not None else 0.0
+    if off > TOLERANCE:
         yield Seen(
             "the model gives different outputs for the same inputs in eval mode.",
             f"two calls differ by {off:.2g} of their size ({TOLERANCE:g} allowed)",
@@ -84,7 +88,8 @@ def batch_mixing(probe: Probe) -> Iterator[Seen]:
 
     Changes one sample of a batch in eval mode: the outputs of all others stay as they are (lightning-bolts'
     verification). A reshape that mixes dimensions, or a recurrent network that wants (time, batch, features), is to
-    blame. Under an objective of the user's own, which may compare samples on purpose, it is info.
+    blame. Under an objective of the user's own, which may compare samples on purpose, it is info, as it is
+    where the batch is all of the data (the nodes of a graph, say).
     """
     count = probe.case.now.samples
     if count < 3 or differ(probe.evaluated.outputs, probe.again.outputs) > TOLERANCE:
@@ -101,7 +106,7 @@ def batch_mixing(probe: Probe) -> Iterator[Seen]:
             "eval mode",
             f"{type(probe.model).__name__}; {probe.case.place}",
             "look at every view, reshape and transpose: dimension 0 stays the batch; nn.LSTM(..., batch_first=True)",
-            level="info" if is_custom(probe.case) else None,
+            level="info" if is_custom(probe.case) or count == probe.case.run.train.samples else None,
         )
 
 
@@ -111,13 +116,14 @@ def causal_leak(probe: Probe) -> Iterator[Seen]:
     nothing.
 
     Where targets are the inputs moved by one place (as for a language model), changes the last place of the inputs: the
-    outputs of earlier places stay as they are. Where they are the inputs themselves, moved by none, that is the leak.
+    outputs of earlier places stay as they are. Where they are the inputs themselves, moved by none, and the model does
+    not look ahead, that is the leak (an autoencoder looks at all of them).
     """
     inputs, targets = probe.sequence()
     if inputs is None or targets is None:
         return
     if bool((inputs == targets).all()):
-        if not inputs.is_floating_point() and len(inputs.unique()) > 2:
+        if not inputs.is_floating_point() and len(inputs.unique()) > 2 and not _looks_ahead(probe, inputs, 1):
             yield Seen(
                 "the targets are the inputs themselves.",
                 f"all of {inputs.numel()} entries of the first batch are equal",
@@ -128,18 +134,7 @@ def causal_leak(probe: Probe) -> Iterator[Seen]:
     moved = [at for at in range(1, inputs.dim()) if _is_moved(inputs, targets, at)]
     if not moved:
         return
-    axis, time, late = moved[0], inputs.shape[moved[0]], inputs.clone()
-    last = late.select(axis, time - 1)
-    last.copy_(last + 1 if inputs.is_floating_point() else last.roll(1, 0))
-    before, after = probe.given(inputs), probe.given(late)
-    if bool((late == inputs).all()) or before is None or after is None:
-        return
-    off = 0.0
-    for one, other in zip(tensors(before), tensors(after)):
-        along = next((at for at in range(1, one.dim()) if one.shape[at] == time), None)
-        if along is not None and one.is_floating_point():
-            early = [part.detach().double().narrow(along, 0, time - 1) for part in (one, other)]
-            off = max(off, (early[0] - early[1]).abs().max().item() / max(early[0].abs().max().item(), 1e-6))
+    time, off = inputs.shape[moved[0]], _looks_ahead(probe, inputs, moved[0])
     if off > _tolerance(probe.model):
         yield Seen(
             "the model sees what it is to predict.",
@@ -151,11 +146,34 @@ def causal_leak(probe: Probe) -> Iterator[Seen]:
         )
 
 
+def _looks_ahead(probe: Probe, inputs: Tensor, axis: int) -> float:
+    """By how much the outputs of earlier places move, of their size, where the last place of the inputs is changed."""
+    time, late = inputs.shape[axis], inputs.clone()
+    last = late.select(axis, time - 1)
+    last.copy_(last + 1 if inputs.is_floating_point() else last.roll(1, 0))
+    before, after = probe.given(inputs), probe.given(late)
+    if bool((late == inputs).all()) or before is None or after is None:
+        return 0.0
+    return max((_moves_early(one, other, time) for one, other in zip(tensors(before), tensors(after))), default=0.0)
+
+
+def _moves_early(one: Tensor, other: Tensor, time: int) -> float:
+    """By how much all places but the last differ, of their size; the least of all dimensions that may be the time."""
+    found = []
+    for along in (at for at in range(1, one.dim()) if one.shape[at] == time and one.is_floating_point()):
+        early = [part.detach().double().narrow(along, 0, time - 1) for part in (one, other)]
+        found.append((early[0] - early[1]).abs().max().item() / max(early[0].abs().max().item(), 1e-6))
+    return min(found, default=0.0)
+
+
 def _is_moved(inputs: Tensor, targets: Tensor, axis: int) -> bool:
     """Whether the targets are the inputs, one place later."""
     time = inputs.shape[axis]
-    same = inputs.narrow(axis, 1, time - 1) == targets.narrow(axis, 0, time - 1) if time > 2 else None
-    return same is not None and bool(same.float().mean() > 0.99)
+    if time <= 2:
+        return False
+    now, then = inputs.narrow(axis, 1, time - 1), targets.narrow(axis, 0, time - 1)
+    counts = (now != now.flatten().mode().values) | (then != then.flatten().mode().values)  # what is not mostly there
+    return bool(counts.any()) and bool((now == then)[counts].float().mean() > 0.99)
 
 
 @rule("inputs-ignored", "warning", "dependence")

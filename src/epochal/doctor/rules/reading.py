@@ -56,19 +56,21 @@ def _in_order(case: Case) -> list[Tensor] | None:
         source = getattr(train.source, "tensors", None)
         if source is None:
             return None
-        whole = split(train.source.take(torch.arange(len(train.source))), case.objective.target)[2]  # type: ignore[union-attr]
+        whole = split(train.source.parts, case.objective.target)[2]  # type: ignore[union-attr]
         targets = list(whole.split(train.batch_size)) if isinstance(whole, Tensor) else []
-    elif isinstance(getattr(train.loader, "sampler", None), SequentialSampler) and type(train.loader) is DataLoader:
-        targets = [
-            split(batch, getattr(case.objective, "target", ()))[2] for batch in islice(train.batches(epoch=0), 100)
-        ]
-    elif isinstance(getattr(train.loader, "dataset", None), IterableDataset) and not train.loader.num_workers:
-        targets = [split(batch, getattr(case.objective, "target", ()))[2] for batch in some_of(train)]
+    elif type(train.loader) is DataLoader and _reads_in_order(train.loader):
+        targets = [split(batch, getattr(case.objective, "target", ()))[2] for batch in some_of(train, 100)]
     else:
         return None
     if not all(isinstance(one, Tensor) and one.dim() >= 1 for one in targets):
         return None
     return [one.reshape(len(one), -1)[:, 0] for one in targets if one.numel() == len(one)]
+
+
+def _reads_in_order(loader: DataLoader) -> bool:
+    if isinstance(loader.dataset, IterableDataset):
+        return not loader.num_workers
+    return isinstance(loader.sampler, SequentialSampler)
 
 
 def _is_sorted(targets: Tensor) -> bool:
@@ -113,14 +115,16 @@ def same_order(case: Case) -> Iterator[Seen]:
         again = [_digest_of(batch) for batch in islice(iter(loader.dataset), 64)]
         is_sorted = not _is_drawn(loader.dataset) or len(set(again)) < 2
     else:
-        orders = []
+        orders, counting = [], [part for part in (loader.sampler, sampler) if hasattr(part, "set_epoch")]
+        before = [getattr(part, "epoch", 0) for part in counting]
         for epoch in (0, 1):
-            for part in (loader.sampler, sampler):
-                if hasattr(part, "set_epoch"):
-                    part.set_epoch(epoch)
+            for part in counting:
+                part.set_epoch(epoch)
             orders.append(
                 [index for one in islice(iter(sampler), 1000) for index in (one if isinstance(one, list) else [one])]
             )
+        for part, epoch in zip(counting, before):
+            part.set_epoch(epoch)
         is_sorted = orders[0] == sorted(orders[0]) or orders[0] == sorted(orders[0], reverse=True)
     if orders[0] and orders[0] == orders[1] and not is_sorted and len(orders[0]) > 2:
         yield Seen(

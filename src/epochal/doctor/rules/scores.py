@@ -10,7 +10,7 @@ from torch import Tensor
 from epochal import losses
 from epochal.doctor.case import Case, is_custom, made_last
 from epochal.doctor.finding import Seen, rule
-from epochal.doctor.trace import Call, made_by, maker, tensors
+from epochal.doctor.trace import Call, made_by, maker, softmax_of, tensors
 
 ROWS = 4  # a batch of fewer rows proves nothing
 SUM = 1e-3  # how far from 1 a sum of probabilities may lie
@@ -50,15 +50,11 @@ def softmax_over_one(case: Case) -> Iterator[Seen]:
     Looks at the output of the model and at what a loss gets: made by a softmax over a dimension of size 1. For one
     output a sigmoid is meant, or two outputs for two classes.
     """
-    for tensor in _finals(case):
-        node = maker(tensor)
-        if node is None or made_by(tensor) not in ("Softmax", "LogSoftmax"):
-            continue
-        result = node._saved_result
-        if result.dim() and result.shape[_dim(node, result)] == 1:
+    for made in map(softmax_of, _finals(case)):
+        if made is not None and made[2] and made[2][made[1]] == 1:
             yield Seen(
                 "a softmax is taken over a single number, and is always 1.",
-                f"softmax over dimension {_dim(node, result)} of {tuple(result.shape)}, whose size is 1",
+                f"softmax over dimension {made[1]} of {made[2]}, whose size is 1",
                 f"{case.output_layer()}, {case.place}",
                 'end the model with nn.Linear(..., 1) alone, and give loss="bce_with_logits"',
             )
@@ -72,26 +68,25 @@ def softmax_dim(case: Case) -> Iterator[Seen]:
     Looks at every softmax of the pass whose input has the samples in its first dimension: it must not be taken over
     that dimension where the result becomes the output of the model or a loss's scores. For (n, classes) it is dim=1.
     """
-    for tensor in _finals(case):
-        node, name = maker(tensor), made_by(tensor)
-        if node is None or name not in ("Softmax", "LogSoftmax"):
+    classes = {call.outputs.shape[1] for call in case.now.calls
+               if call.name in losses.CLASS_INDEX and call.outputs.dim() > 1}  # fmt: skip
+    for made in map(softmax_of, _finals(case)):
+        if made is None or len(made[2]) < 2:
             continue
-        result = node._saved_result
-        dim = _dim(node, result)
-        if result.dim() > 1 and dim == 0 and result.shape[0] == case.now.samples > 1:
+        name, dim, shape = made
+        if dim == 0 and shape[0] == case.now.samples > 1:
             yield Seen(
                 "a softmax is taken over the samples of the batch, not over the classes of each sample.",
-                f"{name.lower()} over dimension 0 of {tuple(result.shape)}, which counts the samples",
+                f"{name.lower()} over dimension 0 of {shape}, which counts the samples",
                 f"{case.output_layer()}, {case.place}",
                 "take it over the classes: torch.softmax(x, dim=1)",
+                level=None if classes else "warning",
             )
             return
-        classes = {call.outputs.shape[1] for call in case.now.calls if call.name in losses.CLASS_INDEX}
-        if result.dim() > 2 and classes and dim != 1 and result.shape[dim] not in classes:
+        if len(shape) > 2 and classes and dim != 1 and shape[dim] not in classes:
             yield Seen(
                 "a softmax is not taken over the classes.",
-                f"{name.lower()} over dimension {dim} of {tuple(result.shape)}, but the loss has its classes in "
-                "dimension 1",
+                f"{name.lower()} over dimension {dim} of {shape}, but the loss has its classes in dimension 1",
                 f"{case.output_layer()}, {case.place}",
                 "take it over the classes: torch.log_softmax(x, dim=1)",
             )
@@ -104,12 +99,6 @@ def _finals(case: Case) -> list[Tensor]:
     return list({id(one): one for one in every if one.grad_fn is not None}.values())
 
 
-def _dim(node: object, result: Tensor) -> int:
-    dim = int(node._saved_dim)  # type: ignore[attr-defined]
-    dim = dim - 2**64 if dim >= 2**63 else dim
-    return dim % max(1, result.dim())
-
-
 @rule("softmax-over-one", "warning", "batch")
 def lone_inside(case: Case) -> Iterator[Seen]:
     """A softmax over a single number is always 1, wherever it stands; it passes no gradient on.
@@ -117,14 +106,15 @@ def lone_inside(case: Case) -> Iterator[Seen]:
     Looks at every softmax of the first passes: its dimension has the size 1.
     """
     for one in case.now.trace.softmaxes:
-        node = maker(one.result)
-        if node is not None and made_by(one.result) in ("Softmax", "LogSoftmax"):
-            dim = _dim(node, one.result)
-            if one.result.dim() > 1 and one.result.shape[dim] == 1 and one.result.numel() > 1:
-                yield Seen("a softmax is taken over a single number, and is always 1.",
-                           f"{one.name} over dimension {dim} of {tuple(one.result.shape)}", case.at(one.place),
-                           "take it over the dimension that is to be divided, or take a sigmoid")  # fmt: skip
-                return
+        made = softmax_of(one.result)
+        if made is not None and len(made[2]) > 1 and made[2][made[1]] == 1 and one.result.numel() > 1:
+            yield Seen(
+                "a softmax is taken over a single number, and is always 1.",
+                f"{one.name} over dimension {made[1]} of {made[2]}",
+                case.at(one.place),
+                "take it over the dimension that is to be divided, or take a sigmoid",
+            )
+            return
 
 
 @rule("softmax-dim", "warning", "batch")
@@ -135,10 +125,10 @@ def over_samples(case: Case) -> Iterator[Seen]:
     others does.
     """
     for one in case.now.trace.softmaxes:
-        node, shape = maker(one.result), tuple(one.result.shape)
-        if node is None or made_by(one.result) not in ("Softmax", "LogSoftmax") or len(shape) < 2:
+        if (made := softmax_of(one.result)) is None or len(made[2]) < 2:
             continue
-        if _dim(node, one.result) == 0 and shape[0] == case.now.samples > 1 and shape[0] not in shape[1:]:
+        _, dim, shape = made
+        if dim == 0 and shape[0] == case.now.samples > 1 and shape[0] not in shape[1:]:
             yield Seen(
                 "a softmax is taken over the samples of the batch.",
                 f"{one.name} over dimension 0 of {shape}, which counts the samples",
@@ -266,11 +256,11 @@ def activation_before_loss(case: Case) -> Iterator[Seen]:
                        f"the scores lie from {one.inputs[0].min().item():.3g} to {one.inputs[0].max().item():.3g}",
                        f"{case.output_layer()}, {case.place}", "let the model end with its last nn.Linear")  # fmt: skip
             return
-    yield from _floored(case)
+    yield from _dropped(case)
 
 
-def _floored(case: Case) -> Iterator[Seen]:
-    """A regression that ends in an activation which most of its targets lie at the edge of, or outside of."""
+def _dropped(case: Case) -> Iterator[Seen]:
+    """A regression that ends in a dropout."""
     for call in case.now.calls:
         if call.name in REGRESSION and made_by(call.outputs) == "NativeDropout":
             yield Seen(
@@ -286,7 +276,7 @@ def unreachable_targets(case: Case) -> Iterator[Seen]:
     """The activation at the model's end cannot give these targets: part of the error can never go away.
 
     Looks at what a loss of differences gets: made by sigmoid, tanh, ReLU, softmax or softplus, and more than five of a
-    hundred targets outside of what that can give at all.
+    hundred targets outside of what that can give at all, by more than a hundredth of the variance of all.
     """
     for call in case.now.calls:
         name = made_by(call.outputs)
@@ -296,7 +286,7 @@ def unreachable_targets(case: Case) -> Iterator[Seen]:
         every = case.sample[1] if case.sample is not None and case.sample[1] is not None else call.targets
         every = every if every.is_floating_point() and every.shape[1:] == call.targets.shape[1:] else call.targets
         outside = ((every < low - 1e-4) | (every > high + 1e-4)).float().mean().item()
-        if outside > 0.05:
+        if outside > 0.05 and _missed(every, low, high) > 0.01:
             yield Seen(
                 f"the model ends with {name.lower()}, which cannot give these targets.",
                 f"{outside:.0%} of the targets are outside of {low:g} to {high:g} (at most 5 %): "
@@ -305,6 +295,12 @@ def unreachable_targets(case: Case) -> Iterator[Seen]:
                 f"leave out the {name.lower()} at the end, or scale the targets into its range",
             )
     yield from _unreachable_for_own(case)
+
+
+def _missed(targets: Tensor, low: float, high: float) -> float:
+    """What of the variance of the targets lies outside, at least."""
+    values = targets.float()
+    return ((values - values.clamp(low, high)).square().mean() / values.var().clamp(min=1e-12)).item()
 
 
 def _unreachable_for_own(case: Case) -> Iterator[Seen]:
@@ -316,7 +312,7 @@ def _unreachable_for_own(case: Case) -> Iterator[Seen]:
             continue
         low, high = RANGES[name]
         outside = ((targets < low - 1e-4) | (targets > high + 1e-4)).float().mean().item()
-        if outside > 0.05:
+        if outside > 0.05 and _missed(targets, low, high) > 0.01:
             yield Seen(
                 f"the model ends with {name.lower()}, which cannot give these targets.",
                 f"{outside:.0%} of the targets are outside of {low:g} to {high:g} (at most 5 %)",

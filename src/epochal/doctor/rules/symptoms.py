@@ -117,11 +117,15 @@ def lr_too_low(vitals: Vitals) -> Iterator[Seen]:
     """Updates that change the weights by next to nothing will not get anywhere in the time that is planned.
 
     Looks at the changes of weights in three looks in a row, while the loss does not fall: at this pace the weights will
-    have changed by less than 1 of 100 at the end of the plan. ``epochal check`` tries higher rates on a copy.
+    have changed by less than 1 of 100 at the end of the plan. Not of a classifier that begins with a tenth of what
+    knowing nothing costs. ``epochal check`` tries higher rates on a copy.
     """
     losses = vitals.read()
-    if not is_stalled(losses, 0.97) or vitals.case is None or stands_still(vitals):
+    if not is_stalled(losses, 0.97) or vitals.case is None or stands_still(vitals) or has_learned(vitals):
         return
+    rates = [look.rate for look in vitals.looks]
+    if rates[-1] < 0.01 * max(rates):
+        return  # its schedule has come to an end
     planned = vitals.case.run.started.steps
     ratios = [update_ratio(seen, _matrices(vitals)) for seen in _recent(vitals)]
     if planned and len(ratios) == LOOKS and 0 < max(ratios) * planned < 0.01:
@@ -131,8 +135,14 @@ def lr_too_low(vitals: Vitals) -> Iterator[Seen]:
             "%, in three "
             f"looks; the loss went from {losses[0]:.3g} to {losses[-1]:.3g}",
             vitals.case.place,
-            f"give lr={_nice(vitals.looks[-1].rate * 100)}",
+            f"give lr={_nice(vitals.looks[-1].rate * 1e-3 / max(ratios))}",
         )
+
+
+def has_learned(vitals: Vitals) -> bool:
+    """Whether a classifier began with a tenth of what knowing nothing costs: there is little left to gain."""
+    losses = vitals.read()
+    return vitals.classes > 1 and bool(losses) and losses[0] < 0.1 * math.log(vitals.classes)
 
 
 def stands_still(vitals: Vitals) -> bool:
@@ -157,6 +167,8 @@ def divergence(vitals: Vitals) -> Iterator[Seen]:
         return
     width = len(losses) // 5
     means = [sum(losses[at * width : (at + 1) * width]) / width for at in range(5)]
+    if vitals.case is not None and vitals.case.plan.step is not None and means[-1] < 10 * min(means):
+        return  # targets that a network makes may grow
     if all(mean > 2 * min(means) for mean in means[2:]) and means[-1] > means[0]:
         yield Seen(
             "the loss rises.",
@@ -209,7 +221,11 @@ def vanishing_gradient(vitals: Vitals) -> Iterator[Seen]:
     last = names[-1]
     first = min(names[:-1], key=lambda name: _relative(vitals.looks[-1], name) or math.inf)
     ratios = [_relative(seen, first) / max(_relative(seen, last), 1e-30) for seen in _recent(vitals)]
-    if all(ratio < 1e-3 for ratio in ratios) and all(seen.gradient[last] > 0 for seen in _recent(vitals)):
+    begun = vitals.looks[0]
+    opens = ratios[-1] > 10 * (
+        _relative(begun, first) / max(_relative(begun, last), 1e-30)
+    )  # as a gate that was 0 does
+    if not opens and all(ratio < 1e-3 for ratio in ratios) and all(seen.gradient[last] > 0 for seen in _recent(vitals)):
         yield Seen(
             "the gradient vanishes on its way to the first layers.",
             f"that of {first} is {max(ratios):.2g} of that of {last}, each of its weights (0.001 allowed), in "

@@ -17,14 +17,15 @@ def target_format(case: Case) -> Iterator[Seen]:
     """Classes are given as indices, or as probabilities that sum to 1; anything else is not what the loss computes
     with.
 
-    Looks at the targets of cross_entropy: floating point rows that are negative, or do not sum to 1 within 0.001; and
-    at those of a loss of differences over several outputs that are nothing but 0 and 1, one in each row, which is
-    told as info.
+    Looks at the targets of cross_entropy: floating point rows that are negative, or do not sum to 1 within 0.001 (to
+    less, in all of them: a warning); and at those of a binary cross-entropy without weights: they lie from 0 to 1.
     """
-    for call in (one for one in case.now.calls if one.reduction != "none"):  # else something may be left out of it
+    # Else something may be left out of it.
+    for call in (one for one in case.now.calls if one.reduction != "none" and not one.is_weighted):
         targets, shapes = call.targets.detach(), (tuple(call.outputs.shape), tuple(call.targets.shape))
         if call.name == "cross_entropy" and targets.is_floating_point() and targets.shape == call.outputs.shape:
             off = (targets.sum(1) - 1).abs().max().item()
+            is_less = targets.sum(1).max().item() < 1 + 1e-3 and targets.min().item() >= 0
             if off > 1e-3 or targets.min().item() < -1e-6:
                 yield Seen(
                     "the targets of cross_entropy are neither class indices nor probabilities.",
@@ -32,9 +33,8 @@ def target_format(case: Case) -> Iterator[Seen]:
                     f"and go from {targets.min().item():.3g} to {targets.max().item():.3g}",
                     case.at(call.place),
                     'give y.argmax(1) if they are scores; loss="bce_with_logits" if several classes hold at once',
+                    level="warning" if is_less else None,  # samples may be left out, or weighted
                 )
-        elif call.name == "bce_with_logits" and targets.dim() == 2 and targets.shape[1] > 2 and _is_one_hot(targets):
-            continue
         if call.name in losses.BINARY:
             low, high = targets.min().item(), targets.max().item()
             if low < -1e-6 or high > 1 + 1e-6:
@@ -46,10 +46,6 @@ def target_format(case: Case) -> Iterator[Seen]:
                 )
 
 
-def _is_one_hot(targets: Tensor) -> bool:
-    return bool(((targets == 0) | (targets == 1)).all() and (targets.sum(1) == 1).all())
-
-
 @rule("targets-ignored", "warning", "batch")
 def targets_ignored(case: Case) -> Iterator[Seen]:
     """Targets that equal ignore_index count nothing: where nearly all do, nearly nothing is learned.
@@ -59,7 +55,7 @@ def targets_ignored(case: Case) -> Iterator[Seen]:
     for call in case.now.calls:
         if call.name not in losses.CLASS_INDEX or call.targets.is_floating_point():
             continue
-        index = losses.ignore_index(getattr(case.objective, "loss", None))
+        index = call.ignore_index
         share = (call.targets == index).float().mean().item()
         if share > 0.95:
             yield Seen(
@@ -135,7 +131,7 @@ def one_class_counts(case: Case) -> Iterator[Seen]:
     for call in case.now.calls:
         if call.name not in losses.CLASS_INDEX or call.targets.is_floating_point():
             continue
-        index = losses.ignore_index(getattr(case.objective, "loss", None))
+        index = call.ignore_index
         counted = call.targets[call.targets != index]
         if 8 < len(counted) < call.targets.numel() and bool((counted == counted[0]).all()):
             yield Seen(
@@ -177,8 +173,9 @@ def _counts(case: Case) -> Tensor | None:
     targets = case.sample[1] if case.sample is not None else None
     if targets is None:
         return None
-    if any(call.name in losses.CLASS_INDEX for call in case.now.calls) and not targets.is_floating_point():
-        kept = targets[(targets != losses.ignore_index(getattr(case.objective, "loss", None))) & (targets >= 0)]
+    call = next((one for one in case.now.calls if one.name in losses.CLASS_INDEX), None)
+    if call is not None and not targets.is_floating_point():
+        kept = targets[(targets != call.ignore_index) & (targets >= 0)]
         return torch.bincount(kept.long(), minlength=2) if kept.numel() and kept.max() < 100_000 else None
     if not any(call.name in losses.BINARY for call in case.now.calls):
         return None
@@ -251,9 +248,12 @@ def _wrong_classes(case: Case) -> Iterator[tuple[str, Seen]]:
     for call in case.now.calls:
         if call.name not in losses.CLASS_INDEX or call.targets.is_floating_point() or call.outputs.dim() < 2:
             continue
-        ignored, classes = losses.ignore_index(getattr(case.objective, "loss", None)), call.outputs.shape[1]
-        parts = [call.targets]
-        if whole is not None and whole.shape[1:] == call.targets.shape[1:] and whole.dtype == call.targets.dtype:
+        ignored, classes = call.ignore_index, call.outputs.shape[1]
+        parts, given = [call.targets], case.now.targets
+        is_given = (
+            isinstance(given, Tensor) and given.shape == call.targets.shape and bool((given == call.targets).all())
+        )
+        if whole is not None and is_given and whole.dtype == call.targets.dtype:
             parts.append(whole)
         for part in parts:
             if (wrong := losses.wrong_class(part, classes, ignored)) is not None:

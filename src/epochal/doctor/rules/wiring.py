@@ -67,18 +67,23 @@ def hidden_modules(case: Case) -> Iterator[Seen]:
 
     Looks at the attributes of every module for layers and tensors that get a gradient from the loss, that
     ``model.parameters()`` does not know, and that the optimizer does not hold. What gets no gradient (a frozen teacher)
-    may be hidden on purpose.
+    may be hidden on purpose. A tensor that is no nn.Parameter is told as a warning, and not in a step of the user's,
+    which may move it.
     """
     found = [
-        name for name, one in _hidden(case.model)
+        (name, one) for name, one in _hidden(case.model)
         if id(one) in case.now.reached and one.requires_grad and id(one) not in case.held
+        and all(id(one) in seen.reached for seen in case.passes[-2:])
     ]  # fmt: skip
-    if found:
+    certain = [name for name, one in found if isinstance(one, nn.Parameter)]
+    if certain or (found and case.plan.step is None):
+        names = certain or [name for name, _ in found]
         yield Seen(
             "layers that the loss depends on are not part of the model, and are not trained.",
-            f"{len(found)} tensors get a gradient, and are not in model.parameters()",
-            f"{named(found)} of {type(case.model).__name__}",
+            f"{len(names)} tensors get a gradient, and are not in model.parameters()",
+            f"{named(names)} of {type(case.model).__name__}",
             "keep layers in nn.ModuleList or nn.ModuleDict, and tensors in nn.Parameter",
+            level=None if certain else "warning",
         )
 
 
@@ -176,7 +181,7 @@ def all_frozen(case: Case) -> Iterator[Seen]:
     and all, or after the head was put in.
     """
     every = list(case.model.parameters())
-    if every and not case.trained:
+    if every and not case.trained and case.plan.step is None:
         yield Seen(
             "the model has no parameter to train.",
             f"all of its {sum(p.numel() for p in every):,} weights are frozen",
@@ -271,47 +276,53 @@ def _is_whole(data: Any) -> bool:
     return not isinstance(_source(data), IterableDataset)
 
 
-def _memory(data: Any) -> Tensor | None:
-    """The first array of data in memory."""
+def _memory(data: Any) -> list[Tensor]:
+    """The arrays of data in memory."""
     data = _source(data)
     parts = data.tensors if isinstance(data, TensorDataset) else data
-    if isinstance(parts, Mapping):
-        parts = tuple(parts.values())
-    first = parts[0] if isinstance(parts, list | tuple) and parts else parts
+    parts = tuple(parts.values()) if isinstance(parts, Mapping) else parts
     try:
-        return first if isinstance(first, Tensor) else torch.from_numpy(first)
+        return [one if isinstance(one, Tensor) else torch.from_numpy(one)
+                for one in (parts if isinstance(parts, list | tuple) else [parts])]  # fmt: skip
     except TypeError:
-        return None
+        return []
+
+
+def _is_inside(part: Tensor, whole: Tensor) -> bool:
+    begins = whole.data_ptr()
+    ends = begins + whole.numel() * whole.element_size()
+    return whole.is_contiguous() and whole.device == part.device and begins <= part.data_ptr() < ends
 
 
 @rule("val-in-train", "error", "static")
 def val_in_train(case: Case) -> Iterator[Seen]:
     """What is validated on was trained on: the validation says how well it is remembered, not how well it is learned.
 
-    Looks at whether val is train itself, over the same memory, or has indices in common with it.
+    Looks at whether val is train itself, has indices in common with it, or lies in the same memory with all of its
+    arrays. (A data set of the user's own that is both may make each sample anew: a warning.)
     """
     train, val = case.plan.train, case.plan.val
     if val is None or isinstance(val, float) or not (_is_whole(train) and _is_whole(val)):
         return
     (base, rows), (other, others) = _indices(train), _indices(val)
-    told = None
+    told, is_own = None, False
     if _source(train) is _source(val):
-        told = "val is the very data that train is"
+        told, is_own = "val is the very data that train is", not _memory(train)
     elif base is other:
         shared = len(np.intersect1d(rows, others)) if rows is not None and others is not None else None
         told = f"{'all' if shared is None else shared} indices are in both" if shared != 0 else None
     else:
         one, two = _memory(train), _memory(val)
-        if one is not None and two is not None and one.numel() and two.numel():
-            begins, ends = one.data_ptr(), one.data_ptr() + one.numel() * one.element_size()
-            inside = begins <= two.data_ptr() < ends and one.is_contiguous() and one.device == two.device
-            told = "the arrays of val lie inside those of train" if inside else None
+        if one and len(one) == len(two) and all(part.numel() for part in (*one, *two)):
+            is_shared = all(_is_inside(part, whole) for part, whole in zip(two, one))
+            told = "the arrays of val lie inside those of train" if is_shared else None
     if told is not None:
         yield Seen(
             "the validation is made on data that are trained on.",
             told,
             f"train, val; {case.place}",
             "give val=0.2, which divides train, or data that train does not have",
+            level="warning" if is_own else None,
         )
 
 
