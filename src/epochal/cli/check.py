@@ -33,9 +33,7 @@ def check(
     finding that is meant so is silenced by ignore=["its-code"] in the plan. The parameters of plan() are flags too.
     """
     given = {name: value for name, value in locals().items() if name != "recipe"}
-    with redirect_stdout(sys.stderr):
-        make = load(recipe)
-    carry_out(recipe, make, {}, given)
+    carry_out(recipe, load(recipe), {}, given)
 
 
 def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -244,8 +244,9 @@ def symmetric_init(seen: Look) -> Iterator[Seen]:
             continue
         rows, slopes = weight.flatten(1), gradient.flatten(1)
         largest = slopes.abs().max()
-        # A weight of the user's own may have its units in columns.
-        ways = [(rows, slopes)] + ([(rows.T, slopes.T)] if weight.dim() == 2 and weight.shape[1] > 1 else [])
+        # A weight of the user's own may have its units in columns; those of a layer are its inputs.
+        has_columns = weight.dim() == 2 and weight.shape[1] > 1 and not name.endswith("weight")
+        ways = [(rows, slopes), *([(rows.T, slopes.T)] if has_columns else [])]
         is_read_alike = name in after and bool((rows == rows[0]).all())
         is_read_alike = is_read_alike and bool((slopes - slopes[0]).abs().max() <= 1e-5 * _largest(seen))
         if not any(_are_alike(*way, largest) for way in ways) and not is_read_alike:

@@ -212,28 +212,31 @@ def _is_embedding(vitals: Vitals, name: str) -> bool:
 def vanishing_gradient(vitals: Vitals) -> Iterator[Seen]:
     """Where the gradient shrinks from layer to layer, the first layers stand still, and what they give stays random.
 
-    Looks at the gradients of weights in three looks in a row, while the loss does not fall: that of the one with the
-    least, of its size, is below a thousandth of that of the last (AUTOTRAINER).
+    Looks at the gradients of weights in three looks in a row, while the loss does not fall: that of the first, of its
+    size, is below a thousandth of that of the last (AUTOTRAINER); or that of any, below 1e-5 of it.
     """
     names = [name for name in _matrices(vitals) if not _is_embedding(vitals, name)]
     if len(names) < 3 or not is_stalled(vitals.read()):
         return
     last = names[-1]
-    first = min(names[:-1], key=lambda name: _relative(vitals.looks[-1], name) or math.inf)
-    ratios = [_relative(seen, first) / max(_relative(seen, last), 1e-30) for seen in _recent(vitals)]
-    begun = vitals.looks[0]
-    opens = ratios[-1] > 10 * (
-        _relative(begun, first) / max(_relative(begun, last), 1e-30)
-    )  # as a gate that was 0 does
-    if not opens and all(ratio < 1e-3 for ratio in ratios) and all(seen.gradient[last] > 0 for seen in _recent(vitals)):
+    least = min(names[:-1], key=lambda name: _relative(vitals.looks[-1], name) or math.inf)
+    first, allowed = (names[0], 1e-3) if _share(vitals.looks[-1], names[0], last) < 1e-3 else (least, 1e-5)
+    ratios = [_share(seen, first, last) for seen in _recent(vitals)]
+    opens = ratios[-1] > 10 * _share(vitals.looks[0], first, last)  # as a gate that was 0 does
+    is_small = all(ratio < allowed for ratio in ratios)
+    if is_small and not opens and all(seen.gradient[last] > 0 for seen in _recent(vitals)):
         yield Seen(
             "the gradient vanishes on its way to the first layers.",
-            f"that of {first} is {max(ratios):.2g} of that of {last}, each of its weights (0.001 allowed), in "
+            f"that of {first} is {max(ratios):.2g} of that of {last}, each of its weights ({allowed:g} allowed), in "
             "three looks",
             f"{first} to {last}",
             "take nn.ReLU() for sigmoid or tanh, nn.init.kaiming_normal_, residual connections, or norms between "
             "the layers",
         )
+
+
+def _share(seen: Look, first: str, last: str) -> float:
+    return _relative(seen, first) / max(_relative(seen, last), 1e-30)
 
 
 def _relative(seen: Look, name: str) -> float:
