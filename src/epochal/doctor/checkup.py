@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from epochal.copies import copied, untouched
 from epochal.data.batch import rows
 from epochal.data.loader import Loader
+from epochal.data.workers import heard_while_awaited
 from epochal.doctor.case import Case, noted
 from epochal.doctor.finding import Finding, Seen, every, is_ignored, known, look, ordered
 from epochal.doctor.probing import SECONDS, VAL, Probe, Trial
@@ -37,7 +37,7 @@ PASSES_UNTIL, DATA_UNTIL, TRIALS_UNTIL, PROBES_UNTIL = 2.5, 4.0, 6.0, 7.0
 def checkup(plan: Plan) -> list[Finding]:
     """What is found, the most certain first. Nothing of the plan is changed."""
     began = time.perf_counter()
-    with untouched(plan):
+    with untouched(plan), heard_while_awaited():  # for batches of workers are left unread
         found = [one for one in _found(plan, began) if not is_ignored(one.code, plan.ignore)]
     return ordered(found)
 
@@ -69,7 +69,7 @@ def _found(plan: Plan, began: float) -> list[Finding]:
         is_long = is_slow(case, (time.perf_counter() - began) / PASSES)
         left = max(0.3, began + TRIALS_UNTIL - time.perf_counter())
         trial = Trial(plan, (), seconds=min(SECONDS, left), **(WITHOUT_VAL if is_long else {}))
-        found = [*map(partial(_after, trial), found), *trial.found]
+        found += trial.found
         probe = Probe(plan, case, trial)
         if plan.step is not None and trial.vitals.case is not None:
             case.passes = trial.vitals.case.passes
@@ -88,6 +88,8 @@ def _found(plan: Plan, began: float) -> list[Finding]:
             found.append(_as_finding("out-of-time", seen, stage="other"))
         if isinstance(trial.error, NonFiniteError):
             found = _proved(found)
+        if trial.last < 0.5 * trial.first:
+            found = _mended(found)
     finally:
         run.train.close()
         if run.validation.loader is not None:
@@ -95,18 +97,18 @@ def _found(plan: Plan, began: float) -> list[Finding]:
     return found
 
 
-def _after(trial: Trial, one: Finding) -> Finding:
-    """A loss that was too high at the start is no more than info where it has come down."""
-    if one.code == "initial-loss" and trial.last < 0.5 * trial.first:
-        return replace(one, level="info", stage="batch")
-    return one
+def _mended(found: list[Finding]) -> list[Finding]:
+    """A loss that was too high at the start is no more than info where it has come down, and nothing else is ill."""
+    if any(one.level != "info" and one.code != "initial-loss" for one in found):
+        return found
+    return [replace(one, level="info", stage="batch") if one.code == "initial-loss" else one for one in found]
 
 
 def is_slow(case: Case, seconds: float) -> bool:
     """Whether an evaluation takes longer than a trial may spend on it. seconds: that a batch takes at most."""
     loader = case.run.validation.loader
-    if loader is None or (isinstance(loader, Loader) and loader.is_in_memory):
-        return False
+    if loader is None or (isinstance(loader, Loader) and loader.is_in_memory and seconds < VAL / 4):
+        return False  # it is made in large batches
     try:
         return len(loader) * seconds > VAL
     except TypeError:

@@ -67,10 +67,10 @@ class Trial:
                 for event in run:
                     if isinstance(event, Evaluated):
                         self.rows.append(event.row)
-                    elif isinstance(event, StepDone) and (
-                        event.step >= updates or time.perf_counter() - began > seconds
-                    ):
-                        break
+                    elif isinstance(event, StepDone):
+                        spent = time.perf_counter() - began
+                        if event.step >= updates or spent + spent / event.step > seconds:  # with the next one
+                            break
         except Exception as error:
             self.error = error
         self.losses = self.vitals.read()
