@@ -109,7 +109,7 @@ def _cost(part: Part, folder: Path, rounds: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds):
         for name, on in cases.items():
-            seconds[name].append(fit(on, folder / f"cost-{name}-{number}", 8)[1])
+            seconds[name].append(fit(on, folder / f"cost-{name}-{number}", 60)[1])
     for name in cases if rounds else ():
         median = statistics.median(seconds[name])
         part.figures[f"time with {name} on, of that with nothing"] = median / statistics.median(seconds["nothing"])

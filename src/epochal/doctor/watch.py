@@ -16,6 +16,7 @@ from epochal.doctor import finding
 from epochal.doctor.calls import MOST, Loop, parts_of
 from epochal.doctor.case import Case, Pass, noted
 from epochal.doctor.finding import Finding, look
+from epochal.doctor.rules.symptoms import is_stalled
 from epochal.doctor.trace import Trace
 from epochal.errors import FaultError
 from epochal.events import Row
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 FIRST = 3  # updates that are watched in full
 EVERY = 100  # updates between two later looks
-KEPT = 1000  # losses of a run that are kept
+KEPT = 300  # losses of a run that are kept, at least
 LOOKS = 4  # looks that are kept, beside the last one
 PERSISTENT = 3  # times that a warning has to be seen
 
@@ -69,28 +70,40 @@ class Look:
 
 @dataclass
 class Vitals:
-    """looks: at updates. losses: of every update, as tensors until they are read. begun: what the run begins with."""
+    """looks: at updates. losses: of every update; norms: of its gradient, where it is clipped."""
 
     looks: list[Look] = field(default_factory=list)
-    losses: list[Any] = field(default_factory=list)
-    norms: list[Any] = field(default_factory=list)
+    losses: Numbers = field(default_factory=lambda: Numbers())
+    norms: Numbers = field(default_factory=lambda: Numbers())
     case: Case | None = None
     classes: int = 0  # that cross_entropy is over, 0 where there is none
 
     def read(self) -> list[float]:
         """The losses on the host; of a long run, evenly spaced ones."""
-        new = [one for one in self.losses if isinstance(one, Tensor)]  # the last ones
-        if new:
-            values = torch.stack([one.detach().float().reshape(()).cpu() for one in new]).tolist()
-            self.losses[len(self.losses) - len(new) :] = values
-        if len(self.losses) > 2 * KEPT:
-            self.losses[:] = self.losses[::2]
-        return self.losses
+        return self.losses.read()
 
     def read_norms(self) -> list[float]:
         """The norms of gradients before they were clipped, on the host."""
-        self.norms[:] = [float(one) for one in self.norms[-KEPT:]]
-        return self.norms
+        return self.norms.read()
+
+
+class Numbers:
+    """Numbers of every update, on the device until they are read."""
+
+    def __init__(self) -> None:
+        self.new: list[Tensor] = []
+        self._read: list[float] = []
+
+    def read(self) -> list[float]:
+        """All of them; of many, evenly spaced ones."""
+        if self.new and self.new[0].is_cpu:
+            self._read += [one.item() for one in self.new]
+        elif self.new:  # waits for the device once
+            self._read += torch.stack([one.float().reshape(()) for one in self.new]).tolist()
+        self.new.clear()
+        if len(self._read) > 2 * KEPT:
+            self._read[:] = self._read[::2]
+        return self._read
 
 
 class Story(NamedTuple):
@@ -117,7 +130,7 @@ class Watch:
         self._is_compiled, self._is_own = bool(plan.compile), plan.step is not None
         self._names = list(self.case.trained.items())
         self.due: float = 0  # the next update that is looked at
-        self._losses, self._norms = self.vitals.losses, self.vitals.norms
+        self._losses, self._norms = self.vitals.losses.new, self.vitals.norms.new
         self.used: dict[int, tuple[int, int]] = {}  # gradients as the last update of a user's step left them
 
     @property
@@ -144,11 +157,11 @@ class Watch:
 
     def note(self, result: StepResult) -> None:
         """What an update gave; nothing waits for it."""
-        if isinstance(result, StepResult):
-            loss = result.loss
-            self._losses.append(loss.detach() if getattr(loss, "requires_grad", False) else loss)
-            if result.grad_norm is not None:
-                self._norms.append(result.grad_norm)
+        if type(result) is not StepResult or self.due == math.inf:
+            return
+        for number, kept in ((result.loss, self._losses), (result.grad_norm, self._norms)):
+            if isinstance(number, Tensor):
+                kept.append(number.detach() if number.requires_grad else number)
 
     def take(self, rows: Sequence[Row] = (), is_over: bool | None = None) -> list[Finding]:
         """What was found since the last time. is_over: None between evaluations; else the rows are looked at, too."""
@@ -177,7 +190,8 @@ class Watch:
         self._next(number)
         if isinstance(result, StepResult):
             with self.quietly():
-                look = _measured(parts, before, state, result, seen, full=is_first)
+                is_ill = self.dense is not None or is_stalled(self.vitals.read())
+                look = _measured(parts, before, state, result, seen, full=is_first, rows=is_ill)
                 kept = KEPT if self.dense is not None else LOOKS
                 self.vitals.looks = [*self.vitals.looks[-kept:], look]
                 self._judge(look, number)
@@ -296,7 +310,7 @@ def _part(parameter: Tensor) -> Tensor:
 
 def _measured(
     parts: list[tuple[str, nn.Parameter, Tensor]], before: list[Tensor], state: TrainState, result: StepResult,
-    seen: Loop | None, *, full: bool,
+    seen: Loop | None, *, full: bool, rows: bool,
 ) -> Look:  # fmt: skip
     parts = [(name, p, _part(p)) for name, p, _ in parts]  # a step may have put other memory in their place
     names = [name for name, *_ in parts]
@@ -304,8 +318,8 @@ def _measured(
     plain = {name: g for name, g in zip(names, gradients) if g is not None and g.layout is torch.strided}
     changes = torch._foreach_sub([part for *_, part in parts], before) if parts else []
     numbers = torch._foreach_norm([*before, *changes, *plain.values()]) if parts else []
-    rows = [(n, g) for n, g in plain.items() if g.dim() > 1 and g.shape[0] > 1 and g.numel() <= MOST]
-    idle = [(~g.flatten(1).any(1)).float().mean() for _, g in rows]
+    asked = [(n, g) for n, g in plain.items() if rows and g.dim() > 1 and g.shape[0] > 1 and g.numel() <= MOST]
+    idle = [(~g.flatten(1).any(1)).float().mean() for _, g in asked]
     told = torch.stack([one.float() for one in (*numbers, *idle)]).tolist() if numbers else []
     count = len(names)
     sizes = dict(zip(plain, told[2 * count : 2 * count + len(plain)]))
@@ -323,7 +337,7 @@ def _measured(
     look = Look(
         state.progress.step, rate, dict(zip(names, told)), dict(zip(names, told[count:])),
         {name: sizes.get(name, math.nan) for name in names},
-        dict(zip([name for name, _ in rows], told[2 * count + len(plain) :])), lost, result.applied, begun,
+        dict(zip([name for name, _ in asked], told[2 * count + len(plain) :])), lost, result.applied, begun,
     )  # fmt: skip
     if seen is not None:
         look.throws_away, look.passes, look.forwards = seen.throws_away, len(seen.values), seen.forwards
