@@ -16,7 +16,7 @@ from epochal.doctor import finding
 from epochal.doctor.calls import MOST, Loop, parts_of
 from epochal.doctor.case import Case, Pass, noted
 from epochal.doctor.finding import Finding, look
-from epochal.doctor.rules.symptoms import is_stalled
+from epochal.doctor.rules.symptoms import goes_well, is_stalled
 from epochal.doctor.trace import Trace
 from epochal.errors import FaultError
 from epochal.events import Row
@@ -126,6 +126,7 @@ class Watch:
         self.told: list[Finding] = []
         self._counts: dict[str, int] = {}
         self._codes: set[str] = set()
+        self._rows_due = 0
         self._proved: FaultError | None = None
         self._is_compiled, self._is_own = bool(plan.compile), plan.step is not None
         self._names = list(self.case.trained.items())
@@ -165,7 +166,8 @@ class Watch:
 
     def take(self, rows: Sequence[Row] = (), is_over: bool | None = None) -> list[Finding]:
         """What was found since the last time. is_over: None between evaluations; else the rows are looked at, too."""
-        if is_over is not None:
+        if is_over or (is_over is not None and len(rows) >= self._rows_due):
+            self._rows_due = len(rows) + max(1, len(rows) // 10)  # of many rows each would take longer than the last
             step = self.case.run.state.progress.step
             for one in look("rows", Story(rows, is_over), ignore=self.ignore, step=step):
                 self._tell(one)
@@ -180,8 +182,11 @@ class Watch:
             self.found.append(one)
 
     def look(self, step: Callable, state: TrainState, window: Window) -> StepResult:
-        """Makes an update, and looks at it."""
+        """Makes an update, and looks at it; later on only while the loss does not fall as it should."""
         number, before, parts = state.progress.step, [], []
+        if number > EVERY and self.dense is None and goes_well(self.vitals.read()):
+            self._next(number)
+            return step(state, window)
         is_first = number < self._first and not (self._is_compiled and number) and not self._has_compiled_parts
         with self.quietly():
             parts = [(name, p, _part(p)) for name, p in self._names]

@@ -36,6 +36,13 @@ def is_stalled(losses: Sequence[float], least: float = 0.97) -> bool:
     return trend(losses) > least
 
 
+def goes_well(losses: Sequence[float]) -> bool:
+    """Whether a loss above 0 has come down by a tenth at least, so that no symptom counts."""
+    if len(losses) < LEAST or not all(map(math.isfinite, losses)):
+        return False
+    return losses[-1] > 0 and 0 < trend(losses) < 0.9
+
+
 def goes_badly(losses: Sequence[float], least: float = 0.9) -> bool:
     """Whether a loss has not come down, from its first quarter or from where it began: the first updates may have
     thrown it up, and to come back from there is no progress.
