@@ -94,6 +94,11 @@ def impossible_metric():
     return classes(metrics=[accuracy], val=0.2)
 
 
+def duplicates_in_val():
+    rows = torch.cat([X[:10], draw(60, 8, seed=4)])
+    return classes(val=(rows, rows[:, :3].argmax(1)))
+
+
 def init_scale():
     model = nn.Sequential(*(part for _ in range(4) for part in (nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 3))
     torch.manual_seed(0)

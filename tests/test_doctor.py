@@ -216,7 +216,7 @@ def test_an_error_stops_before_a_weight_moves():
     assert whole(net.state_dict()) == before
     found = caught.value.finding
     assert (found.code, found.level, found.step, caught.value.exit_code) == ("softmax-before-loss", "error", 0, 1)
-    assert caught.value.where.startswith("step 0, batch 0 of train; 3 (Softmax), test_doctor.py:")
+    assert caught.value.where.startswith("step 0, batch 0 of train; 3 (Softmax), the plan at test_doctor.py:")
     assert caught.value.fix.endswith("if it is meant so: ignore=['softmax-before-loss']")
     assert found in [found] and copy.deepcopy(caught.value.args) == caught.value.args
     epochal.fit(net, (X, Y), loss="cross_entropy", epochs=1, observers=(), ignore=["softmax-before-loss"])
@@ -390,7 +390,7 @@ def test_check_of_a_recipe(recipe, capsys):
     assert out.startswith(
         "error softmax-before-loss: cross_entropy gets probabilities, and takes the softmax of them once more."
     )
-    assert re.search(r"where:    3 \(Softmax\), recipe\.py:\d+\n", out)
+    assert re.search(r"where:    3 \(Softmax\), the plan at recipe\.py:\d+\n", out)
     assert err.splitlines()[-1] == "1 error; epochal explain softmax-before-loss says more"
     assert sorted(path.name for path in Path.cwd().iterdir() if path.name != "__pycache__") == ["recipe.py"]
     code, out, err = ran(capsys, "check", recipe, "--json")

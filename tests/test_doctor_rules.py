@@ -473,3 +473,11 @@ QUIET = {
 @pytest.mark.parametrize("program", QUIET)
 def test_nothing_is_told_of(program):
     assert program.partition(": ")[0] not in told(QUIET[program])[1]
+
+
+def test_all_of_val_in_train_is_an_error_and_a_large_column_is_no_copy():
+    assert "all samples of val" in told(lambda: classes(val=(X[:100].clone(), Y[:100])))[0]["duplicates-in-val"]
+    val = faulty.draw(100, 8, seed=3)
+    scale = torch.tensor([1.0] * 7 + [50_000.0])
+    made = told(lambda: classes(train=(X * scale, Y), val=(val * scale, val[:, :3].argmax(1))))[1]
+    assert "unnormalised-inputs" in made and "duplicates-in-val" not in made

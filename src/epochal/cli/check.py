@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -37,10 +38,15 @@ def check(
 
 
 def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    from epochal.doctor.finding import every
+
     with redirect_stdout(sys.stderr):  # what the recipe prints is no finding
         plan = planned(path, make, chosen, given)
+        began = time.perf_counter()
         with blaming(path):
             found = plan.check()
+    if plan.ignore:
+        print(f"not told: {', '.join(plan.ignore)} (ignore=)", file=sys.stderr)
     if given.get("json"):
         print(json.dumps([one.as_dict() for one in found], indent=2))
     elif found:
@@ -52,6 +58,7 @@ def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], g
         print(f"\n{told}; epochal explain {found[0].code} says more", file=sys.stderr)
     else:
         print("nothing found")
+        print(f"{len(every())} rules have looked, in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     if any(one.level == "error" for one in found):
         sys.stdout.flush()
         raise SystemExit(1)
@@ -72,7 +79,7 @@ def explain(
 
     pages = known()
     if code is None:
-        listed = [{"code": one.code, "level": one.level, "why": one.why} for one in pages.values()]
+        listed = [{"code": one.code, "level": one.level, "why": one.why} for _, one in sorted(pages.items())]
         print(_json(listed) if json else "\n".join(f"{one['code']:28}{one['level']:9}{one['why']}" for one in listed))
         return
     if code not in pages:
@@ -81,7 +88,7 @@ def explain(
     if json:
         print(_json([{"code": code, "level": one.level, "stage": one.stage, "page": one.page} for one in looks]))
         return
-    print("\n\n".join(f"{code} ({one.level})\n\n{one.page}" for one in looks))
+    print("\n\n".join(f"{code} ({one.level})\n\n{one.page}".replace("``", "`") for one in looks))
     print(f'\nSilence it with ignore=["{code}"] in the plan.')
 
 

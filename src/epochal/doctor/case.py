@@ -122,7 +122,7 @@ class Case:
 
     @property
     def place(self) -> str:
-        return self.plan.called or type(self.model).__name__
+        return f"the plan at {self.plan.called}" if self.plan.called else type(self.model).__name__
 
     def at(self, place: str) -> str:
         """Where a loss is computed: the user's line, or the call that names the loss."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from epochal.doctor.case import Case
 from epochal.doctor.finding import Seen, rule
+from epochal.doctor.rules.wiring import val_in_train
 from epochal.losses import CLASS_INDEX
 
 
@@ -55,10 +56,11 @@ def duplicates_in_val(case: Case) -> Iterator[Seen]:
 
     Looks at the bytes of the inputs: more than 1 of 100 samples of val are in train, and few inputs are the same by
     nature (as where they are few words or classes: then train has as many twins in itself). Of series it looks at what
-    is moved by one place, too, and of numbers at what is closer to a sample of train than a thousandth of the distance
-    between any two: in more than 5 of 100.
+    is moved by one place, too, and of numbers, each column by its deviation, at what is closer to a sample of train
+    than a thousandth of the distance between any two: in more than 5 of 100. Where all of val is in train, it is an
+    error.
     """
-    if case.sample is None or case.val_sample is None:
+    if case.sample is None or case.val_sample is None or any(val_in_train(case)):
         return
     train, val = case.sample, case.val_sample
     if not train[0] or not val[0] or [p.shape[1:] for p in train[0]] != [p.shape[1:] for p in val[0]]:
@@ -75,12 +77,16 @@ def duplicates_in_val(case: Case) -> Iterator[Seen]:
         told = f"{near:.0%} of {len(two)} are next to a sample of train (5 % allowed)" if near > 0.05 else ""
         if moved > 0.05:
             told = f"{moved:.0%} of {len(two)} are a sample of train, moved by one place (5 % allowed)"
+    is_same = shared > 0.99 and is_fine
     if told:
         yield Seen(
-            "samples of val are in train, too.",
+            "all samples of val are in train, too." if is_same else "samples of val are in train, too.",
             told,
             f"val; {case.place}",
-            "divide after duplicates are taken out, and before anything is copied, cut into windows or augmented",
+            "give val=0.2, which divides train, or data that train does not have"
+            if is_same
+            else "divide after duplicates are taken out, and before anything is copied, cut into windows or augmented",
+            level="error" if is_same else None,
         )
 
 
@@ -111,7 +117,9 @@ def _near(train: Sequence[Tensor], val: Sequence[Tensor]) -> float:
     if one.shape[1] < 4:
         return 0.0
     every = slice(None, None, -(-one.shape[1] // 256))
-    apart = torch.cdist(two[:400, every], one[:2000, every], compute_mode="donot_use_mm_for_euclid_dist")
+    scale = one.std(0).clamp(min=1e-12)[every]  # else a large column would be all that counts
+    some, known = two[:400, every] / scale, one[:2000, every] / scale
+    apart = torch.cdist(some, known, compute_mode="donot_use_mm_for_euclid_dist")
     return (apart.min(1).values < 1e-3 * apart.median()).float().mean().item()
 
 

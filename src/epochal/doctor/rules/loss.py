@@ -177,8 +177,8 @@ def grows_with_batch(probe: Probe) -> Iterator[Seen]:
 
 @rule("initial-loss", "warning", "graph", told="symptom")
 def initial_loss(case: Case) -> Iterator[Seen]:
-    """Before it has learned anything, a classifier should lose about ln(classes); far more says that it begins by being
-    sure of what is wrong.
+    """Before it has learned anything, a model should lose what knowing nothing costs, ln(classes) say; far more says
+    that it begins by being sure of what is wrong.
 
     Looks at cross_entropy over class indices, and at bce_with_logits, in the first batches: above 3 times ln(classes),
     and scores whose standard deviation is above 3. A loss below ln(classes) is that of pretrained weights, and no sign

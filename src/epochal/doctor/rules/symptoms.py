@@ -111,7 +111,7 @@ def lr_too_high(vitals: Vitals) -> Iterator[Seen]:
     if len(ratios) == LOOKS and min(ratios) > 0.1:
         yield Seen(
             "the learning rate is too high for this model.",
-            f"an update changes the weights by {min(ratios):.2g} of themselves (0.1 allowed; 0.001 is usual), in "
+            f"an update changes the weights by {min(ratios):.3g} of themselves (0.1 allowed; 0.001 is usual), in "
             "three looks; "
             f"the loss went from {losses[0]:.3g} to {losses[-1]:.3g}",
             vitals.case.place,
@@ -362,5 +362,5 @@ def stuck_at_chance(vitals: Vitals) -> Iterator[Seen]:
             "the loss stays at what knowing nothing costs.",
             f"{last:.4g} over the last {-(-len(losses) // 4)} updates; ln({classes}) = {chance:.4g}, within 2 %",
             case.place,
-            "run `epochal check`: it tries other rates, and whether the inputs say anything about the labels",
+            "give another lr, and look whether the inputs say anything about the labels; `epochal check` asks both",
         )
