@@ -80,4 +80,4 @@ def _of_recipe(tokens: Sequence[str], name: str, function: str) -> Callable | No
 
     module, _, face = function.partition(":")
     home = import_module(f"epochal.cli.{module}")
-    return command(Path(tokens[1]), getattr(home, face), home.carry_out)
+    return command(Path(tokens[1]), getattr(home, face), home.carry_out, home.load)

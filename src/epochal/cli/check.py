@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from epochal.cli import train
 from epochal.cli.options import Config, Device, Json, Precision, Recipe, Seed
-from epochal.cli.train import Set, blaming, load, planned
+from epochal.cli.train import Set, blaming, planned
 
 
 def check(
@@ -37,10 +38,15 @@ def check(
     carry_out(recipe, load(recipe), {}, given)
 
 
+def load(path: Path) -> Callable[..., Any]:
+    with redirect_stdout(sys.stderr):  # what the recipe prints is no finding
+        return train.load(path)
+
+
 def carry_out(path: Path, make: Callable[..., Any], chosen: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     from epochal.doctor.finding import every
 
-    with redirect_stdout(sys.stderr):  # what the recipe prints is no finding
+    with redirect_stdout(sys.stderr):
         plan = planned(path, make, chosen, given)
         began = time.perf_counter()
         with blaming(path):

@@ -10,7 +10,7 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,11 +57,13 @@ def train(
     carry_out(recipe, load(recipe), {}, given)
 
 
-def command(recipe: Path, face: Callable[..., None], carry_out: Callable[..., None]) -> Callable[..., None]:
+def command(
+    recipe: Path, face: Callable[..., None], carry_out: Callable[..., None], load: Callable[[Path], Callable[..., Any]]
+) -> Callable[..., None]:
     """A command that takes a recipe, with the flags of this one.
 
     face: the command without them. carry_out: what it does, with the path, the function plan(), its arguments and
-    those of ``face``.
+    those of ``face``. load: gives that function.
     """
     plan = load(recipe)
     try:
@@ -105,7 +107,7 @@ def load(path: Path) -> Callable[..., Any]:
         sys.path.insert(0, folder)  # as Python does for a script; it stays, for worker processes need it too
     spec = importlib.util.spec_from_file_location(path.stem, path.absolute())
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    with blaming(path), redirect_stdout(sys.stderr):  # on stdout are results alone
+    with blaming(path):
         spec.loader.exec_module(module)  # type: ignore[union-attr]
     if not callable(getattr(module, "plan", None)):
         fix = "define plan(...) -> epochal.Plan in it; a script that calls fit is started with python, or by torchrun"
