@@ -124,7 +124,7 @@ LossError: the loss is a float, not a tensor.
   fix:   return the scalar tensor itself, not its .item()"""),
     case(net(), (X, Y), loss=lambda outputs, targets: (outputs.detach() - targets).mean(), text="""
 FaultError: nothing leads back from the loss to a weight: it is cut off from the model.
-  where: step 0, batch 0 of train; the loss, test_bad_input.py:LINE; of 4 trained parameters the loss reaches none
+  where: step 0, batch 0 of train; the loss, the plan at test_bad_input.py:LINE; of 4 trained parameters the loss reaches none
   fix:   return the tensor itself: without .item(), .detach(), .data, torch.tensor(...), argmax or NumPy on the way; if it is meant so: ignore=['detached-loss']"""),
     case(net(), (X, Y), loss=nn.MSELoss(reduction="sum"), text="""
 LossError: the loss gives a sum and not the mean.
