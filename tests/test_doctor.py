@@ -264,7 +264,9 @@ def test_a_rule_that_fails_ends_nothing(monkeypatch):
         raise RuntimeError("a rule with a mistake")
         yield
 
-    monkeypatch.setattr(finding, "RULES", [*every(), finding.Rule("broken", "error", "batch", broken, "batch")])
+    assert every()
+    one = finding.Rule("broken", "error", "batch", broken, "batch")
+    monkeypatch.setitem(finding.BY_STAGE, "batch", [*finding.BY_STAGE["batch"], one])
     assert codes(epochal.fit(model(), (X, Y), loss="cross_entropy", epochs=1, observers=()).findings) == []
 
 

@@ -40,6 +40,7 @@ def judged(name: str) -> dict[str, Any]:
     return {
         "name": name, "cause": program.cause, "also": program.also, "codes": codes, "failure": failure, "torch": plain,
         "kind": program.make.__module__.rpartition(".")[2], "steps": verdict and verdict.steps,
+        "is_checked": verdict and verdict.is_checked, "level": verdict and verdict.level,
         "check": verdict and verdict.seconds, "seconds": time.perf_counter() - began,
     }  # fmt: skip
 
@@ -85,16 +86,22 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _by_kind(faulty: list[dict[str, Any]]) -> list[str]:
-    """Of each kind, how many the run told by itself, without a check, and after how many updates."""
-    lines = []
+    """Of each kind, how many a check has, and what the run tells by itself, how surely and after how many updates."""
+    lines = ["  the right cause               check   the run: errors, within one update; later; warnings, infos"]
     for kind in dict.fromkeys(row["kind"] for row in faulty):
         rows = [row for row in faulty if row["kind"] == kind]
-        steps = sorted(row["steps"] for row in rows if row["steps"] is not None)
-        early = (
-            f"{sum(step == 0 for step in steps)} before the first update, {sum(step <= 1 for step in steps)} after one"
+        by_run = [row for row in rows if row["steps"] is not None]
+        proved = [row["steps"] for row in by_run if row["level"] == "error"]
+        early = sum(step <= 1 for step in proved)
+        lines.append(
+            f"    {kind.replace('_', ' '):<14} of {len(rows):<7} {sum(map(is_checked, rows)):7} "
+            f"{len(by_run):9} {len(proved):7} {early:19} {len(proved) - early:6} {len(by_run) - len(proved):16}"
         )
-        lines.append(f"  {kind.replace('_', ' ')}: {len(steps)} of {len(rows)} told by the run itself, {early}")
     return lines
+
+
+def is_checked(row: dict[str, Any]) -> bool:
+    return bool(row["is_checked"])
 
 
 def _share(count: int, of: list[Any]) -> str:

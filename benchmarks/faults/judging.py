@@ -19,41 +19,49 @@ from epochal.doctor.finding import Finding, ordered
 
 @dataclass
 class Verdict:
-    """findings: in order, the most certain first. steps: updates before the first right one; None where it took none,
-    or there is none. seconds: of the check.
+    """findings: of the check and of the run, the most certain first. is_checked: whether the check has the right one.
+    steps, level: of the first right one that the run tells by itself, the updates before it and how surely; None where
+    it tells none. seconds: of the check.
     """
 
     findings: list[Finding] = field(default_factory=list)
+    is_checked: bool = False
     steps: int | None = None
+    level: str | None = None
     seconds: float = 0.0
 
 
 def by_epochal(program: Program) -> Verdict:
     """What its check finds, and then its run, as somebody would use both."""
+    wanted = {program.cause, *program.also}
     began = time.perf_counter()
     try:
         plan = epochal.Plan(**program.make(), observers=())
         checked = plan.check()
     except epochal.EpochalError as error:
-        return Verdict(of_error(error), None, time.perf_counter() - began)
-    seconds = time.perf_counter() - began
+        found = of_error(error)
+        return Verdict(found, any(one.code in wanted for one in found), seconds=time.perf_counter() - began)
+    verdict = Verdict([], any(one.code in wanted for one in checked), seconds=time.perf_counter() - began)
     ran: list[Finding] = []
-    run, steps = None, None
-    wanted = {program.cause, *program.also}
+
+    def tells(found: list[Finding], steps: int) -> None:
+        ran.extend(found)
+        right = next((one for one in found if one.code in wanted), None)
+        if right is not None and verdict.steps is None:
+            verdict.steps, verdict.level = steps, right.level
+
+    run = None
     try:
         with epochal.Plan(**program.make(), observers=()).prepare() as run:
             for event in run:
                 if isinstance(event, epochal.Found):
-                    ran.append(event.finding)
-                if ran and steps is None and any(one.code in wanted for one in ran):
-                    steps = run.state.progress.step
+                    tells([event.finding], run.state.progress.step)
     except epochal.EpochalError as error:
-        ran += of_error(error)
-        if any(one.code in wanted for one in of_error(error)):
-            steps = run.state.progress.step if run is not None else 0
+        tells(of_error(error), run.state.progress.step if run is not None else 0)
     except Exception:
         pass  # which everybody sees
-    return Verdict(ordered([*checked, *ran]), steps, seconds)
+    verdict.findings = ordered([*checked, *ran])
+    return verdict
 
 
 def by_torch(program: Program) -> str | None:

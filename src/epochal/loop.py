@@ -41,7 +41,7 @@ def steps(
             is_watched = watch is not None and progress.step >= watch.due
             result = watch.look(step, state, window) if is_watched else step(state, window)  # type: ignore[union-attr]
             if watch is not None:
-                watch.note(result)
+                watch.note(result, progress.step)
             progress.tick(window)
             yield result
             if until():

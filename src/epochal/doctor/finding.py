@@ -100,13 +100,15 @@ class Rule:
 
 
 RULES: list[Rule] = []  # a code may be found in several ways
+BY_STAGE: dict[str, list[Rule]] = {stage: [] for stage in STAGES}
 
 
 def rule(code: str, level: str, stage: str, *, told: str | None = None) -> Callable[[Callable], Callable]:
     """Makes a function the rule of a code. It takes what its stage knows, and yields what it has :class:`Seen`."""
 
     def decorate(look: Callable) -> Callable:
-        RULES.append(Rule(code, level, stage, look, told or stage))
+        RULES.append(one := Rule(code, level, stage, look, told or stage))
+        BY_STAGE[stage].append(one)
         return look
 
     return decorate
@@ -148,9 +150,9 @@ def look(
     until: a time, by perf_counter(), after which no rule begins; its code is put into ``left_out``.
     """
     found: list[Finding] = []
-    rules = every() if left_out is None else sorted(every(), key=lambda one: one.level != "error")
-    for one in rules:
-        if one.stage == stage and not is_ignored(one.code, ignore) and (one.level == "error" or not only_errors):
+    rules = every() and BY_STAGE[stage]
+    for one in rules if left_out is None else sorted(rules, key=lambda one: one.level != "error"):
+        if not is_ignored(one.code, ignore) and (one.level == "error" or not only_errors):
             if left_out is not None and time.perf_counter() > until:
                 left_out.append(one.code)
                 continue

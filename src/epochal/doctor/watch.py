@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 FIRST = 3  # updates that are watched in full
 EVERY = 100  # updates between two later looks
 KEPT = 300  # losses of a run that are kept, at least
+APART = 4  # updates between two losses that are kept, once EVERY were made
 LOOKS = 4  # looks that are kept, beside the last one
 PERSISTENT = 3  # times that a warning has to be seen
 
@@ -70,7 +71,7 @@ class Look:
 
 @dataclass
 class Vitals:
-    """looks: at updates. losses: of every update; norms: of its gradient, where it is clipped."""
+    """looks: at updates. losses: of updates; norms: of their gradients, where they are clipped."""
 
     looks: list[Look] = field(default_factory=list)
     losses: Numbers = field(default_factory=lambda: Numbers())
@@ -88,7 +89,7 @@ class Vitals:
 
 
 class Numbers:
-    """Numbers of every update, on the device until they are read."""
+    """Numbers of updates, on the device until they are read."""
 
     def __init__(self) -> None:
         self.new: list[Tensor] = []
@@ -156,8 +157,10 @@ class Watch:
             for one in look(stage, self.case, ignore=self.ignore, only_errors=True):
                 raise FaultError.of(one)
 
-    def note(self, result: StepResult) -> None:
-        """What an update gave; nothing waits for it."""
+    def note(self, result: StepResult, step: int) -> None:
+        """What an update gave, the ``step``-th from 0; nothing waits for it."""
+        if step > EVERY and step % APART and self.dense is None:
+            return
         if type(result) is not StepResult or self.due == math.inf:
             return
         for number, kept in ((result.loss, self._losses), (result.grad_norm, self._norms)):
@@ -169,7 +172,7 @@ class Watch:
         if is_over or (is_over is not None and len(rows) >= self._rows_due):
             self._rows_due = len(rows) + max(1, len(rows) // 10)  # of many rows each would take longer than the last
             step = self.case.run.state.progress.step
-            for one in look("rows", Story(rows, is_over), ignore=self.ignore, step=step):
+            for one in look("rows", Story(rows, is_over), ignore=(*self.ignore, *self._codes), step=step):
                 self._tell(one)
         new, self.found = self.found, []
         self.told += new
