@@ -294,6 +294,43 @@ def test_files_of_somebody_else_are_left_alone(tmp_path):
     assert Path("hidden/.draft.tmp").read_text() == "mine"
 
 
+def test_a_run_that_failed_before_its_first_update_gives_its_name_back(tmp_path):
+    wrong = nn.Linear(5, 1)  # of samples that have 4 numbers
+    for _ in range(2):
+        with pytest.raises(epochal.ModelError, match="inputs of this shape"):
+            epochal.fit(**given(run="r", model=wrong))
+        assert sorted(os.listdir("r/checkpoints")) == ["step-00000000"]
+    epochal.fit(**given(run="r"))
+    epochal.fit(**given(run="s"))
+    for name in FILES:
+        assert Path("r", name).read_bytes() == Path("s", name).read_bytes()
+    events = [json.loads(line) for line in Path("r/journal.jsonl").read_text().splitlines()]
+    assert [one["reason"] for one in events if one["event"] == "ended"] == ["failed", "failed", "epochs"]
+    with pytest.raises(epochal.RunFolderError, match="not empty"):
+        epochal.fit(**given(run="r"))
+
+
+@pytest.mark.parametrize("what", ["an update", "a file", "a checkpoint", "a stop", "a damaged note"])
+def test_any_other_run_keeps_its_name(what, tmp_path):
+    model, observers = (net(), [unplug_at(1)]) if what == "an update" else (nn.Linear(5, 1), [])
+    with pytest.raises((PullThePlug, epochal.ModelError)):
+        epochal.fit(**given(run="r", model=model, observers=observers))
+    if what == "a file":
+        Path("r/mine.txt").write_text("mine")
+    elif what == "a checkpoint":
+        shutil.copytree("r/checkpoints/step-00000000", "r/checkpoints/step-00000007")
+    elif what == "a stop":
+        shutil.rmtree("r")
+        with epochal.Plan(**given(run="r")).prepare() as run:
+            next(iter(run))
+    elif what == "a damaged note":
+        Path("r/run.json").write_text("{")
+    before = {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()}
+    with pytest.raises(epochal.RunFolderError, match="not empty"):
+        epochal.fit(**given(run="r"))
+    assert {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()} == before
+
+
 def test_a_best_model_that_cannot_be_put_back_ends_the_run_all_the_same(tmp_path):
     model, seen = net(), []
 

@@ -13,8 +13,8 @@ from benchmarks.faults.program import Program
 
 import epochal
 from epochal import losses
-from epochal.doctor.checkup import of_error
 from epochal.doctor.finding import Finding, ordered
+from epochal.doctor.raised import of_error
 
 
 @dataclass

@@ -29,6 +29,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+MANY = 40  # known names, of which not all are listed any more
+
 
 class EpochalError(Exception):
     """An error in three parts: what is wrong, where, and how to mend it.
@@ -95,10 +97,12 @@ class UnknownNameError(PlanError):
 
     @classmethod
     def of_name(cls, kind: str, given: object, known: Iterable[str], *, where: str | None = None) -> UnknownNameError:
-        """Names the nearest known name and lists all of them."""
+        """Names the nearest known name and lists all of them; of many, the nearest few."""
         known = sorted(known)
         near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.5)
-        fix = (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(known) or 'none'}"
+        told = known if len(known) <= MANY else difflib.get_close_matches(str(given), known, n=8, cutoff=0.0)
+        fix = (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(told) or 'none'}"
+        fix += f", and {len(known) - len(told)} more" if len(told) < len(known) else ""
         return cls(f"{given!r} is not a known {kind}.", where=where, fix=fix)
 
 

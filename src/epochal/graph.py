@@ -42,7 +42,7 @@ class Graph:
         self, objective: Supervised | Custom, model: nn.Module, device: torch.device, *, precision: str,
         clip: float | None, keeps_outputs: bool, trust: compiler.Trust, captures: bool = False,
     ):  # fmt: skip
-        self.objective, self.model, self.device, self._precision = objective, model, device, precision
+        self.objective, self.model, self.device = objective, model, device
         self._settings = precision, clip, keeps_outputs
         self._notes: list[str] = []
         self._told = 0  # of the notes

@@ -231,5 +231,5 @@ CHECKS: tuple[Callable[[Plan], object], ...] = (
     lambda plan: Every.parse(plan.evaluate_every, where="evaluate_every"),
     lambda plan: devices.choose(plan.device),
     _strategy,
-    lambda plan: refuse_unknown(plan.ignore),
+    lambda plan: refuse_unknown(() if isinstance(plan.ignore, str) else plan.ignore),
 )  # fmt: skip

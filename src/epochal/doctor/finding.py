@@ -123,7 +123,9 @@ def refuse_unknown(ignore: Iterable[str]) -> None:
     """Raises UnknownNameError for what names no code."""
     for pattern in ignore:
         if not any(fnmatchcase(code, pattern) for code in known()):
-            raise UnknownNameError.of_name("finding", pattern, known(), where=f"ignore={pattern!r}")
+            error = UnknownNameError.of_name("finding", pattern, known(), where=f"ignore={pattern!r}")
+            error.fix = f"{error.fix}: epochal explain lists them"
+            raise error
 
 
 def every() -> list[Rule]:

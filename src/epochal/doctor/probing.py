@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,100 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from epochal.copies import copied
 from epochal.data.batch import split
 from epochal.doctor.case import Case, Pass
 from epochal.doctor.relation import Relation, knowing_nothing, relation
 from epochal.doctor.rules.symptoms import is_stalled
 from epochal.doctor.trace import Operation, Trace, tensors
-from epochal.doctor.watch import Vitals
-from epochal.errors import FaultError
-from epochal.events import Evaluated, StepDone
+from epochal.doctor.trial import VAL, Trial
 from epochal.loop import evaluation_mode
 from epochal.metrics.metric import Metric
 from epochal.objective import Supervised
 
 if TYPE_CHECKING:
     from epochal.plan import Plan
-    from epochal.run import Run
-
-UPDATES, SECONDS = 240, 2.5  # of a trial, at most
-VAL = 1.0  # seconds that an evaluation of it may take
-
-
-class Trial:
-    """A copy of the plan, trained for a while and watched. error: what ended it; rows: of its evaluations.
-
-    factor: of its learning rate.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        ignore: tuple[str, ...],
-        *,
-        factor: float = 1.0,
-        updates: int = UPDATES,
-        seconds: float = SECONDS,
-        **changes: Any,
-    ):
-        self.error: Exception | None = None
-        self.rows: list[Mapping[str, Any]] = []
-        self.factor, self.vitals, self.findings = factor, Vitals(), []
-        self.model: nn.Module | None = None
-        self.run: Run | None = None
-        began, plan = time.perf_counter(), copied(plan, compile=False, **changes)
-        try:
-            with plan.prepare() as run:
-                self.run = run
-                if run.watch is not None:
-                    run.watch.ignore, run.watch.dense = ignore, 4
-                    self.vitals = run.watch.vitals
-                _scale(run.state, factor)
-                self.model = run.state.model
-                for event in run:
-                    if isinstance(event, Evaluated):
-                        self.rows.append(event.row)
-                    elif isinstance(event, StepDone):
-                        spent = time.perf_counter() - began
-                        if event.step >= updates or spent + spent / event.step > seconds:  # with the next one
-                            break
-        except Exception as error:
-            self.error = error
-        self.losses = self.vitals.read()
-
-    @property
-    def found(self) -> list[Any]:
-        finding = self.error.finding if isinstance(self.error, FaultError) else None
-        told = self.run.watch.told if self.run is not None and self.run.watch is not None else []
-        return [*([finding] if finding is not None else []), *(one for one in told if one.stage != "rows")]
-
-    @property
-    def first(self) -> float:
-        return _mean(self.losses[: max(1, len(self.losses) // 8)])
-
-    @property
-    def last(self) -> float:
-        """The mean of the last quarter; infinite where it ended in what is not finite."""
-        if self.error is not None or not self.losses or not all(map(math.isfinite, self.losses)):
-            return math.inf
-        return _mean(self.losses[-max(1, len(self.losses) // 4) :])
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
-def _scale(state: Any, factor: float) -> None:
-    if factor == 1.0 or state.optimizer is None:
-        return
-    for group in state.optimizer.param_groups:
-        for name in ("lr", "initial_lr", "max_lr", "min_lr"):
-            if name in group:
-                group[name] = group[name] * factor
-    for part in (state.schedule and state.schedule.scheduler, state.schedule and state.schedule._warmup):
-        if part is not None and hasattr(part, "base_lrs"):
-            part.base_lrs = [rate * factor for rate in part.base_lrs]
 
 
 class Probe:
@@ -226,7 +143,7 @@ class Probe:
         batch = self.case.now.batch
         if isinstance(batch, Mapping):
             return {**batch, name: part}
-        return type(batch)(part if at == name else one for at, one in enumerate(batch))
+        return [part if at == name else one for at, one in enumerate(batch)]
 
     def with_row_changed(self, row: int) -> Any:
         """The batch with the inputs of another sample in the place of this one's."""
@@ -239,16 +156,7 @@ class Probe:
             changed[row] = other * 1.5 + 0.5 if part.is_floating_point() else other
             return changed
 
-        batch = self.case.now.batch
-        if isinstance(batch, Mapping):
-            return {name: change(part) for name, part in batch.items()}
-        if isinstance(batch, list | tuple):
-            return (
-                type(batch)([*(change(part) for part in batch[:-1]), batch[-1]])
-                if len(batch) > 1
-                else [change(batch[0])]
-            )
-        return change(batch)
+        return with_inputs_changed(self.case.now.batch, change)
 
     def twice(self) -> Any:
         """The batch with each sample twice; None where it is not made of tensors."""
@@ -269,19 +177,7 @@ class Probe:
             is_float = isinstance(part, Tensor) and part.is_floating_point()
             return torch.randn(part.shape, generator=draw).to(part) if is_float else part
 
-        batch = self.case.now.batch
-        if isinstance(batch, Mapping):
-            return {name: change(part) for name, part in batch.items()}
-        if isinstance(batch, list | tuple):
-            return [*(change(part) for part in batch[:-1]), batch[-1]] if len(batch) > 1 else [change(batch[0])]
-        return change(batch)
-
-    def with_inputs(self, inputs: list[Tensor]) -> Any:
-        batch = self.case.now.batch
-        if isinstance(batch, Mapping):
-            name = next(key for key, part in batch.items() if part is not None)
-            return {**batch, name: inputs[0]}
-        return [*inputs, *list(batch)[len(inputs) :]] if isinstance(batch, list | tuple) else inputs[0]
+        return with_inputs_changed(self.case.now.batch, change)
 
     def sequence(self) -> tuple[Tensor | None, Tensor | None]:
         """What the model got, and targets of the same shape: the batch's, or those of the loss in an objective."""
@@ -308,13 +204,7 @@ class Probe:
 
     def _functions(self) -> list[Any]:
         given = self.plan.metrics
-        given = (
-            list(given.values())
-            if isinstance(given, Mapping)
-            else given
-            if isinstance(given, list | tuple)
-            else [given]
-        )
+        given = given.values() if isinstance(given, Mapping) else given if isinstance(given, list | tuple) else [given]
         return [one for one in given if callable(one) and not isinstance(one, Metric | nn.Module | str | type)]
 
     def averaged_metrics(self) -> Iterator[tuple[str, float, float]]:
@@ -346,3 +236,12 @@ class Probe:
             with suppress(Exception):  # a loss with weights of classes that do not occur, say
                 nothing = knowing_nothing(case.objective.loss, case.kind, case.sample[1], case.val_sample[1])
         return relation(case.sample, self.trial, nothing)
+
+
+def with_inputs_changed(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """The batch with its parts changed, but for the targets: the last of several; of a mapping, all parts."""
+    if isinstance(batch, Mapping):
+        return {name: change(part) for name, part in batch.items()}
+    if isinstance(batch, list | tuple):
+        return [*map(change, batch[:-1]), batch[-1]] if len(batch) > 1 else [change(batch[0])]
+    return change(batch)

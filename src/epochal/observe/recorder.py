@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -24,6 +25,8 @@ SECONDS_A_NOTE = 10.0  # between two writings of run.json while a run goes on
 SECONDS_A_LINE = 0.25  # between two writings of what was measured, so that short epochs do not wait for the disk
 # What is left where a run was killed before it had begun.
 BEFORE_A_RUN = {"config.toml", "journal.jsonl", "recipe.py", "recipe.toml", "fit.toml", "demo.toml", "table.json"}
+# What is there, too, where a run ended by an error before its first update; run.json goes last, for it says so.
+BEFORE_AN_UPDATE = ("checkpoints", "model.safetensors", "metrics.jsonl", "results.csv", "run.json")
 
 
 class Recorder:
@@ -154,7 +157,7 @@ class Recorder:
 
 def claim(folder: Path, *, resume: bool) -> Lock:
     """Makes the folder and locks it. One that holds something is only taken to resume it, if it is a run's; what a
-    run left that was killed before its start does not count.
+    run left that was killed before its start, or that failed before its first update, does not count.
 
     Raises RunFolderError.
     """
@@ -166,6 +169,10 @@ def claim(folder: Path, *, resume: bool) -> Lock:
         lock = Lock(folder)
         try:
             _refuse_what_is_not_ours(folder, resume, was_locked)  # another run may have been quicker
+            if not resume and _has_trained_nothing(folder):
+                for name in BEFORE_AN_UPDATE:
+                    files.remove_folder(folder / name / "step-00000000")
+                    files.remove_folder(folder / name) if (folder / name).is_dir() else (folder / name).unlink(True)
         except BaseException:
             lock.release()
             raise
@@ -179,7 +186,7 @@ def _refuse_what_is_not_ours(folder: Path, resume: bool, was_locked: bool) -> No
     held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     is_run = bool({"run.json", "checkpoints"} & set(held))
     is_ours = was_locked or "journal.jsonl" in held
-    if not held or (is_ours and set(held) <= BEFORE_A_RUN) or (is_run and resume):
+    if not held or (is_ours and set(held) <= BEFORE_A_RUN) or (is_run and resume) or _has_trained_nothing(folder):
         return
     where = f"{folder}: {', '.join(held[:4])}{' ...' if len(held) > 4 else ''}"
     if resume:
@@ -191,6 +198,18 @@ def _refuse_what_is_not_ours(folder: Path, resume: bool, was_locked: bool) -> No
     elif is_run:
         fix += f", or continue this one with resume=True (epochal resume {folder}, if a command began it)"
     raise RunFolderError("the run folder is not empty, and a run is never overwritten.", where=where, fix=fix)
+
+
+def _has_trained_nothing(folder: Path) -> bool:
+    """Whether the folder holds a run that ended by an error before its first update, and nothing else."""
+    try:
+        facts = json.loads(files.read(folder / "run.json", most=2**20))
+        saved = set(os.listdir(folder / "checkpoints")) if (folder / "checkpoints").exists() else set()
+    except (OSError, ValueError):
+        return False
+    held = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    has_failed = isinstance(facts, dict) and facts.get("reason") == "failed" and facts.get("steps") == 0
+    return has_failed and held <= {*BEFORE_A_RUN, *BEFORE_AN_UPDATE} and saved <= {"step-00000000"}
 
 
 def _timeless(row: Row) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from epochal import losses
 from epochal.doctor.case import Case, is_custom, made_last
 from epochal.doctor.finding import Seen, rule
-from epochal.doctor.trace import Call, made_by, maker, softmax_of, tensors
+from epochal.doctor.trace import Call, made_by, maker, tensors
 
 ROWS = 4  # a batch of fewer rows proves nothing
 SUM = 1e-3  # how far from 1 a sum of probabilities may lie
@@ -41,101 +41,6 @@ def _made(case: Case, call: Call) -> str:
     layer = made_last(case.now)
     inside = any(one is call.outputs for one in tensors(case.now.outputs))
     return f"{case.output_layer()}, {case.at(call.place)}" if layer and inside else case.at(call.place)
-
-
-@rule("softmax-over-one", "error", "batch")
-def softmax_over_one(case: Case) -> Iterator[Seen]:
-    """The softmax of a single number is always 1: the output does not depend on the inputs, and nothing is learned.
-
-    Looks at the output of the model and at what a loss gets: made by a softmax over a dimension of size 1. For one
-    output a sigmoid is meant, or two outputs for two classes.
-    """
-    for made in map(softmax_of, _finals(case)):
-        if made is not None and made[2] and made[2][made[1]] == 1:
-            yield Seen(
-                "a softmax is taken over a single number, and is always 1.",
-                f"softmax over dimension {made[1]} of {made[2]}, whose size is 1",
-                f"{case.output_layer()}, {case.place}",
-                'end the model with nn.Linear(..., 1) alone, and give loss="bce_with_logits"',
-            )
-            return
-
-
-@rule("softmax-dim", "error", "batch")
-def softmax_dim(case: Case) -> Iterator[Seen]:
-    """A softmax over the wrong dimension mixes the samples of a batch, and the scores of one sample do not sum to 1.
-
-    Looks at every softmax of the pass whose input has the samples in its first dimension: it must not be taken over
-    that dimension where the result becomes the output of the model or a loss's scores. For (n, classes) it is dim=1.
-    """
-    classes = {call.outputs.shape[1] for call in case.now.calls
-               if call.name in losses.CLASS_INDEX and call.outputs.dim() > 1}  # fmt: skip
-    for made in map(softmax_of, _finals(case)):
-        if made is None or len(made[2]) < 2:
-            continue
-        name, dim, shape = made
-        if dim == 0 and shape[0] == case.now.samples > 1:
-            yield Seen(
-                "a softmax is taken over the samples of the batch, not over the classes of each sample.",
-                f"{name.lower()} over dimension 0 of {shape}, which counts the samples",
-                f"{case.output_layer()}, {case.place}",
-                "take it over the classes: torch.softmax(x, dim=1)",
-                level=None if classes else "warning",
-            )
-            return
-        if len(shape) > 2 and classes and dim != 1 and shape[dim] not in classes:
-            yield Seen(
-                "a softmax is not taken over the classes.",
-                f"{name.lower()} over dimension {dim} of {shape}, but the loss has its classes in dimension 1",
-                f"{case.output_layer()}, {case.place}",
-                "take it over the classes: torch.log_softmax(x, dim=1)",
-            )
-            return
-
-
-def _finals(case: Case) -> list[Tensor]:
-    """What the model gave, and what the losses got."""
-    every = [*tensors(case.now.outputs), *(call.outputs for call in case.now.calls)]
-    return list({id(one): one for one in every if one.grad_fn is not None}.values())
-
-
-@rule("softmax-over-one", "warning", "batch")
-def lone_inside(case: Case) -> Iterator[Seen]:
-    """A softmax over a single number is always 1, wherever it stands; it passes no gradient on.
-
-    Looks at every softmax of the first passes: its dimension has the size 1.
-    """
-    for one in case.now.trace.softmaxes:
-        made = softmax_of(one.result)
-        if made is not None and len(made[2]) > 1 and made[2][made[1]] == 1 and one.result.numel() > 1:
-            yield Seen(
-                "a softmax is taken over a single number, and is always 1.",
-                f"{one.name} over dimension {made[1]} of {made[2]}",
-                case.at(one.place),
-                "take it over the dimension that is to be divided, or take a sigmoid",
-            )
-            return
-
-
-@rule("softmax-dim", "warning", "batch")
-def over_samples(case: Case) -> Iterator[Seen]:
-    """A softmax over the samples of the batch, inside of a model, makes each sample depend on the others.
-
-    Looks at every softmax of the first passes: it is taken over dimension 0, which counts the samples, and none of the
-    others does.
-    """
-    for one in case.now.trace.softmaxes:
-        if (made := softmax_of(one.result)) is None or len(made[2]) < 2:
-            continue
-        _, dim, shape = made
-        if dim == 0 and shape[0] == case.now.samples > 1 and shape[0] not in shape[1:]:
-            yield Seen(
-                "a softmax is taken over the samples of the batch.",
-                f"{one.name} over dimension 0 of {shape}, which counts the samples",
-                case.at(one.place),
-                "take it over the last dimension: torch.softmax(x, dim=-1)",
-            )
-            return
 
 
 @rule("softmax-before-loss", "error", "batch")
