@@ -1,6 +1,7 @@
 """Rules that share a code with others: of each a program in which it finds something, and its twin that is in order."""
 
 import faulty
+import numpy as np
 import pytest
 import torch
 from faulty import LINE, X, Y, classes, mlp, numbers
@@ -393,6 +394,19 @@ def nearly_copied(noise):
     return classes(val=(val, Y[:100]))
 
 
+def judged_by(metric):
+    """A binary classifier with a metric of the user's."""
+    binary = (LINE > 0).float()
+    return numbers(train=(X, binary), val=(X[:100] + 0.01, binary[:100]), loss="bce_with_logits", metrics=[metric])
+
+
+def right_by_numpy(above, scale=lambda scores: scores):
+    def right(outputs, targets):
+        return float(((scale(outputs.numpy()) > above) == (targets.numpy() > 0.5)).mean())
+
+    return lambda: judged_by(right)
+
+
 TOLD = {
     "gradient-ascent: goes up": stepping(climbing),
     "missing-zero-grad: still in those": stepping(never_clearing),
@@ -427,6 +441,7 @@ TOLD = {
     "duplicates-in-val: next to a sample": lambda: nearly_copied(1e-4),
     "init-scale: fades": lambda: classes(deep(0.01)),
     "dead-units: nearly all": dead,
+    "logit-threshold: takes scores of 0.3 for the negative class": right_by_numpy(0.5),
 }
 
 
@@ -466,6 +481,12 @@ QUIET = {
     "duplicates-in-val: samples with noise": lambda: nearly_copied(0.3),
     "batch-mixing: a model in half precision": lambda: classes(mlp().bfloat16(), train=(X.bfloat16(), Y)),
     "init-scale: torch's own": lambda: classes(deep(1.0)),
+    "logit-threshold: scores that are compared with 0": right_by_numpy(0.0),
+    "logit-threshold: probabilities": right_by_numpy(0.5, lambda scores: 1 / (1 + np.exp(-scores))),
+    "logit-threshold: the error of scores": lambda: judged_by(
+        lambda outputs, targets: (outputs - targets).abs().mean()
+    ),
+    "logit-threshold: a metric that is always the same": lambda: judged_by(lambda outputs, targets: 1.0),
 }
 
 

@@ -197,19 +197,21 @@ class Probe:
         if of_loss:
             yield from self.evaluated.trace.thresholds
         outputs, targets = self.evaluated.outputs, self.case.now.targets
-        for one in self._functions():
+        for _, one in self.metric_functions():
             with Trace(self.model) as trace, torch.no_grad():
                 one(outputs, targets)
             yield from trace.thresholds
 
-    def _functions(self) -> list[Any]:
+    def metric_functions(self) -> list[tuple[str, Callable]]:
+        """Those of the user, with their names."""
         given = self.plan.metrics
-        given = given.values() if isinstance(given, Mapping) else given if isinstance(given, list | tuple) else [given]
-        return [one for one in given if callable(one) and not isinstance(one, Metric | nn.Module | str | type)]
+        every = given if isinstance(given, list | tuple) else [given]
+        named = given.items() if isinstance(given, Mapping) else [(getattr(one, "__name__", ""), one) for one in every]
+        return [(n, one) for n, one in named if callable(one) and not isinstance(one, Metric | nn.Module | str | type)]
 
     def averaged_metrics(self) -> Iterator[tuple[str, float, float]]:
         """Of each metric function: its name, its value over val at once, and the mean over batches."""
-        loader, functions = self.case.run.validation.loader, self._functions()
+        loader, functions = self.case.run.validation.loader, self.metric_functions()
         if loader is None or not functions:
             return
         model = self.trained if self.trained is not None else self.model
@@ -223,11 +225,11 @@ class Probe:
         if not all(isinstance(one, Tensor) and isinstance(other, Tensor) for one, other in seen):
             return
         outputs, targets = (torch.cat(parts) for parts in zip(*seen))
-        for one in functions:
+        for name, one in functions:
             with torch.no_grad():
                 each = [(float(one(*pair)), len(pair[1])) for pair in seen]
                 whole = float(one(outputs, targets))
-            yield getattr(one, "__name__", "metric"), whole, sum(v * n for v, n in each) / sum(n for _, n in each)
+            yield name, whole, sum(v * n for v, n in each) / sum(n for _, n in each)
 
     @cached_property
     def relation(self) -> Relation | None:

@@ -24,7 +24,8 @@ def logit_threshold(probe: Probe) -> Iterator[Seen]:
     0.
 
     Looks at the metrics and the loss as they are called: what is compared with 0.5 (or rounded) lies outside of 0..1;
-    or argmax is taken over a dimension of size 1.
+    or argmax is taken over a dimension of size 1. Where they leave torch: a metric of a binary classifier is the same
+    for scores of 0.3, all of the right sign, as for -3 alone, but another one for 3.
     """
     for operation in probe.metric_operations():
         (args, kwargs), name = operation.inputs, operation.name
@@ -49,6 +50,27 @@ def logit_threshold(probe: Probe) -> Iterator[Seen]:
                 "scores are cut at 0.5, which is for probabilities.",
                 f"they go from {low:.3g} to {high:.3g}",
                 operation.place,
+                "compare them with 0, or take torch.sigmoid(outputs) > 0.5",
+            )
+            return
+    yield from _cut_too_high(probe)
+
+
+def _cut_too_high(probe: Probe) -> Iterator[Seen]:
+    calls = [call for call in probe.case.now.calls if call.name == "bce_with_logits"]
+    outputs, targets = probe.evaluated.outputs, probe.case.now.targets
+    if not calls or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return
+    if outputs.numel() != targets.numel() or not bool(((targets == 0) | (targets == 1)).all()):
+        return
+    right = (2 * targets.detach() - 1).to(outputs).reshape(outputs.shape)
+    for name, metric in probe.metric_functions():
+        clear, faint, none = (float(metric(scores, targets)) for scores in (3 * right, 0.3 * right, -3 * right.abs()))
+        if faint == none != clear:
+            yield Seen(
+                f"the metric {name!r} takes scores of 0.3 for the negative class, as if they were probabilities.",
+                f"{faint:.4g} where all scores are 0.3 of the right sign, {clear:.4g} where they are 3 of it",
+                f"metrics=, {name}",
                 "compare them with 0, or take torch.sigmoid(outputs) > 0.5",
             )
             return
