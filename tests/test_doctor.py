@@ -19,7 +19,8 @@ import epochal
 from epochal.__main__ import main
 from epochal.doctor import finding
 from epochal.doctor.finding import Finding, every, known, ordered
-from epochal.doctor.trace import Trace, leaves, made_by
+from epochal.doctor.graph import leaves, made_by
+from epochal.doctor.trace import Trace
 from epochal.observe.fitting import improvement, verdict
 from epochal.runtime.seeding import generator_states
 

@@ -92,7 +92,7 @@ def lines_of_code(text):
 
 
 def test_the_package_stays_small():
-    assert sum(lines_of_code(path.read_text()) for path in FILES) < 16600
+    assert sum(lines_of_code(path.read_text()) for path in FILES) < 16800
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))

@@ -77,7 +77,10 @@ def told_optimizer(optimizer: Optimizer | None) -> str:
     if optimizer is None:
         return "in the step"
     # A schedule has already set the rate of the first step; what the user gave is beside it.
-    rates = {float(group.get("max_lr", group.get("initial_lr", group["lr"]))) for group in optimizer.param_groups}
+    given = [group.get("max_lr", group.get("initial_lr", group.get("lr"))) for group in optimizer.param_groups]
+    rates = {float(rate) for rate in given if rate is not None}
+    if not rates:
+        return type(optimizer).__name__
     return f"{type(optimizer).__name__}, lr {' and '.join(f'{rate:g}' for rate in sorted(rates))}"
 
 

@@ -303,7 +303,8 @@ class Run:
             self.ending.agreement.align(self.state.modules)
 
     def _lr(self) -> float | None:
-        return float(self.state.optimizer.param_groups[0]["lr"]) if self.state.optimizer is not None else None
+        rate = self.state.optimizer.param_groups[0].get("lr") if self.state.optimizer is not None else None
+        return float(rate) if rate is not None else None
 
     def _saving_is_due(self, at_epoch_end: bool) -> bool:
         if (saver := self.saver) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -353,7 +354,7 @@ class Update:
         if self._reads_late and flag.is_cuda:
             flag = flag.to("cpu", non_blocking=True)  # into pinned memory: nothing waits
             event = torch.cuda.current_stream(self.device).record_event()
-        rate = float(state.optimizer.param_groups[0]["lr"])
+        rate = float(state.optimizer.param_groups[0].get("lr", math.nan))
         place = nonfinite.Place(progress.step, progress.epoch + 1, progress.windows, rate)
         return Doubtful(place, before, window, summed.loss, summed.weight, flag, event)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from types import FunctionType, MethodType
+from functools import partial
+from itertools import islice
+from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +21,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from epochal.doctor.case import noted
 from epochal.doctor.finding import look
-from epochal.doctor.trace import Trace, leaves, tensors
+from epochal.doctor.graph import leaves
+from epochal.doctor.trace import Trace, tensors, version_of
 
 if TYPE_CHECKING:
     from epochal.doctor.watch import Watch
 
 MOST = 2**20  # numbers of a parameter that are looked at
+DEPTH, MANY = 4, 200  # how deep, and at how many things at once, it is looked into what a step holds
 
 
 class Loop:
@@ -33,7 +39,7 @@ class Loop:
     ``unscaled fp16``.
     """
 
-    def __init__(self, watch: Watch, step: Callable):
+    def __init__(self, watch: Watch):
         self.watch, self.case = watch, watch.case
         self.events: list[str] = []
         self.micro_batches = 1
@@ -45,8 +51,13 @@ class Loop:
         # Of each backward pass: by what a loss was multiplied, and how many targets it is the mean over.
         self.shares: list[tuple[float, int]] = []
         self.gradients: dict[int, Tensor] = {}
-        self._step, self._parts = step, list(parts_of(step))
+        parts = [self.case.plan.step, *parts_of(self.case.plan.step)]
+        self._optimizers = of_type(Optimizer, parts)
+        if any("optimizer" in one.__code__.co_names for one in of_type(FunctionType, parts) if _is_users(one)):
+            self._optimizers += [one for one in [self.case.run.state.optimizer] if one is not None]  # state.optimizer
+        self._scalers = of_type(torch.amp.GradScaler, parts)
         self._stack = ExitStack()
+        self._thread = threading.get_ident()
         self._is_trial = watch.dense is not None
         self._trace = Trace(self.case.model, self._goes_back, full=self._is_trial)
         self.is_opaque = False
@@ -54,22 +65,29 @@ class Loop:
         self._arrived: dict[int, Tensor] = {}
         self._old: dict[int, Tensor] = {}  # gradients of an update before, as a new one arrives
         self._stale: dict[int, Tensor] = {}  # those that it was added to
+        self._added: dict[int, int] = {}  # the version of each gradient, once backward has added to it
+        self.is_rescaled = False  # whether gradients were changed between backward and the optimizer's step
         self._keeps = False  # whether gradients of an update before are added to
-        self._used: dict[int, tuple[int, int]] = watch.used
+        self._used = watch.used
         # Schedules of optimizers that have not stepped yet, and how far they were.
-        schedules = [one for one in self._parts if isinstance(one, LRScheduler)]
-        self._waiting = {one: one._step_count for one in schedules if not getattr(one.optimizer, "_opt_called", False)}
+        schedules = [one for one in of_type(LRScheduler, parts) if "last_epoch" in own(one) and "optimizer" in own(one)]
+        self._waiting = {one: one.last_epoch for one in schedules if not getattr(one.optimizer, "_opt_called", False)}
+
+    def begin(self) -> Loop:
+        """Sees from now on what is called, until its ``with`` is left."""
+        hooks = torch_optimizer.register_optimizer_step_pre_hook, torch_optimizer.register_optimizer_step_post_hook
+        with ExitStack() as stack:
+            stack.callback(hooks[0](self._steps).remove)
+            stack.callback(hooks[1](self._has_stepped).remove)
+            every = [*(p for _, p in self.watch._names), *held_by(self._optimizers)]
+            for p in {id(p): p for p in every if p.requires_grad and p.is_leaf}.values():
+                stack.callback(p.register_hook(self._arriving(p)).remove)
+                stack.callback(p.register_post_accumulate_grad_hook(self._has_added).remove)
+            stack.enter_context(self._trace)
+            self._stack = stack.pop_all()
+        return self
 
     def __enter__(self) -> Loop:
-        hooks = torch_optimizer.register_optimizer_step_pre_hook, torch_optimizer.register_optimizer_step_post_hook
-        self._stack.callback(hooks[0](self._steps).remove)
-        self._stack.callback(hooks[1](self._has_stepped).remove)
-        every = [p for _, p in self.watch._names]
-        every += [p for one in self._parts if isinstance(one, Optimizer) for g in one.param_groups for p in g["params"]]
-        for p in {id(p): p for p in every if p.requires_grad and p.is_leaf}.values():
-            self._stack.callback(p.register_hook(self._arriving(p)).remove)
-            self._stack.callback(p.register_post_accumulate_grad_hook(self._has_added).remove)
-        self._stack.enter_context(self._trace)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -91,8 +109,7 @@ class Loop:
 
     def _first_goes_back(self, value: Tensor) -> None:
         made = (one for layer in self._trace.layers for one in tensors(layer.output))
-        has_scaler = any(isinstance(one, torch.amp.GradScaler) for one in self._parts)
-        if not has_scaler and any(one.dtype is torch.float16 and one.requires_grad for one in made):
+        if not self._scalers and any(one.dtype is torch.float16 and one.requires_grad for one in made):
             self.events.append("unscaled fp16")
         one = noted(self.case, None, value, None, self._trace)
         one.samples = max((layer.shape[0] for layer in one.layers if layer.shape), default=1)
@@ -123,66 +140,74 @@ class Loop:
         if self._is_trial and gradient.layout is torch.strided:
             before = self._arrived.get(id(p))
             self._arrived[id(p)] = gradient.detach().clone() if before is None else before + gradient
-        used = self._used.get(id(p))
         if p.grad is None or not bool(p.grad.any()):
             self._old.pop(id(p), None)  # it was cleared
             self._stale.pop(id(p), None)
             return
         self._keeps = True
-        if used == (id(p.grad), p.grad._version):
+        if self._is_used(p):
             self._old[id(p)] = p.grad
 
     def _has_added(self, p: Tensor) -> None:
         """After a backward pass; autograd.grad, whose result may be put anywhere, does not come here."""
-        if id(p) in self._old and p.grad is self._old[id(p)]:
-            self._stale[id(p)] = p.grad
+        with self.watch.quietly():
+            if id(p) in self._old and p.grad is self._old[id(p)]:
+                self._stale[id(p)] = p.grad
+            if p.grad is not None:
+                self._added[id(p)] = version_of(p.grad)
 
     def _steps(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        with self.watch.quietly():
-            self._note_step(optimizer)
+        if threading.get_ident() == self._thread:
+            with self.watch.quietly():
+                self._note_step(optimizer, has_closure=len(args) > 1 or bool(kwargs))
 
-    def _note_step(self, optimizer: Optimizer) -> None:
-        every = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        known = {id(p) for _, p in self.watch._names}
-        if not any(p.grad is not None for p in every):
+    def _note_step(self, optimizer: Optimizer, *, has_closure: bool) -> None:
+        every = [p for p in held_by([optimizer]) if p.requires_grad]
+        if not has_closure and not any(p.grad is not None for p in every):
             self.events.append("empty step")
         elif any(self._is_stale(p) for p in every):
             self.events.append("stale step")
-        if every and not any(id(p) in known for p in every) and not self._waits:
+        if every and not self._is_of_model(every) and not self._waits:
             self.events.append("foreign step")
         self._has_memory = self._has_memory or bool(optimizer.state)
         self._stepped.append(optimizer)
         for one in [one for one in self._waiting if one.optimizer is optimizer]:
-            if one._step_count > self._waiting.pop(one):
+            if one.last_epoch > self._waiting.pop(one):
                 self.events.append("early schedule")
         self._maximizes = self._maximizes or any(group.get("maximize") for group in optimizer.param_groups)
         self.events.append("step")
         if optimizer is not self.case.optimizer:
             for one in look("settings", replace(self.case, own_optimizer=optimizer), ignore=self.watch.ignore):
                 self.watch.account(one)
-        self.watch.case.held |= {id(p): group for group in optimizer.param_groups for p in group["params"]}
         plain = [p for p in every if p.grad is not None and p.grad.layout is torch.strided and p.numel() <= MOST]
-        self.gradients |= {id(p): p.grad.detach().clone() for p in plain}
+        self.is_rescaled |= any(self._added.get(id(p), now) != now for p in plain if (now := version_of(p.grad)) >= 0)
+        self.gradients |= {id(p): p.grad.detach().clone() for p in plain if p.grad is not None}
+
+    def _is_of_model(self, every: Sequence[Tensor]) -> bool:
+        known = {id(p) for _, p in self.watch._names}
+        return any(id(p) in known for p in every)
+
+    def _is_used(self, p: Tensor) -> bool:
+        """Whether its gradient is still as an optimizer has left it in an update before."""
+        gradient, version = self._used.get(id(p), (None, 0))
+        return gradient is not None and gradient() is p.grad and version_of(p.grad) == version
 
     def _is_stale(self, p: Tensor) -> bool:
         """Whether an old gradient was added to, and is still there."""
-        return id(p) in self._stale and p.grad is self._stale[id(p)]
+        return id(p) in self._stale and p.grad is self._stale[id(p)] and bool(p.grad.any())
 
     @property
     def _waits(self) -> bool:
         """Whether another optimizer of the step's holds weights of the model: it may step in other updates."""
-        known = {id(p) for _, p in self.watch._names}
-        every = [one for one in self._parts if isinstance(one, Optimizer)]
-        if "optimizer" in getattr(getattr(self._step, "__code__", None), "co_names", ()):  # state.optimizer
-            every += [one for one in [self.case.run.state.optimizer] if one is not None]
-        waiting = [one for one in every if one not in self._stepped]
-        return any(id(p) in known for one in waiting for g in one.param_groups for p in g["params"])
+        return self._is_of_model(held_by([one for one in self._optimizers if one not in self._stepped]))
 
     def _has_stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._used[id(p)] = (id(p.grad), p.grad._version)
+        if threading.get_ident() == self._thread:
+            with self.watch.quietly():
+                self._note_used(held_by([optimizer]))
+
+    def _note_used(self, every: Sequence[Tensor]) -> None:
+        self._used |= {id(p): (ref(p.grad), version_of(p.grad)) for p in every if p.grad is not None}
 
     def ends(self, has_moved: bool) -> None:
         """After the update. A step without an optimizer uses gradients, too."""
@@ -190,7 +215,7 @@ class Loop:
             return
         if any(self._is_stale(p) for _, p in self.watch._names):
             self.events.append("stale step")
-        self._used |= {id(p): (id(p.grad), p.grad._version) for _, p in self.watch._names if p.grad is not None}
+        self._note_used([p for _, p in self.watch._names])
 
     @property
     def forwards(self) -> int:
@@ -200,21 +225,24 @@ class Loop:
     def throws_away(self) -> bool:
         """Whether gradients were cleared before they were used, by the first optimizer that would; a scaler may do that
         on purpose."""
-        has_scaler = any(isinstance(one, torch.amp.GradScaler) for one in self._parts)
-        return "backward" in self.events and not self._keeps and not self._used and not has_scaler
+        return "backward" in self.events and not self._keeps and not self._used and not self._scalers
 
     def summed(self, loss: Tensor) -> float:
         """How many times the loss that is reported went back in one update."""
         sizes = [float(value.sum()) for value in self.values] if self.events.count("step") == 1 else []
-        return sum(sizes) / float(loss) if sizes and float(loss) else 0.0
+        return sum(sizes) / float(loss) if sizes and float(loss) and not self.is_rescaled else 0.0
 
-    def climb(self, changes: Sequence[Tensor], parts: Sequence[tuple[str, nn.Parameter, Tensor]]) -> float:
+    def climb(
+        self, changes: Sequence[Tensor], parts: Sequence[tuple[str, nn.Parameter, Tensor]], loss: Tensor
+    ) -> float:
         """The cosine between what the update did and the gradient that it was made from: below 0 where it goes down."""
         used = self.gradients if "step" in self.events else self._arrived  # a step may do without an optimizer
         pairs = [(change.float(), used[id(p)].float()) for change, (_, p, _) in zip(changes, parts)
                  if id(p) in used and used[id(p)].shape == change.shape]  # fmt: skip
         if self._has_memory or self.events.count("step") > 1 or ("step" not in self.events and not self._is_first):
             return 0.0  # what it remembers may lead another way
+        if sum(float(value.sum()) for value in self.values) * float(loss.detach()) < 0:
+            return 0.0  # what went back is the opposite of what is reported, and is to be made large
         dot = sum(float((one * two).sum()) for one, two in pairs)
         sizes = [math.sqrt(sum(float(pair[at].pow(2).sum()) for pair in pairs)) for at in (0, 1)]
         return dot / (sizes[0] * sizes[1]) if sizes[0] and sizes[1] and not self._maximizes else 0.0
@@ -222,38 +250,85 @@ class Loop:
     def shrunk(self) -> float:
         pairs = [(self._arrived[key], g) for key, g in self.gradients.items() if key in self._arrived]
         sizes = [math.sqrt(sum(float(pair[at].float().pow(2).sum()) for pair in pairs)) for at in (0, 1)]
-        scale = max((one.get_scale() for one in self._parts if isinstance(one, torch.amp.GradScaler)), default=1.0)
+        scale = max((one.get_scale() for one in self._scalers), default=1.0)
         return sizes[0] / scale / sizes[1] if sizes[1] else 0.0
 
     def close(self) -> None:
-        """After the update: what all of its backward passes reached, and whether layers were connected at all."""
+        """After the update: what all of its backward passes reached, and whether layers were connected at all. What
+        another optimizer of the step's holds may be moved in other updates."""
         if not self.case.passes or "backward" not in self.events:
             return
+        self.case.held |= {id(p): group for one in [*self._optimizers, *self._stepped] for group in one.param_groups
+                           for p in group["params"]}  # fmt: skip
         self.case.now.reached, self.case.now.is_opaque = self.reached, self.is_opaque
         self.case.now.without = [name for name, p in self.case.trained.items() if id(p) not in self.reached]
         step = self.case.run.state.progress.step
         for one in look("wiring", self.case, ignore=self.watch.ignore, step=step):
-            if one.code != "not-in-optimizer" or not self._waits:
-                self.watch.account(one)
+            self.watch.account(one)
 
 
-def parts_of(function: Any, depth: int = 0) -> Iterator[Any]:
-    """What a function holds: in its closure, among the globals that it names, or in the object that it belongs to."""
-    if isinstance(function, MethodType):
-        yield from parts_of(function.__self__, depth)
-        function = function.__func__
-    if isinstance(function, FunctionType):
-        for cell in function.__closure__ or ():
-            try:
-                held = cell.cell_contents
-            except ValueError:
-                continue
-            yield held
-            if isinstance(held, FunctionType | MethodType) and depth < 2:
-                yield from parts_of(held, depth + 1)
-        yield from (function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__)
-    elif hasattr(function, "__dict__") and not isinstance(function, nn.Module | type):
-        for value in vars(function).values():
-            yield value
-            if isinstance(value, list | tuple):
-                yield from value
+def _is_users(one: Any) -> bool:
+    """Whether a function or a class is not torch's, or epochal's own."""
+    return str(one.__module__).partition(".")[0] not in ("torch", "epochal", "builtins")
+
+
+def of_type(kind: type, parts: Sequence[Any]) -> list[Any]:
+    """Those of a type; asked of the type itself, for a lazy object may not be ready to say."""
+    return [one for one in parts if issubclass(type(one), kind)]
+
+
+def held_by(optimizers: Sequence[Optimizer]) -> list[nn.Parameter]:
+    return [p for one in optimizers for group in one.param_groups for p in group["params"]]
+
+
+def own(part: Any) -> dict[str, Any]:
+    """The attributes that an object has itself. No code of its class is run for it."""
+    try:
+        return object.__getattribute__(part, "__dict__")
+    except Exception:
+        return {}
+
+
+def parts_of(part: Any) -> list[Any]:
+    """What a function or an object holds: in its closure, among the globals that it names, in what it is bound to, in
+    attributes, lists and dicts, and what these hold; not what is inside of modules and optimizers, and of torch.
+    """
+    found: dict[int, Any] = {}
+    ahead = [part]
+    for _ in range(DEPTH):
+        new = {id(one): one for outer in ahead for one in _held(outer)[:MANY] if id(one) not in found}
+        found |= new
+        ahead = list(new.values())[:MANY]
+    return list(found.values())
+
+
+def _held(part: Any) -> list[Any]:
+    kind = type(part)
+    if issubclass(kind, nn.Module | Optimizer | LRScheduler | Tensor | type | ModuleType):
+        return []
+    if kind is FunctionType and not _is_users(part):
+        return []
+    held = list(own(part).values())
+    if kind is MethodType:
+        held += [part.__self__, part.__func__]
+    elif kind is FunctionType:
+        held += [value for cell in part.__closure__ or () for value in _content(cell)]
+        held += [part.__globals__[name] for name in part.__code__.co_names if name in part.__globals__]
+    elif kind is partial:
+        held += [part.func, *part.args, *part.keywords.values()]
+    elif issubclass(kind, dict):
+        held += islice(dict.values(part), MANY)
+    elif issubclass(kind, list):
+        held += islice(list.__iter__(part), MANY)
+    elif issubclass(kind, tuple):
+        held += islice(tuple.__iter__(part), MANY)
+    elif _is_users(kind):
+        held += [one for one in vars(kind).values() if type(one) is FunctionType]
+    return held
+
+
+def _content(cell: Any) -> list[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # it is empty
+        return []

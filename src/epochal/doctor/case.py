@@ -18,7 +18,8 @@ from epochal import losses
 from epochal.data.batch import size, split
 from epochal.data.loader import Loader
 from epochal.data.sources import Arrays
-from epochal.doctor.trace import Call, Layer, Trace, leaves, tensors
+from epochal.doctor.graph import leaves
+from epochal.doctor.trace import Call, Layer, Trace, tensors
 from epochal.loop import evaluation_mode
 from epochal.objective import Custom, Supervised
 
@@ -147,6 +148,19 @@ class Case:
         with evaluation_mode(self.run.state.modules), suppress(Exception):
             return not bool(torch.isfinite(objective(self.model, source.take(rows)).value))
         return True
+
+    def is_given(self, one: Tensor) -> bool:
+        """Whether numbers are those of a part of the batch, in its order, whatever their shape and type."""
+        for part in tensors(self.now.batch):
+            if part.numel() == one.numel() and torch.equal(part.detach().flatten().to(one), one.detach().flatten()):
+                return True
+        return False
+
+    def row_of(self, at: int, *, of_val: bool = False) -> int:
+        """Which row of the data a row of the sample is; of a loader, which it is of what was read."""
+        loader = self.run.validation.loader if of_val else self.run.train
+        source = loader.source if isinstance(loader, Loader) else None
+        return int(rows_looked_at(source)[at]) if isinstance(source, Arrays) else at
 
     @cached_property
     def sample(self) -> tuple[list[Tensor], Tensor | None] | None:

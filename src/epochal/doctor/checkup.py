@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from epochal.doctor.case import Case, noted
 from epochal.doctor.finding import Finding, Seen, is_ignored, look, ordered
 from epochal.doctor.probing import Probe
 from epochal.doctor.raised import as_finding, of_anything, of_batch, of_error
-from epochal.doctor.rules.symptoms import stands_still
+from epochal.doctor.rules.symptoms import LEAST, stands_still
 from epochal.doctor.trace import Trace
 from epochal.doctor.trial import SECONDS, VAL, Trial
 from epochal.errors import EpochalError, FaultError, NonFiniteError
@@ -90,7 +90,7 @@ class Checkup:
         self.found += trial.found
         probe = Probe(self.plan, case, trial)
         if is_own:
-            self._of_own_step(case, trial)
+            case.passes = trial.vitals.case.passes if trial.vitals.case is not None else []
         elif case.passes:
             self._look("dependence", probe)
             self._look("probe", probe)
@@ -98,7 +98,7 @@ class Checkup:
         is_known = any(one.stage == "trial" and one.level != "info" for one in self.found) or stands_still(trial.vitals)
         if not is_known and not is_own:
             self._look("capacity", probe)
-        self._tell_what_is_left_out()
+        self._tell_what_is_left_out(trial)
         if isinstance(trial.error, NonFiniteError):
             self.found = _proved(self.found)
         if trial.last < 0.5 * trial.first:
@@ -120,8 +120,11 @@ class Checkup:
                 if (batch := next(batches, None)) is None:
                     break
                 batch = devices.move(batch, run.setting.device)
+                given = batch
+                with suppress(Exception):  # what cannot be copied is read once more by each that needs it
+                    given = copy.deepcopy(batch)
                 with Trace(case.model) as trace, run.setting.autocast:
-                    loss = case.objective(case.model, copy.deepcopy(batch))
+                    loss = case.objective(case.model, given)
             except Exception as error:
                 is_read = batch is not None or isinstance(error, EpochalError)
                 ended = of_batch(case, error, batch, number) if is_read else [
@@ -145,30 +148,26 @@ class Checkup:
         left = max(0.3, TRIALS_UNTIL - self.seconds)
         return Trial(self.plan, (), seconds=min(SECONDS, left), **(WITHOUT_VAL if is_long else {}))
 
-    def _of_own_step(self, case: Case, trial: Trial) -> None:
-        """What a step of the user's has done, and what ended it."""
-        if trial.vitals.case is not None:
-            case.passes = trial.vitals.case.passes
-        if trial.error is not None and not isinstance(trial.error, FaultError):
-            self.found += of_batch(case, trial.error, None, len(trial.losses))
-
     def _of_trial(self, case: Case, trial: Trial) -> list[Finding]:
         """What ended it, or why it went badly, where nothing that was found explains it."""
         if isinstance(trial.error, FaultError) or any(one.level == "error" for one in self.found):
             return []
         if trial.error is not None and not isinstance(trial.error, NonFiniteError):
-            return of_error(trial.error) if isinstance(trial.error, EpochalError) else []
+            return of_batch(case, trial.error, None, len(trial.losses))
         explained = any(one.level != "info" and one.stage not in ("capacity", "symptom") for one in self.found)
         if not rates.is_bad(trial) or self.plan.step is not None or explained:
             return []
         return rates.causes(self.plan, case, trial, self.began + TRIALS_UNTIL)
 
-    def _tell_what_is_left_out(self) -> None:
-        if self.left_out:
+    def _tell_what_is_left_out(self, trial: Trial) -> None:
+        left_out = ", ".join(dict.fromkeys(self.left_out))
+        told = [f"{len(self.left_out)} rules have not looked"] if left_out else []
+        told += [f"of a training on a copy only {trial.cut} updates"] if 0 < trial.cut < LEAST else []
+        if told:
             seen = Seen(
-                "the check ran out of time: some rules have not looked.",
-                f"{len(self.left_out)} rules, after {self.seconds:.0f} s",
-                ", ".join(dict.fromkeys(self.left_out)),
+                "the check ran out of time: it has not seen all.",
+                f"{', '.join(told)}, after {self.seconds:.0f} s",
+                left_out or "how the loss goes on",
                 "train, and look at what is told; or check with smaller data or a smaller model",
             )
             self.found.append(as_finding("out-of-time", seen, stage="other"))

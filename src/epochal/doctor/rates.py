@@ -54,7 +54,7 @@ def _change(case: Case, trial: Trial) -> float:
 
 
 def _of_rates(case: Case, trial: Trial, others: dict[float, Trial]) -> list[Finding]:
-    rate = float(case.optimizer.param_groups[0]["lr"]) if case.optimizer is not None else math.nan
+    rate = float(case.optimizer.param_groups[0].get("lr", math.nan)) if case.optimizer is not None else math.nan
     lower = [one for factor, one in others.items() if factor < 1]
     starts = [one.losses[0] for one in (trial, *lower) if one.losses and math.isfinite(one.losses[0])]
     start = starts[0] if starts else math.nan

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_function_stack
 from torch.nn import functional
 from torch.nn.modules import module as modules
 from torch.nn.modules.loss import _Loss
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 
 # torch's losses as they are called, by the names of epochal.
 LOSSES: dict[Callable, str] = {
@@ -29,10 +31,6 @@ LOSSES: dict[Callable, str] = {
 }  # fmt: skip
 _BINARY = {"add", "sub", "rsub", "mul", "div", "__rsub__", "__radd__", "__rmul__", "square_difference", "subtract"}
 _ASKED = {"gt", "ge", "lt", "le", "__gt__", "__ge__", "round", "argmax", "eq", "__eq__", "ne"}
-_SHAPES = {
-    "View", "UnsafeView", "Reshape", "ReshapeAlias", "Squeeze", "Unsqueeze", "T", "Transpose", "Permute", "Clone",
-    "Expand", "ToCopy", "Alias", "Slice", "Select", "Split", "Unbind",
-}  # fmt: skip
 _OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
 
@@ -99,52 +97,77 @@ class Trace(TorchFunctionMode):
         self.dropped: list[tuple[str, float]] = []  # where dropout is called, and with which p
         self.thresholds: list[Operation] = []
         self._handles: list[Any] = []
+        self._paths: dict[int, tuple[str, nn.Module]] = {}
         self._running: list[str] = []
-        self._versions: dict[str, list[tuple[Tensor | None, int]]] = {}
+        self._given: dict[str, list[tuple[Tensor | None, int]]] = {}
         self._depth = 0  # of modules that run, where they are left alone
+        self._height = -1  # of the stack of modes, where this one was taken off it
         self._thread = threading.get_ident()
-        self._is_on = self._is_over = False
+        self._is_over = False
 
     def __enter__(self) -> Trace:
         for path, module in self.model.named_modules():
-            if not self.full and not (module.training or any(p.requires_grad for p in module.parameters())):
-                continue
-            with suppress(Exception):  # a module may refuse to be watched
-                self._handles.append(module.register_forward_pre_hook(self._entering(path), with_kwargs=True))
-                self._handles.append(module.register_forward_hook(self._ending(path), with_kwargs=True))
-        if not self.full:
-            self._handles.append(modules.register_module_forward_pre_hook(self._goes_in))
-            self._handles.append(modules.register_module_forward_hook(self._comes_out, always_call=True))
-        self._switch(True)
-        return self
+            if self.full or module.training or any(p.requires_grad for p in module.parameters()):
+                self._paths[id(module)] = path, module
+        if not any(type(module).__name__ == "OptimizedModule" for _, module in self._paths.values()):
+            self._watch_layers()
+        return super().__enter__()
+
+    def _watch_layers(self) -> None:
+        """By hooks of all modules, and none of the model's own: a copy that is made meanwhile takes none along."""
+        self._handles.append(modules.register_module_forward_pre_hook(self._goes_in))
+        self._handles.append(modules.register_module_forward_hook(self._comes_out, with_kwargs=True, always_call=True))
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
-        self._switch(False)
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
+            modules._global_forward_hooks_with_kwargs.pop(handle.id, None)  # which torch forgets
+        if self._height < 0:
+            self._take_off()
 
-    def _switch(self, on: bool) -> None:
-        if on is not self._is_on:
-            super().__enter__() if on else super().__exit__(None, None, None)
-            self._is_on = on
-
-    def _is_watched(self, module: nn.Module) -> bool:
-        return not isinstance(module, _Loss) and threading.get_ident() == self._thread
+    def _take_off(self) -> None:
+        """Leaves the stack of modes, whatever of the user's is above."""
+        above = []
+        while (mode := _get_current_function_mode()) is not None and mode is not self:
+            above.append(_pop_mode())
+        if mode is self:
+            _pop_mode()
+        for mode in reversed(above):
+            _push_mode(mode)
 
     def _goes_in(self, module: nn.Module, args: Any) -> None:
-        if self._is_watched(module):
+        if threading.get_ident() != self._thread:
+            return
+        with suppress(Exception):
+            path = self._path_of(module)
+            if path is not None and not self._is_over:
+                given = next(tensors(args), None)
+                self._running.append(path)
+                self._given.setdefault(path, []).append((given, version_of(given)))
+        if not self.full and not isinstance(module, _Loss):
             self._depth += 1
             if (
                 _get_current_function_mode() is self
-            ):  # else a mode of the user's is above, or torch is just asking this one
-                self._switch(False)
+            ):  # else one of the user's is above, or torch is just asking this one
+                _pop_mode()
+                self._height = _len_torch_function_stack()
 
-    def _comes_out(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._is_watched(module) and self._depth:
+    def _comes_out(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        with suppress(Exception):
+            path = self._path_of(module)
+            if path is not None and self._given.get(path):  # else it was not entered while it was watched
+                self._note_layer(path, module, (args, kwargs), output)
+        if not self.full and not isinstance(module, _Loss) and self._depth:
             self._depth -= 1
-            if not self._depth:
-                self._switch(True)
+            # Where a mode was put on the stack inside, and is still there, this one stays off it.
+            if not self._depth and _len_torch_function_stack() == self._height:
+                self._height = -1
+                _push_mode(self)
+
+    def _path_of(self, module: nn.Module) -> str | None:
+        return self._paths.get(id(module), (None, None))[0]
 
     def stop(self) -> None:
         """Notes nothing more, and lets go of what fills memory."""
@@ -153,7 +176,8 @@ class Trace(TorchFunctionMode):
             kept.clear()
         self.cut_off.clear()
         self.layers = [layer._replace(input=None, output=None) for layer in self.layers]
-        self._versions.clear()
+        self._given.clear()
+        self._running.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
@@ -205,27 +229,14 @@ class Trace(TorchFunctionMode):
             is_weighted = name in ("bce", "bce_with_logits") and weight is not None
             self.calls.append(Call(name, outputs, targets, str(reduction), result, line(), ignored, is_weighted))
 
-    def _entering(self, path: str) -> Callable:
-        def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            with suppress(Exception):
-                if not self._is_over:
-                    given = next(tensors((args, kwargs)), None)
-                    self._running.append(path)
-                    self._versions.setdefault(path, []).append((given, _version(given)))
-
-        return enter
-
-    def _ending(self, path: str) -> Callable:
-        def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            with suppress(Exception):
-                if not self._is_over and self._versions.get(path):  # it was not entered before it was watched
-                    self._note_layer(path, module, output)
-
-        return end
-
-    def _note_layer(self, path: str, module: nn.Module, output: Any) -> None:
-        given, version = self._versions[path].pop()
+    def _note_layer(self, path: str, module: nn.Module, arguments: Any, output: Any) -> None:
+        given, version = self._given[path].pop()
         self._running.pop()
+        if output is None or self._is_over:  # an error went through it
+            return
+        if given is None:  # all were given by name
+            given = next(tensors(arguments), None)
+            version = version_of(given)
         made = list(islice(tensors(output), 64))
         shape, ids = tuple(given.shape) if given is not None else (), frozenset(map(id, made))
         layer = Layer(path, module, module.training, shape, ids)
@@ -234,12 +245,13 @@ class Trace(TorchFunctionMode):
             return
         if isinstance(module, nn.RNN) and isinstance(output, tuple) and module.nonlinearity == "tanh":
             self.ends[f"{path} (RNN)"] = at_ends(next(iter(made)), "tanh")
-        after = _version(made[0]) if made else 0
+        after = version_of(made[0]) if made else 0
         layer = layer._replace(input=given, output=output, input_version=version, output_version=after)
         self.layers.append(layer)
 
 
-def _version(tensor: Tensor | None) -> int:
+def version_of(tensor: Tensor | None) -> int:
+    """How often its memory was changed; 0 of what does not count it."""
     return tensor._version if tensor is not None and not tensor.is_inference() else 0
 
 
@@ -266,85 +278,21 @@ def at_ends(result: Tensor, name: str) -> float:
     return ((values < low + 0.01) | (values > 0.99)).float().mean().item() if values.numel() else 0.0
 
 
-def softmax_of(tensor: Tensor) -> tuple[str, int, tuple[int, ...]] | None:
-    """Of what a softmax made: its name, its dimension, and the shape of its result. (What the graph has saved is not
-    touched: to get it back may run a checkpoint again.)
-    """
-    node = maker(tensor)
-    if node is None or _operation(node) not in ("Softmax", "LogSoftmax"):
-        return None
-    shape = tuple(node._input_metadata[0].shape)
-    dim = int(node._saved_dim)
-    return _operation(node), (dim - 2**64 if dim >= 2**63 else dim) % max(1, len(shape)), shape
-
-
 def tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    """The tensors in a structure, in order."""
+    """The tensors in a structure, in order; no code of a class of the user's is run for it."""
     if isinstance(value, Tensor):
         yield value
     elif depth > 8:
         return
-    elif isinstance(value, Mapping):
-        for part in value.values():
+    elif isinstance(value, dict | UserDict):
+        for part in dict.values(value if isinstance(value, dict) else value.data):
             yield from tensors(part, depth + 1)
     elif isinstance(value, list | tuple):
-        for part in value:
+        for part in list.__iter__(value) if isinstance(value, list) else tuple.__iter__(value):
             yield from tensors(part, depth + 1)
     elif hasattr(value, "__dataclass_fields__"):
         for name in value.__dataclass_fields__:
             yield from tensors(getattr(value, name, None), depth + 1)
-
-
-def maker(tensor: Tensor, past: Sequence[str] = ()) -> Any:
-    """The node of the graph that made its numbers, past what only changes its shape; None of a leaf.
-
-    past: names of more operations that do not count.
-    """
-    node = tensor.grad_fn
-    while node is not None and (_operation(node) in _SHAPES or _operation(node) in past):
-        before = [one for one, _ in node.next_functions if one is not None]
-        if len(before) != 1:
-            return node
-        node = before[0]
-    return node
-
-
-def made_by(tensor: Tensor, past: Sequence[str] = ()) -> str:
-    """The name of the operation that made it, ``Softmax`` say; empty of a leaf."""
-    node = maker(tensor, past)
-    return "" if node is None else _operation(node)
-
-
-def _operation(node: Any) -> str:
-    return node.name().rstrip("0123456789").removesuffix("Backward")
-
-
-def leaves(tensor: Tensor) -> tuple[set[int], bool]:
-    """The ids of all tensors that a backward pass from here gives a gradient, and whether more may be hidden: a
-    function of somebody's own, as a reentrant checkpoint is, can go back to tensors that the graph does not show.
-    """
-    nodes = list(_graph(tensor))
-    is_opaque = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes)
-    return set(map(id, ends(tensor))), is_opaque
-
-
-def ends(tensor: Tensor) -> list[Tensor]:
-    """The tensors that a backward pass from here gives a gradient."""
-    if tensor.grad_fn is None:
-        return [tensor] if tensor.requires_grad else []
-    return [node.variable for node in _graph(tensor) if getattr(node, "variable", None) is not None]
-
-
-def _graph(tensor: Tensor) -> Iterator[Any]:
-    """The nodes that a backward pass from here goes through."""
-    seen, ahead = set(), [tensor.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        ahead += [one for one, _ in node.next_functions]
 
 
 def place() -> str:
@@ -368,8 +316,8 @@ def line() -> str:
 
 
 def _is_users(frame: FrameType) -> bool:
-    name = frame.f_code.co_filename
-    return name.endswith(".py") and not name.startswith(_OURS)
+    name = frame.f_code.co_filename  # "<ipython-input-3-...>" in a notebook
+    return not name.startswith((*_OURS, "<frozen", "<string>"))
 
 
 def _told(frame: FrameType | None) -> str:

@@ -40,7 +40,8 @@ class Trial:
     ):
         self.error: Exception | None = None
         self.rows: list[Mapping[str, Any]] = []
-        self.factor, self.vitals, self.findings = factor, Vitals(), []
+        self.factor, self.vitals = factor, Vitals()
+        self.cut = 0  # updates after which it ran out of time
         self.model: nn.Module | None = None
         self.run: Run | None = None
         began, plan = time.perf_counter(), copied(plan, compile=False, **changes)
@@ -57,7 +58,9 @@ class Trial:
                         self.rows.append(event.row)
                     elif isinstance(event, StepDone):
                         spent = time.perf_counter() - began
-                        if event.step >= updates or spent + spent / event.step > seconds:  # with the next one
+                        if spent + spent / event.step > seconds:  # with the next one
+                            self.cut = event.step
+                        if event.step >= updates or self.cut:
                             break
         except Exception as error:
             self.error = error

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from epochal.doctor import finding
-from epochal.doctor.calls import MOST, Loop, parts_of
+from epochal.doctor.calls import MOST, Loop, own, parts_of
 from epochal.doctor.case import Case, Pass, noted
 from epochal.doctor.finding import Finding, look
 from epochal.doctor.rules.symptoms import goes_well, is_stalled
@@ -63,6 +64,7 @@ class Look:
     shares: Sequence[tuple[float, int]] = ()
     micro_batches: int = 1
     shrunk: float = 0.0  # how many times smaller a gradient is at the optimizer's step than it arrived
+    is_rescaled: bool = False  # whether gradients were changed in between
 
     @property
     def has_moved(self) -> bool:
@@ -125,7 +127,7 @@ class Watch:
         self.vitals = Vitals(case=self.case)
         self.found: list[Finding] = []
         self.told: list[Finding] = []
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, set[int]] = {}  # updates in which a code was found
         self._codes: set[str] = set()
         self._rows_due = 0
         self._proved: FaultError | None = None
@@ -133,7 +135,7 @@ class Watch:
         self._names = list(self.case.trained.items())
         self.due: float = 0  # the next update that is looked at
         self._losses, self._norms = self.vitals.losses.new, self.vitals.norms.new
-        self.used: dict[int, tuple[int, int]] = {}  # gradients as the last update of a user's step left them
+        self.used: dict[int, tuple[ref[Tensor], int]] = {}  # gradients as the last update of a user's step left them
 
     @property
     def _first(self) -> int:
@@ -148,8 +150,9 @@ class Watch:
         given = [one for one in (plan.loss, plan.objective, plan.step) if one is not None]
         every = [*self.case.model.modules(), *given, *(part for one in given for part in parts_of(one))]
         return any(
-            type(part).__name__ == "OptimizedModule" or hasattr(part, "_torchdynamo_orig_callable") for part in every
-        )
+            type(part).__name__ == "OptimizedModule" or "_torchdynamo_orig_callable" in own(part)
+            or own(part).get("_compiled_call_impl") is not None for part in every
+        )  # fmt: skip
 
     def begin(self) -> None:
         """Raises what can be proved before anything is read or trained."""
@@ -190,8 +193,9 @@ class Watch:
         if number > EVERY and self.dense is None and goes_well(self.vitals.read()):
             self._next(number)
             return step(state, window)
-        is_first = number < self._first and not (self._is_compiled and number) and not self._has_compiled_parts
+        is_first = False
         with self.quietly():
+            is_first = number < self._first and not (self._is_compiled and number) and not self._has_compiled_parts
             parts = [(name, p, _part(p)) for name, p in self._names]
             before = [part.clone() for _, _, part in parts]
         result, seen = self._step_seen(step, state, window) if is_first else (step(state, window), None)
@@ -211,7 +215,11 @@ class Watch:
             if not self._is_own:
                 with self._objective_seen():
                     return step(state, window), None
-            seen = Loop(self, step)
+            seen = None
+            with self.quietly():
+                seen = Loop(self).begin()
+            if seen is None:
+                return step(state, window), None
             with seen:
                 result = step(state, window)
             if self._proved is not None:  # the step has caught it
@@ -283,12 +291,13 @@ class Watch:
                 self.account(one)
 
     def account(self, one: Finding) -> None:
-        """Raises what is an error; tells a warning when it was seen often enough."""
+        """Raises what is an error; tells a warning when it was seen in enough updates."""
         if one.level == "error":
             self._proved = FaultError.of(one)
             raise self._proved
-        self._counts[one.code] = self._counts.get(one.code, 0) + 1
-        if one.level == "warning" and self._counts[one.code] >= PERSISTENT:
+        updates = self._counts.setdefault(one.code, set())
+        updates.add(self.case.run.state.progress.step)
+        if one.level == "warning" and len(updates) >= PERSISTENT:
             self._tell(one)
 
     def _judge(self, seen: Look, number: int) -> None:
@@ -331,7 +340,7 @@ def _measured(
     told = torch.stack([one.float() for one in (*numbers, *idle)]).tolist() if numbers else []
     count = len(names)
     sizes = dict(zip(plain, told[2 * count : 2 * count + len(plain)]))
-    rate = float(state.optimizer.param_groups[0]["lr"]) if state.optimizer is not None else math.nan
+    rate = float(state.optimizer.param_groups[0].get("lr", math.nan)) if state.optimizer is not None else math.nan
     half = {name: (g, change, part) for (name, _, part), g, change in zip(parts, gradients, changes)
             if part.dtype in (torch.bfloat16, torch.float16) and g is not None and g.shape == change.shape}  # fmt: skip
     lost = {
@@ -353,5 +362,6 @@ def _measured(
         seen.ends(look.has_moved)
         look.is_own, look.events, look.shares, look.micro_batches = True, seen.events, seen.shares, seen.micro_batches
         look.reaches = seen.is_opaque or any(id(p) in seen.reached for _, p, _ in parts)
-        look.climb, look.shrunk = seen.climb(changes, parts), seen.shrunk()
+        look.climb, look.shrunk = seen.climb(changes, parts, result.loss), seen.shrunk()
+        look.is_rescaled = seen.is_rescaled
     return look

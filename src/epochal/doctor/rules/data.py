@@ -226,7 +226,7 @@ def nonfinite_inputs(case: Case) -> Iterator[Seen]:
             yield Seen(
                 "the inputs of val hold values that are not finite.",
                 f"{len(rows)} of {len(part)} rows that were looked at",
-                f"val as it is read, rows {', '.join(map(str, rows[:8]))}; {case.place}",
+                f"val, rows {', '.join(str(case.row_of(row, of_val=True)) for row in rows[:8])}; {case.place}",
                 "leave these rows out, or fill them: val_loss is NaN with them, and no epoch is the best",
                 level="warning",
             )
@@ -256,7 +256,7 @@ def _nonfinite(case: Case, parts: Sequence[Tensor], what: str) -> Iterator[Seen]
                 f"{len(rows)} of {len(part)} rows that were looked at",
                 f"{what}{f' {number}' if len(parts) > 1 else ''} of train"
                 f"{' without val' if isinstance(case.plan.val, float) else ''}, "
-                f"rows {', '.join(map(str, rows[:8]))}; {case.place}",
+                f"rows {', '.join(str(case.row_of(row)) for row in rows[:8])}; {case.place}",
                 "leave these rows out, or fill them: torch.nan_to_num(X), with the mean of the column say",
             )
             return

@@ -62,6 +62,7 @@ def step_without_effect(seen: Look) -> Iterator[Seen]:
     """
     if seen.has_moved or not seen.applied or not seen.is_own or any(detached_step(seen)):
         return
+    is_empty = 0 < seen.events.count("step") == seen.events.count("empty step")
     order = ", ".join(seen.events) or "no backward and no optimizer.step()"
     if "foreign step" in seen.events and not seen.reaches:
         yield Seen(
@@ -69,10 +70,11 @@ def step_without_effect(seen: Look) -> Iterator[Seen]:
             f"no backward pass reached a weight of it, and none moved in update {seen.step}",
             f"step=, in this order: {order}",
             "call state.model in the step, and make the optimizer over its parameters()",
+            level="warning",  # which may have its turn later
         )
     if "foreign step" in seen.events:
         return
-    if "empty step" in seen.events:
+    if is_empty:
         yield Seen(
             "the optimizer steps when no parameter has a gradient.",
             f"no weight moved in update {seen.step}",
@@ -89,12 +91,12 @@ def step_without_effect(seen: Look) -> Iterator[Seen]:
         )
 
 
-@rule("foreign-parameters", "error", "step")
+@rule("foreign-parameters", "warning", "step")
 def foreign_step(seen: Look) -> Iterator[Seen]:
     """The optimizer of the step moves tensors that the model does not compute with: the model was copied or rebuilt.
 
-    Watches a step of the user's: an optimizer steps that holds no parameter of the plan's model, and no weight of the
-    model moves.
+    Watches a step of the user's: an optimizer steps that holds no parameter of the plan's model, no other one does, and
+    no weight of the model moves.
     """
     if "foreign step" in seen.events and not seen.has_moved and seen.reaches:
         yield Seen(
@@ -124,7 +126,8 @@ def schedule_before_step(seen: Look) -> Iterator[Seen]:
 def update_climbs(seen: Look) -> Iterator[Seen]:
     """The weights move along the gradient, not against it: every update makes the loss larger.
 
-    Watches a step of the user's: the cosine between the change of the weights and the gradient is above 0.5.
+    Watches a step of the user's: the cosine between the change of the weights and the gradient is above 0.5, and what
+    went back has the sign of the loss that is reported.
     """
     if seen.is_own and seen.climb > 0.5:
         yield Seen(
@@ -145,6 +148,8 @@ def unscaled_accumulation(seen: Look) -> Iterator[Seen]:
     """
     shares, parts = seen.shares, max(seen.micro_batches, seen.passes)
     is_known = 1 < seen.micro_batches == len(shares)
+    if seen.is_rescaled and (not is_known or abs(seen.shrunk - len(shares)) < 0.05 * len(shares)):
+        return  # the gradients were divided
     is_divided = seen.micro_batches > 1 or parts == seen.forwards > 2  # and not several losses of one pass
     if not is_known and is_divided and abs(seen.summed - parts) < 0.02 * parts:
         yield Seen(
@@ -164,6 +169,7 @@ def unscaled_accumulation(seen: Look) -> Iterator[Seen]:
             f"the factors of {len(shares)} backward passes make {total:.4g} (1 is the mean)",
             f"step=, update {seen.step}",
             "divide: (loss / len(window.batches)).backward(), or by samples, size / window.samples",
+            level="warning" if seen.is_rescaled else None,
         )
     elif is_even and abs(total - 1) < 1e-3 and min(counts) > 0 and max(counts) > 1.5 * min(counts):
         yield Seen(
@@ -236,11 +242,14 @@ def symmetric_init(seen: Look) -> Iterator[Seen]:
     Looks at the weights of each layer in the first update: rows that are equal, and whose gradients are equal, too
     (or all 0, of a layer beside others that are), or whose results count the same for the next layer. A layer that
     begins at 0 on purpose (the last of a residual branch, the B of LoRA, a head) gets gradients that differ, and is not
-    told.
+    told; nor is a last layer of zeros, whose first batch may have none of several labels.
     """
     after = _read_alike(seen)
+    last = next(reversed([name for name, (weight, _) in seen.begun.items() if weight.dim() > 1]), None)
     for name, (weight, gradient) in seen.begun.items():
         if weight.dim() < 2 or weight.shape[0] < 2 or weight[0].numel() < 2 or gradient is None or gradient.is_sparse:
+            continue
+        if name == last and not bool(weight.any()) and bool(gradient.any()):
             continue
         rows, slopes = weight.flatten(1), gradient.flatten(1)
         largest = slopes.abs().max()

@@ -12,25 +12,34 @@ from torch import Tensor
 from epochal import losses
 from epochal.doctor.case import Case, is_custom
 from epochal.doctor.finding import Seen, rule
+from epochal.doctor.graph import operations_between
 from epochal.doctor.rules.scores import scores_of
-from epochal.doctor.trace import tensors
+from epochal.doctor.trace import Operation, tensors
 
 if TYPE_CHECKING:
     from epochal.doctor.probing import Probe
+
+# What autograd calls operations on each number, and means and sums over all of them.
+EACH = {
+    "MeanBackward0", "SumBackward0", "PowBackward0", "AbsBackward0", "MulBackward0", "DivBackward0", "AddBackward0",
+    "SubBackward0", "NegBackward0", "SqrtBackward0", "ExpBackward0", "LogBackward0", "ClampBackward1", "WhereBackward0",
+}  # fmt: skip
 
 
 @rule("broadcast-loss", "error", "batch")
 def broadcast_loss(case: Case) -> Iterator[Seen]:
     """Outputs (n,) and targets (n, 1) are compared each with each: the loss is that of predicting the mean for all.
 
-    Looks at every loss of torch's, whose shapes have to be the same, and at every sum, difference and product inside a
-    user's own: one side is made by the model, the other is not trained, their shapes differ by a last dimension of 1,
-    and the result is (n, n).
+    Looks at every loss of torch's, whose shapes have to be the same, where both sides have the samples; and at every
+    sum, difference and product inside a user's own: one side is made by the model, the other is not trained, their
+    shapes differ by a last dimension of 1, and the result is (n, n). An error where the other side is a part of the
+    batch, and what comes of it is a mean or a sum over all.
     """
     for call in case.now.calls:
         shapes = tuple(call.outputs.shape), tuple(call.targets.shape)
         is_meant = call.reduction == "none" and call.outputs.dim() == call.targets.dim()  # each with each, by views
-        if call.name in losses.ELEMENTWISE and shapes[0] != shapes[1] and call.targets.numel() > 1 and not is_meant:
+        has_samples = case.now.samples in call.targets.shape
+        if call.name in losses.ELEMENTWISE and shapes[0] != shapes[1] and has_samples and not is_meant:
             yield Seen(
                 f"{call.name} compares outputs and targets of different shapes.",
                 f"outputs {shapes[0]}, targets {shapes[1]}: they have to be the same",
@@ -45,8 +54,16 @@ def broadcast_loss(case: Case) -> Iterator[Seen]:
             f"{first} and {second} made {tuple(one.result.shape)}",
             case.at(one.place),
             "give both the same shape, for example targets.reshape(outputs.shape)",
+            level=None if _is_of_all(case, one) else "warning",
         )
         return
+
+
+def _is_of_all(case: Case, one: Operation) -> bool:
+    """Whether targets are compared, and the loss is a mean or a sum of functions of each comparison."""
+    other = next(part for part in one.inputs if not part.requires_grad)
+    between = operations_between(case.now.value, one.result)
+    return case.is_given(other) and between is not None and between <= EACH
 
 
 @rule("detached-loss", "error", "batch")

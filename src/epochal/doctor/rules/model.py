@@ -155,7 +155,10 @@ def lone_sample(case: Case) -> str | None:
     size = loader.batch_size if loader is not None else getattr(train, "batch_size", None)
     if train.samples is None or not size or size < 2 or case.run.setting.in_step:
         return None
-    return f"{train.samples} samples in batches of {size} leave 1" if train.samples % size == 1 else None
+    planned = case.run.started.steps
+    is_reached = not planned or planned * case.run.accumulate > train.samples // size
+    leaves_one = train.samples % size == 1 and is_reached
+    return f"{train.samples} samples in batches of {size} leave 1" if leaves_one else None
 
 
 @rule("tiny-batch-norm", "warning", "batch")

@@ -24,9 +24,9 @@ def absurd_lr(case: Case) -> Iterator[Seen]:
     """
     groups = case.optimizer.param_groups if case.optimizer is not None else []
     highest = HIGHEST if isinstance(case.optimizer, ADAMS) else HIGHEST_OF_OTHERS
-    rates, told = [float(group["lr"]) for group in groups], None  # a schedule has been applied to them
+    rates, told = [float(group["lr"]) for group in groups if "lr" in group], None  # a schedule was applied to them
     if rates and max(rates) <= 0 and case.run.state.schedule is None:
-        is_own = case.own_optimizer is not None  # whose rate may rise from update to update
+        is_own = case.plan.step is not None  # which may set the rate from update to update
         told = 0.0, "nothing is trained", "warning" if is_own else "error"
     elif rates and max(rates) > highest:
         told = max(rates), f"{highest:g} at most", "warning"

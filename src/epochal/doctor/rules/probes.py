@@ -43,15 +43,18 @@ def eval_in_train_mode(probe: Probe) -> Iterator[Seen]:
     """In train mode dropout draws and batch norm looks at the batch: what is validated is not the model that is used.
 
     Puts the copy into eval mode, and looks at the layers whose mode matters as they run: none may be in train mode. A
-    ``train`` of the user's own that does not take the mode, or a forward that sets it, is to blame.
+    ``train`` of the user's own that does not take the mode (a warning, for it may be meant so), or a forward that sets
+    it, is to blame.
     """
     found = [layer for layer in probe.evaluated.layers if layer.is_training and _depends_on_mode(layer.module)]
     if found:
+        is_meant = any(type(one).train is not nn.Module.train for one in (*probe.model.modules(), found[0].module))
         yield Seen(
             "layers stay in train mode when the model is evaluated.",
             f"{len(found)} of the layers whose mode matters, after model.eval()",
             f"{found[0].path} ({type(found[0].module).__name__}) and so on",
             "leave train() and eval() to nn.Module: def train(self, mode=True): super().train(mode); return self",
+            level="warning" if is_meant else None,  # as of a dropout that estimates how sure it is
         )
 
 
@@ -129,6 +132,7 @@ def causal_leak(probe: Probe) -> Iterator[Seen]:
                 f"all of {inputs.numel()} entries of the first batch are equal",
                 probe.case.place,
                 "move them by one place: inputs = x[:, :-1], targets = x[:, 1:]",
+                level="warning",  # it may be an autoencoder of single places
             )
         return
     moved = [at for at in range(1, inputs.dim()) if _is_moved(inputs, targets, at)]

@@ -10,14 +10,15 @@ from torch import Tensor
 from epochal import losses
 from epochal.doctor.case import Case, is_custom, made_last
 from epochal.doctor.finding import Seen, rule
-from epochal.doctor.trace import Call, made_by, maker, tensors
+from epochal.doctor.graph import made_by, maker, softmax_of
+from epochal.doctor.trace import Call, tensors
 
 ROWS = 4  # a batch of fewer rows proves nothing
 SUM = 1e-3  # how far from 1 a sum of probabilities may lie
 RANGES = {  # what an activation can give at all
     "Sigmoid": (0.0, 1.0), "Hardsigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0),
     "Relu": (0.0, math.inf), "Softplus": (0.0, math.inf), "LogSigmoid": (-math.inf, 0.0),
-    "LogSoftmax": (-math.inf, 0.0), "Exp": (0.0, math.inf), "Hardtanh": (-1.0, 6.0), "Elu": (-1.0, math.inf),
+    "LogSoftmax": (-math.inf, 0.0), "Exp": (0.0, math.inf),
 }  # fmt: skip
 UNBOUNDED = ("Addmm", "Convolution", "Mm", "Relu", "LeakyRelu", "Hardtanh", "Softplus", "Gelu", "Elu", "Silu")
 REGRESSION = losses.ELEMENTWISE - losses.BINARY
@@ -29,11 +30,26 @@ def scores_of(outputs: Tensor) -> Tensor:
     return outputs if outputs.dim() < 3 else outputs.movedim(1, -1).flatten(0, -2)
 
 
+def range_of(outputs: Tensor) -> tuple[float, float] | None:
+    """What the activation that made them can give at all; None where there is none, or it can give everything."""
+    node, name = maker(outputs), made_by(outputs)
+    if name == "Hardtanh":  # a ReLU6, too
+        return float(node._saved_min_val), float(node._saved_max_val)
+    if name == "Elu":  # a SELU, too
+        return -float(node._saved_alpha) * float(node._saved_scale), math.inf
+    return RANGES.get(name)
+
+
 def _are_probabilities(outputs: Tensor) -> bool:
     rows = scores_of(outputs).float()
     if rows.dim() != 2 or rows.shape[0] < ROWS or rows.shape[1] < 2:
         return False
     return bool((rows >= 0).all() and ((rows.sum(1) - 1).abs() < SUM).all())
+
+
+def _is_models(case: Case, call: Call) -> bool:
+    """Whether the model made the scores as the loss gets them."""
+    return any(maker(one) is maker(call.outputs) for one in tensors(case.now.outputs) if one.requires_grad)
 
 
 def _made(case: Case, call: Call) -> str:
@@ -61,7 +77,9 @@ def softmax_before_loss(case: Case) -> Iterator[Seen]:
                 f"the rows of {tuple(call.outputs.shape)} are not negative and sum to 1 within {SUM}",
                 _made(case, call),
                 "leave the softmax out of the model (and take it where you predict), or give its logarithm to "
-                'loss="nll"',
+                'loss="nll"'
+                if _is_models(case, call)
+                else "give the scores themselves to cross_entropy",
             )
         elif made_by(call.outputs) == "LogSoftmax":
             yield Seen(
@@ -78,11 +96,15 @@ def nll_without_log_softmax(case: Case) -> Iterator[Seen]:
     """NLLLoss only picks numbers out: of anything but logarithms of probabilities it is no likelihood, and falls
     without end.
 
-    Looks at what nll_loss gets: an entry above 0, or rows whose exponentials do not sum to 1 within 0.01.
+    Looks at what nll_loss gets: an entry above 0, or rows whose exponentials do not sum to 1 within 0.01; not at what
+    a log_softmax made.
     """
     for call in case.now.calls:
         if call.name != "nll" or scores_of(call.outputs).dim() != 2:
             continue
+        made = softmax_of(call.outputs)
+        if made is not None and made[0] == "LogSoftmax" and made[2] and made[1] == min(1, len(made[2]) - 1):
+            continue  # half precision rounds its sums
         rows = scores_of(call.outputs).float()
         highest, off = rows.max().item(), (rows.exp().sum(1) - 1).abs().max().item()
         if highest > 1e-4 or off > 1e-2:
@@ -185,9 +207,10 @@ def unreachable_targets(case: Case) -> Iterator[Seen]:
     """
     for call in case.now.calls:
         name = made_by(call.outputs)
-        if call.name not in (REGRESSION | {"bce"}) or name not in RANGES or call.outputs.shape != call.targets.shape:
+        reach = range_of(call.outputs)
+        if call.name not in (REGRESSION | {"bce"}) or reach is None or call.outputs.shape != call.targets.shape:
             continue
-        low, high = RANGES[name]
+        low, high = reach
         every = case.sample[1] if case.sample is not None and case.sample[1] is not None else call.targets
         every = every if every.is_floating_point() and every.shape[1:] == call.targets.shape[1:] else call.targets
         outside = ((every < low - 1e-4) | (every > high + 1e-4)).float().mean().item()
@@ -213,9 +236,9 @@ def _unreachable_for_own(case: Case) -> Iterator[Seen]:
     for one in case.now.trace.differences:
         outputs, targets = sorted(one.inputs, key=lambda part: not part.requires_grad)
         name = made_by(outputs)
-        if name not in RANGES or not outputs.requires_grad or targets.requires_grad:
+        if (reach := range_of(outputs)) is None or not outputs.requires_grad or targets.requires_grad:
             continue
-        low, high = RANGES[name]
+        low, high = reach
         outside = ((targets < low - 1e-4) | (targets > high + 1e-4)).float().mean().item()
         if outside > 0.05 and _missed(targets, low, high) > 0.01:
             yield Seen(

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from torch import Tensor
+
 from epochal import losses
 from epochal.doctor.case import Case
 from epochal.doctor.finding import Seen, rule
-from epochal.doctor.trace import softmax_of, tensors
+from epochal.doctor.graph import is_transposed, softmax_of
+from epochal.doctor.trace import tensors
 
 
 class Softmax(NamedTuple):
@@ -29,11 +32,13 @@ class Softmax(NamedTuple):
 
 def softmaxes(case: Case) -> Iterator[Softmax]:
     """Those of the last pass: the last ones first, then all that were called."""
-    last = [*tensors(case.now.outputs), *(call.outputs for call in case.now.calls)]
-    for one in {id(one): one for one in last if one.grad_fn is not None}.values():
-        if (made := softmax_of(one)) is not None:
+    outputs = case.now.outputs
+    last = [call.outputs for call in case.now.calls] or ([outputs] if isinstance(outputs, Tensor) else [])
+    for one in {id(one): one for one in [*last, *tensors(outputs)] if one.grad_fn is not None}.values():
+        if (made := softmax_of(one)) is not None and not is_transposed(one):
             name, dim, shape = made
-            yield Softmax(name.lower(), dim, shape, f"{case.output_layer()}, {case.place}", True)
+            is_last = any(one is other for other in last)
+            yield Softmax(name.lower(), dim, shape, f"{case.output_layer()}, {case.place}", is_last)
     for called in case.now.trace.softmaxes:
         if called.result.numel() > 1 and (made := softmax_of(called.result)) is not None:
             _, dim, shape = made

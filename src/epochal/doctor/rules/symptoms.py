@@ -256,8 +256,8 @@ def exploding_gradient(vitals: Vitals) -> Iterator[Seen]:
     """Where the gradient grows from layer to layer, an update of any rate that moves the last layers destroys the
     first.
 
-    Looks at the gradients of weights in three looks in a row, while the loss does not fall: that of the first is more
-    than 1000 times that of the last, each of its size, or the norm of all is above 1000 times that of the weights.
+    Looks at the gradients of weights in three looks in a row, while the loss does not fall: the norm of all of them is
+    above 100 times that of the weights.
     """
     losses = vitals.read()
     if len(losses) < LOOKS or (not is_stalled(losses, 0.9) and all(map(math.isfinite, losses))):

@@ -33,7 +33,7 @@ def target_format(case: Case) -> Iterator[Seen]:
                     f"and go from {targets.min().item():.3g} to {targets.max().item():.3g}",
                     case.at(call.place),
                     'give y.argmax(1) if they are scores; loss="bce_with_logits" if several classes hold at once',
-                    level="warning" if is_less else None,  # samples may be left out, or weighted
+                    level=None if not is_less and case.is_given(targets) else "warning",  # samples may be weighted
                 )
         if call.name in losses.BINARY:
             low, high = targets.min().item(), targets.max().item()
@@ -43,6 +43,7 @@ def target_format(case: Case) -> Iterator[Seen]:
                     f"they go from {low:.3g} to {high:.3g}",
                     case.at(call.place),
                     "give 0.0 and 1.0, for example (y > 0).float()",
+                    level=None if case.is_given(targets) else "warning",  # it may play with them
                 )
 
 
@@ -258,6 +259,7 @@ def _wrong_classes(case: Case) -> Iterator[tuple[str, Seen]]:
         for part in parts:
             if (wrong := losses.wrong_class(part, classes, ignored)) is not None:
                 target, place, fix, code = wrong
+                place = case.row_of(place) if part is whole and part.dim() == 1 else place
                 what = f"a target is outside the {classes} classes that the model gives scores for."
                 yield (
                     code,

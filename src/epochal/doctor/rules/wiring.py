@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,8 @@ from epochal.data.loader import Loader
 from epochal.data.sources import Arrays
 from epochal.doctor.case import NORMS, Case
 from epochal.doctor.finding import Seen, rule
-from epochal.doctor.trace import ends, tensors
+from epochal.doctor.graph import ends
+from epochal.doctor.trace import tensors
 
 TOLD = 4  # names of parameters
 
@@ -76,6 +78,7 @@ def hidden_modules(case: Case) -> Iterator[Seen]:
         and all(id(one) in seen.reached for seen in case.passes[-2:])
     ]  # fmt: skip
     certain = [name for name, one in found if isinstance(one, nn.Parameter)]
+    is_meant = all(re.search(r"\[0\]", name) and "[1]" not in " ".join(certain) for name in certain)
     if certain or (found and case.plan.step is None):
         names = certain or [name for name, _ in found]
         yield Seen(
@@ -83,7 +86,7 @@ def hidden_modules(case: Case) -> Iterator[Seen]:
             f"{len(names)} tensors get a gradient, and are not in model.parameters()",
             f"{named(names)} of {type(case.model).__name__}",
             "keep layers in nn.ModuleList or nn.ModuleDict, and tensors in nn.Parameter",
-            level=None if certain else "warning",
+            level=None if certain and not is_meant else "warning",
         )
 
 
@@ -93,7 +96,7 @@ def foreign_parameters(case: Case) -> Iterator[Seen]:
     made.
 
     Looks at what the optimizer holds and the model does not, and at whether the loss gives it a gradient. What does get
-    one (a learned weight of the loss, say) may be meant so.
+    one (a learned weight of the loss, say) may be meant so; and in a step of the user's, what lies unused for a while.
     """
     if not case.held:
         return
@@ -111,7 +114,7 @@ def foreign_parameters(case: Case) -> Iterator[Seen]:
             f"not in it: {named(missed)}; {case.place}",
             "make the optimizer after the last change of the model, over model.parameters()",
         )
-    elif foreign:
+    elif foreign and case.plan.step is None:
         yield Seen(
             "the optimizer holds parameters that the loss does not depend on, and the model does not have.",
             f"{len(foreign)} of its {len(held)} parameters",
@@ -216,7 +219,8 @@ def foreign_layers(case: Case) -> Iterator[Seen]:
     """
     known = {id(p) for module in case.run.state.modules for p in module.parameters()} | set(case.held)
     known |= {id(one) for _, one in _hidden(case.model)}
-    one, *before = ({id(p): p for out in tensors(seen.outputs) for p in ends(out) if type(p) is nn.Parameter}
+    one, *before = ({id(p): p for out in tensors(seen.outputs) for p in ends(out)
+                     if type(p) is nn.Parameter and p.shape[:1] != (seen.samples,)}  # else it may be the inputs
                     for seen in case.passes[-1:-3:-1])  # fmt: skip
     foreign = [p for key, p in one.items() if key not in known]
     if foreign:
