@@ -31,6 +31,7 @@ PARTS = ("guard", "recorder", "console", "observers", "doctor")
 ROUNDS = {"small": 0, "full": 15}  # of the timing, in turns
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LONG = 3.0  # seconds that a run of an example takes, about
+TURNS = 7  # of an example
 X = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))
 Y = X[:, :10].argmax(1)
 
@@ -46,7 +47,7 @@ def run(scale: str) -> Outcome:
             _cost(part, folder, ROUNDS[scale])
             for path in sorted(EXAMPLES.glob("*.py")) if ROUNDS[scale] else ():
                 if path.stem != "plain_loop":  # it is no recipe
-                    _example(part, path.stem, ROUNDS[scale])
+                    _example(part, path.stem, TURNS)
 
     return harness.outcome("R21", WHAT, work)
 

@@ -73,7 +73,8 @@ def untouched(plan: Plan) -> Iterator[None]:
         for data in given:
             after.callback(set_own_states, data, own_states(data))
         for part in parts:
-            after.callback(part.load_state_dict, copy.deepcopy(part.state_dict()))
+            with suppress(Exception):  # a state that cannot be copied cannot be put back
+                after.callback(part.load_state_dict, copy.deepcopy(part.state_dict()))
         for module in (plan.model, plan.loss):
             if isinstance(module, nn.Module):
                 after.callback(_Held(module).put_back)
@@ -113,7 +114,7 @@ def _copy(part: Any, memo: dict[int, Any]) -> Any:
         given = {name: _copy(value, memo) for name, value in part.keywords.items()}
         return partial(_copy(part.func, memo), *(_copy(value, memo) for value in part.args), **given)
     if isinstance(part, MethodType):
-        return MethodType(part.__func__, copy.deepcopy(part.__self__, memo))
+        return MethodType(_copy(part.__func__, memo), _over_copies(copy.deepcopy(part.__self__, memo), memo))
     if isinstance(part, Optimizer):
         made = copy.deepcopy(part, memo)
         for name in vars(part).keys() - vars(made).keys():  # torch's __getstate__ keeps three of them
@@ -121,7 +122,7 @@ def _copy(part: Any, memo: dict[int, Any]) -> Any:
                 setattr(made, name, copy.deepcopy(vars(part)[name], memo))
         return made
     if not isinstance(part, FunctionType):
-        return copy.deepcopy(part, memo)
+        return _over_copies(copy.deepcopy(part, memo), memo)
     if id(part) in memo:
         return memo[id(part)]
     if _is_of_a_library(part.__module__):
@@ -143,16 +144,31 @@ def _copy(part: Any, memo: dict[int, Any]) -> Any:
     return made
 
 
+def _over_copies(made: Any, memo: dict[int, Any]) -> Any:
+    """An object of a class of the user's, whose methods work on copies of what they name, as functions do."""
+    kind = type(made)
+    if isinstance(made, (*_AS_THEY_ARE, nn.Module)) or _is_of_a_library(kind.__module__):
+        return made
+    named = {name: one for name, one in vars(kind).items() if isinstance(one, FunctionType) and _names_in(one.__code__)}
+    with suppress(TypeError):  # its class may not be changed
+        made.__class__ = type(kind.__name__, (kind,), {name: _copy(one, memo) for name, one in named.items()})
+    return made
+
+
 _AS_THEY_ARE = (ModuleType, type, BuiltinFunctionType, Tensor, np.ndarray, Dataset, DataLoader, str, bytes, int, float)
 
 
 def _copy_held(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of what a function holds; itself where it cannot be copied (an open file), or need not be (data)."""
+    """A copy of what a function holds; itself where it cannot be copied (an open file), or need not be (data). But
+    without a copy of a model or an optimizer, nothing can be tried out.
+    """
     if isinstance(value, _AS_THEY_ARE) and not isinstance(value, nn.Parameter):
         return value
     try:
         return _copy(value, memo)
     except Exception:
+        if isinstance(value, Optimizer | nn.Module):
+            raise
         return value
 
 

@@ -23,6 +23,7 @@ from epochal.doctor.case import noted
 from epochal.doctor.finding import look
 from epochal.doctor.graph import leaves
 from epochal.doctor.trace import Trace, tensors, version_of
+from epochal.runtime.attributes import content, own
 
 if TYPE_CHECKING:
     from epochal.doctor.watch import Watch
@@ -52,7 +53,7 @@ class Loop:
         self.shares: list[tuple[float, int]] = []
         self.gradients: dict[int, Tensor] = {}
         parts = [self.case.plan.step, *parts_of(self.case.plan.step)]
-        self._optimizers = of_type(Optimizer, parts)
+        self._optimizers = [one for one in of_type(Optimizer, parts) if "param_groups" in own(one)]
         if any("optimizer" in one.__code__.co_names for one in of_type(FunctionType, parts) if _is_users(one)):
             self._optimizers += [one for one in [self.case.run.state.optimizer] if one is not None]  # state.optimizer
         self._scalers = of_type(torch.amp.GradScaler, parts)
@@ -70,7 +71,8 @@ class Loop:
         self._keeps = False  # whether gradients of an update before are added to
         self._used = watch.used
         # Schedules of optimizers that have not stepped yet, and how far they were.
-        schedules = [one for one in of_type(LRScheduler, parts) if "last_epoch" in own(one) and "optimizer" in own(one)]
+        schedules = of_type(LRScheduler, parts) if self._is_first else []
+        schedules = [one for one in schedules if {"last_epoch", "optimizer"} <= own(one).keys()]
         self._waiting = {one: one.last_epoch for one in schedules if not getattr(one.optimizer, "_opt_called", False)}
 
     def begin(self) -> Loop:
@@ -281,14 +283,6 @@ def held_by(optimizers: Sequence[Optimizer]) -> list[nn.Parameter]:
     return [p for one in optimizers for group in one.param_groups for p in group["params"]]
 
 
-def own(part: Any) -> dict[str, Any]:
-    """The attributes that an object has itself. No code of its class is run for it."""
-    try:
-        return object.__getattribute__(part, "__dict__")
-    except Exception:
-        return {}
-
-
 def parts_of(part: Any) -> list[Any]:
     """What a function or an object holds: in its closure, among the globals that it names, in what it is bound to, in
     attributes, lists and dicts, and what these hold; not what is inside of modules and optimizers, and of torch.
@@ -312,7 +306,7 @@ def _held(part: Any) -> list[Any]:
     if kind is MethodType:
         held += [part.__self__, part.__func__]
     elif kind is FunctionType:
-        held += [value for cell in part.__closure__ or () for value in _content(cell)]
+        held += [value for cell in part.__closure__ or () for value in content(cell)]
         held += [part.__globals__[name] for name in part.__code__.co_names if name in part.__globals__]
     elif kind is partial:
         held += [part.func, *part.args, *part.keywords.values()]
@@ -325,10 +319,3 @@ def _held(part: Any) -> list[Any]:
     elif _is_users(kind):
         held += [one for one in vars(kind).values() if type(one) is FunctionType]
     return held
-
-
-def _content(cell: Any) -> list[Any]:
-    try:
-        return [cell.cell_contents]
-    except ValueError:  # it is empty
-        return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -249,6 +250,14 @@ def noted(case: Case, batch: Any, value: Tensor, outputs: Any, trace: Trace) -> 
     )
     case.passes.append(one)
     return one
+
+
+def copy_of(batch: Any) -> Any:
+    """A deep copy, for a pass may work in place; the batch itself where it cannot be copied."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:
+        return batch
 
 
 def is_custom(case: Case) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from epochal.copies import copied, untouched
 from epochal.data.loader import Loader
 from epochal.data.workers import heard_while_awaited
 from epochal.doctor import rates
-from epochal.doctor.case import Case, noted
+from epochal.doctor.case import Case, copy_of, noted
 from epochal.doctor.finding import Finding, Seen, is_ignored, look, ordered
 from epochal.doctor.probing import Probe
 from epochal.doctor.raised import as_finding, of_anything, of_batch, of_error
@@ -120,11 +119,8 @@ class Checkup:
                 if (batch := next(batches, None)) is None:
                     break
                 batch = devices.move(batch, run.setting.device)
-                given = batch
-                with suppress(Exception):  # what cannot be copied is read once more by each that needs it
-                    given = copy.deepcopy(batch)
                 with Trace(case.model) as trace, run.setting.autocast:
-                    loss = case.objective(case.model, given)
+                    loss = case.objective(case.model, copy_of(batch))
             except Exception as error:
                 is_read = batch is not None or isinstance(error, EpochalError)
                 ended = of_batch(case, error, batch, number) if is_read else [

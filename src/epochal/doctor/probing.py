@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from epochal.data.batch import split
-from epochal.doctor.case import Case, Pass
+from epochal.doctor.case import Case, Pass, copy_of
 from epochal.doctor.relation import Relation, knowing_nothing, relation
 from epochal.doctor.rules.symptoms import is_stalled
 from epochal.doctor.trace import Operation, Trace, tensors
@@ -44,7 +44,7 @@ class Probe:
     def _evaluation(self) -> Pass:
         objective, batch = self.case.objective, self.case.now.batch
         with evaluation_mode([self.model]), torch.enable_grad(), Trace(self.model) as trace:
-            loss = objective(self.model, copy.deepcopy(batch))
+            loss = objective(self.model, copy_of(batch))
         whole = next((layer.output for layer in reversed(trace.layers) if layer.path == ""), loss.outputs)
         now = self.case.now
         return Pass(batch, now.inputs, now.targets, now.samples, whole, loss.value, trace)
@@ -60,7 +60,7 @@ class Probe:
     def outputs(self, batch: Any, model: nn.Module | None = None) -> Any:
         """The model's in eval mode; None where it does not take the batch."""
         model = self.model if model is None else model
-        args, kwargs, _ = split(copy.deepcopy(batch), getattr(self.case.objective, "target", ()))
+        args, kwargs, _ = split(copy_of(batch), getattr(self.case.objective, "target", ()))
         try:
             with evaluation_mode([model]):
                 return model(*args, **kwargs)
@@ -80,14 +80,14 @@ class Probe:
             with evaluation_mode([model]), torch.enable_grad():
                 if training:
                     model = copy.deepcopy(model).train()
-                return float(self.case.objective(model, copy.deepcopy(batch)).value.detach())
+                return float(self.case.objective(model, copy_of(batch)).value.detach())
         except Exception:
             return None
 
     def known_loss(self, model: nn.Module) -> float | None:
         """The loss of torch's inside of what is minimised, of a batch."""
         with evaluation_mode([model]), torch.enable_grad(), Trace(model) as trace:
-            self.case.objective(model, copy.deepcopy(self.case.now.batch))
+            self.case.objective(model, copy_of(self.case.now.batch))
         return sum(call.result.mean().item() for call in trace.calls) if trace.calls else None
 
     def saturated(self, one: Pass) -> dict[str, float]:
@@ -98,7 +98,7 @@ class Probe:
         """Of each activation of the model that can give 0, the share of units that give it for all samples."""
         found = []
         with evaluation_mode([model]), torch.enable_grad(), Trace(model) as trace:
-            self.case.objective(model, copy.deepcopy(self.case.now.batch))
+            self.case.objective(model, copy_of(self.case.now.batch))
         for path, output in trace.cut_off:
             if output.dim() > 1 and output.shape[0] == self.case.now.samples:
                 units = output.detach().movedim(1, 0).flatten(1)
@@ -114,7 +114,7 @@ class Probe:
         case, found = self.case, []
         places = {one.shape[1] for one in case.now.inputs if one.dim() in (2, 3)}
         with Trace(self.model) as trace:
-            batch = copy.deepcopy(case.now.batch)
+            batch = copy_of(case.now.batch)
             given = [one.requires_grad_() for one in tensors(split(batch, getattr(case.objective, "target", ()))[:2])
                      if one.is_floating_point() and one.dim() == 3]  # fmt: skip
             value = case.objective(self.model, batch).value
@@ -196,11 +196,16 @@ class Probe:
         """What the metric functions of the user compare; and an objective."""
         if of_loss:
             yield from self.evaluated.trace.thresholds
-        outputs, targets = self.evaluated.outputs, self.case.now.targets
+        yield from self._compared
+
+    @cached_property
+    def _compared(self) -> list[Operation]:
+        outputs, targets, found = self.evaluated.outputs, self.case.now.targets, []
         for _, one in self.metric_functions():
             with Trace(self.model) as trace, torch.no_grad():
                 one(outputs, targets)
-            yield from trace.thresholds
+            found += trace.thresholds
+        return found
 
     def metric_functions(self) -> list[tuple[str, Callable]]:
         """Those of the user, with their names."""
@@ -209,27 +214,32 @@ class Probe:
         named = given.items() if isinstance(given, Mapping) else [(getattr(one, "__name__", ""), one) for one in every]
         return [(n, one) for n, one in named if callable(one) and not isinstance(one, Metric | nn.Module | str | type)]
 
-    def averaged_metrics(self) -> Iterator[tuple[str, float, float]]:
-        """Of each metric function: its name, its value over val at once, and the mean over batches."""
+    @cached_property
+    def averaged_metrics(self) -> list[tuple[str, float, float]]:
+        """Of each metric function: its name, its value over the batches of val at once, and the mean over them; of as
+        many as there is time for."""
         loader, functions = self.case.run.validation.loader, self.metric_functions()
         if loader is None or not functions:
-            return
+            return []
         model = self.trained if self.trained is not None else self.model
-        seen, began = [], time.perf_counter()
+        seen, each, began = [], dict[str, list[float]](), time.perf_counter()
         with evaluation_mode([model]):
             for number, batch in enumerate(loader.batches(epoch=0)):
                 args, kwargs, targets = split(batch, getattr(self.case.objective, "target", ()))
-                seen.append((model(*args, **kwargs), targets))
+                outputs = model(*args, **kwargs)
+                if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+                    return []
+                seen.append((outputs, targets))
+                for name, one in functions:
+                    each.setdefault(name, []).append(float(one(outputs, targets)))
                 if number >= 40 or time.perf_counter() - began > VAL:
                     break
-        if not all(isinstance(one, Tensor) and isinstance(other, Tensor) for one, other in seen):
-            return
-        outputs, targets = (torch.cat(parts) for parts in zip(*seen))
-        for name, one in functions:
-            with torch.no_grad():
-                each = [(float(one(*pair)), len(pair[1])) for pair in seen]
-                whole = float(one(outputs, targets))
-            yield name, whole, sum(v * n for v, n in each) / sum(n for _, n in each)
+            outputs, targets = (torch.cat(parts) for parts in zip(*seen))
+            sizes = [len(targets) for _, targets in seen]
+            return [
+                (name, float(one(outputs, targets)), sum(v * n for v, n in zip(each[name], sizes)) / sum(sizes))
+                for name, one in functions
+            ]
 
     @cached_property
     def relation(self) -> Relation | None:

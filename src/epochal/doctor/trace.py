@@ -78,14 +78,18 @@ class Operation(NamedTuple):
 class Trace(TorchFunctionMode):
     """Inside ``with``, everything is computed as it would be without, and noted.
 
-    model: its layers are noted, outermost last. at_backward: called when a loss goes back, before it does. full: what
-    happens inside of modules is noted, too, and tensors are kept; else torch's own shortcuts inside of them stay as
-    they are, which a mode or a hook would switch off, and nothing is kept that fills memory.
+    model: its layers are noted, outermost last. at_backward: called when a loss goes back, before it does. loss: a
+    module of the user's. full: what happens inside of modules is noted, too, and tensors are kept; else torch's own
+    shortcuts inside of them stay as they are, which a mode or a hook would switch off, and nothing is kept that fills
+    memory.
     """
 
-    def __init__(self, model: nn.Module, at_backward: Callable[[Tensor], None] | None = None, *, full: bool = True):
+    def __init__(
+        self, model: nn.Module, at_backward: Callable[[Tensor], None] | None = None, *, loss: nn.Module | None = None,
+        full: bool = True,
+    ):  # fmt: skip
         super().__init__()
-        self.model, self.at_backward, self.full = model, at_backward, full
+        self.model, self.at_backward, self.loss, self.full = model, at_backward, loss, full
         self.calls: list[Call] = []
         self.layers: list[Layer] = []
         self.spread: list[Operation] = []  # outputs and targets of other shapes in one operation
@@ -111,7 +115,8 @@ class Trace(TorchFunctionMode):
                 self._paths[id(module)] = path, module
         if not any(type(module).__name__ == "OptimizedModule" for _, module in self._paths.values()):
             self._watch_layers()
-        return super().__enter__()
+        self._move(onto=True)
+        return self
 
     def _watch_layers(self) -> None:
         """By hooks of all modules, and none of the model's own: a copy that is made meanwhile takes none along."""
@@ -123,15 +128,17 @@ class Trace(TorchFunctionMode):
             handle.remove()
             modules._global_forward_hooks_with_kwargs.pop(handle.id, None)  # which torch forgets
         if self._height < 0:
-            self._take_off()
+            self._move(onto=False)
 
-    def _take_off(self) -> None:
-        """Leaves the stack of modes, whatever of the user's is above."""
+    def _move(self, onto: bool) -> None:
+        """Onto the stack of modes, under all of the user's, who takes off the topmost one; or off it again."""
         above = []
         while (mode := _get_current_function_mode()) is not None and mode is not self:
             above.append(_pop_mode())
-        if mode is self:
+        if mode is self and not onto:
             _pop_mode()
+        if mode is None and onto:
+            _push_mode(self)
         for mode in reversed(above):
             _push_mode(mode)
 
@@ -144,7 +151,7 @@ class Trace(TorchFunctionMode):
                 given = next(tensors(args), None)
                 self._running.append(path)
                 self._given.setdefault(path, []).append((given, version_of(given)))
-        if not self.full and not isinstance(module, _Loss):
+        if self._is_closed(module):
             self._depth += 1
             if (
                 _get_current_function_mode() is self
@@ -152,19 +159,25 @@ class Trace(TorchFunctionMode):
                 _pop_mode()
                 self._height = _len_torch_function_stack()
 
-    def _comes_out(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _comes_out(self, module: nn.Module, args: Any, *given: Any) -> None:
+        """given: what was given by name, and the output; after an error the output alone, which is None."""
+        *kwargs, output = given
         if threading.get_ident() != self._thread:
             return
         with suppress(Exception):
             path = self._path_of(module)
             if path is not None and self._given.get(path):  # else it was not entered while it was watched
                 self._note_layer(path, module, (args, kwargs), output)
-        if not self.full and not isinstance(module, _Loss) and self._depth:
+        if self._is_closed(module) and self._depth:
             self._depth -= 1
             # Where a mode was put on the stack inside, and is still there, this one stays off it.
             if not self._depth and _len_torch_function_stack() == self._height:
                 self._height = -1
                 _push_mode(self)
+
+    def _is_closed(self, module: nn.Module) -> bool:
+        """Whether what happens inside is not noted: of all but losses."""
+        return not (self.full or module is self.loss or isinstance(module, _Loss))
 
     def _path_of(self, module: nn.Module) -> str | None:
         return self._paths.get(id(module), (None, None))[0]

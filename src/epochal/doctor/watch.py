@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from epochal.doctor import finding
-from epochal.doctor.calls import MOST, Loop, own, parts_of
+from epochal.doctor.calls import MOST, Loop, parts_of
 from epochal.doctor.case import Case, Pass, noted
 from epochal.doctor.finding import Finding, look
 from epochal.doctor.rules.symptoms import goes_well, is_stalled
@@ -22,6 +22,7 @@ from epochal.doctor.trace import Trace
 from epochal.errors import FaultError
 from epochal.events import Row
 from epochal.protocols import Loss, StepResult
+from epochal.runtime.attributes import own
 
 if TYPE_CHECKING:
     from epochal.data.window import Window
@@ -91,21 +92,26 @@ class Vitals:
 
 
 class Numbers:
-    """Numbers of updates, on the device until they are read."""
+    """Numbers of updates, on the device until they are read; of many, evenly spaced ones."""
 
     def __init__(self) -> None:
         self.new: list[Tensor] = []
         self._read: list[float] = []
+        self._apart, self._count = 1, 0  # every so many of those that came are kept; how many came
 
     def read(self) -> list[float]:
-        """All of them; of many, evenly spaced ones."""
-        if self.new and self.new[0].is_cpu:
-            self._read += [one.item() for one in self.new]
-        elif self.new:  # waits for the device once
-            self._read += torch.stack([one.float().reshape(()) for one in self.new]).tolist()
-        self.new.clear()
+        """All of them, or evenly spaced ones."""
+        if self.new:
+            kept = self.new[-self._count % self._apart :: self._apart]
+            self._count += len(self.new)
+            if kept and kept[0].is_cpu:
+                self._read += [one.item() for one in kept]
+            elif kept:  # waits for the device once
+                self._read += torch.stack([one.float().reshape(()) for one in kept]).tolist()
+            self.new.clear()
         if len(self._read) > 2 * KEPT:
             self._read[:] = self._read[::2]
+            self._apart *= 2
         return self._read
 
 
@@ -267,7 +273,7 @@ class Watch:
             objective.watch = None
             if not isinstance(forward, nn.Module):
                 return objective(forward, batch)
-            with Trace(self.case.model, full=self.dense is not None) as trace:
+            with Trace(self.case.model, loss=self.case.run.state.loss, full=self.dense is not None) as trace:
                 loss = objective(forward, batch)
             with self.quietly():
                 noted(self.case, batch, loss.value, loss.outputs, trace)

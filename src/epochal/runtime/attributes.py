@@ -6,7 +6,7 @@ import random
 from collections import deque
 from collections.abc import Iterable
 from operator import is_
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -75,3 +75,19 @@ def _state(generator: Any) -> Any:
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
     return generator.get_state() if isinstance(generator, np.random.RandomState) else generator.getstate()
+
+
+def own(part: Any) -> dict[str, Any]:
+    """The attributes that an object has itself; none of a lazy one that is not ready to say."""
+    try:
+        return object.__getattribute__(part, "__dict__")
+    except Exception:
+        return {}
+
+
+def content(cell: CellType) -> list[Any]:
+    """What a closure holds in a cell, if anything yet."""
+    try:
+        return [cell.cell_contents]
+    except ValueError:
+        return []

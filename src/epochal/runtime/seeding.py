@@ -6,15 +6,18 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
+from epochal.runtime.attributes import content, own
+
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_PARTS = {"dataset", "sampler", "batch_sampler", "collate_fn", "transform", "target_transform"}
 RANKS = 4  # a stream of seeds, as those of data/order.py
-_LISTS = {"datasets", "transforms"}  # looked into; a data set that is a list of samples is not
+_FEW, _MANY = 32, 1000  # parts of a list that is looked into (one of samples is not), and of all that is
 
 
 def seed_everything(seed: int) -> None:
@@ -150,7 +153,8 @@ def seeded(seed: int) -> Iterator[None]:
 def generators_in(owner: Any) -> dict[str, Any]:
     """The generator objects that a loader or a data set keeps, by where they lie in it; each of them once.
 
-    Looks at its attributes, and at those of its parts: a wrapped data set, samplers, transforms, the collate function.
+    Looks at its attributes, and at those of its parts: a wrapped data set, samplers, transforms, the collate function,
+    what a function holds; and into short lists of them.
 
     >>> from torch.utils.data import DataLoader
     >>> list(generators_in(DataLoader([1, 2, 3], shuffle=True, generator=torch.Generator())))
@@ -158,19 +162,33 @@ def generators_in(owner: Any) -> dict[str, Any]:
     """
     found, seen, places = {}, set(), [("", owner)]
     for place, one in places:  # grows while it is walked
-        if id(one) in seen:
+        if id(one) in seen or len(seen) > _MANY:
             continue
         seen.add(id(one))
         if isinstance(one, _KINDS):
             if not isinstance(one, random.SystemRandom):  # it has no state
                 found[place] = one
             continue
-        for name, value in getattr(one, "__dict__", {}).items():
-            if name in _PARTS or isinstance(value, _KINDS):
-                places.append((f"{place}.{name}", value))
-            elif name in _LISTS and isinstance(value, list | tuple):
-                places += [(f"{place}.{name}.{i}", part) for i, part in enumerate(value)]
+        places += [(f"{place}.{name}", value) for name, value in _parts(one)]
     return found
+
+
+def _parts(one: Any) -> list[tuple[str, Any]]:
+    """What may hold a generator, with its name."""
+    if isinstance(one, MethodType):
+        return [("self", one.__self__)]
+    if isinstance(one, partial):
+        return [("func", one.func), *((str(i), part) for i, part in enumerate(one.args)), *one.keywords.items()]
+    if isinstance(one, FunctionType):
+        cells = zip(one.__code__.co_freevars, one.__closure__ or ())
+        return [(name, value) for name, cell in cells for value in content(cell)]
+    if isinstance(one, list | tuple):
+        return [(str(i), part) for i, part in enumerate(one)] if len(one) <= _FEW else []
+    if isinstance(one, dict):
+        return [(str(key), part) for key, part in one.items()] if len(one) <= _FEW else []
+    if isinstance(one, type | ModuleType | torch.Tensor | np.ndarray):
+        return []
+    return [(name, value) for name, value in own(one).items() if not hasattr(type(value), "__next__")]  # on its way
 
 
 def own_states(owner: Any) -> dict[str, Any]:

@@ -47,23 +47,29 @@ def broadcast_loss(case: Case) -> Iterator[Seen]:
                 f"give both the shape {shapes[0]}, for example targets.reshape(outputs.shape)",
             )
             return
-    for one in case.now.trace.spread:
+    for one, level in _each_with_each(case):
         first, second = (tuple(part.shape) for part in one.inputs)
         yield Seen(
             "outputs and targets of different shapes are compared each with each.",
             f"{first} and {second} made {tuple(one.result.shape)}",
             case.at(one.place),
             "give both the same shape, for example targets.reshape(outputs.shape)",
-            level=None if _is_of_all(case, one) else "warning",
+            level=level,
         )
         return
 
 
-def _is_of_all(case: Case, one: Operation) -> bool:
-    """Whether targets are compared, and the loss is a mean or a sum of functions of each comparison."""
-    other = next(part for part in one.inputs if not part.requires_grad)
-    between = operations_between(case.now.value, one.result)
-    return case.is_given(other) and between is not None and between <= EACH
+def _each_with_each(case: Case) -> Iterator[tuple[Operation, str | None]]:
+    """What is not meant so: certainly not where targets are compared, and the loss is a mean or a sum of functions of
+    each comparison; perhaps, where one of both is known.
+    """
+    for one in case.now.trace.spread:
+        is_target = case.is_given(next(part for part in one.inputs if not part.requires_grad))
+        between = operations_between(case.now.value, one.result) or set()
+        is_of_all = bool(between) and between <= EACH
+        is_choosing = any(name.startswith(("Min", "Max", "Amin", "Amax", "Sort", "Topk", "Kth")) for name in between)
+        if (is_target or is_of_all) and not is_choosing:
+            yield one, None if is_target and is_of_all else "warning"
 
 
 @rule("detached-loss", "error", "batch")
@@ -138,7 +144,8 @@ def _likenesses(case: Case) -> Iterator[Seen]:
 def negative_loss(case: Case) -> Iterator[Seen]:
     """A loss that cannot be negative is: what it is given is not what it is made for, and it can fall without end.
 
-    Looks at cross_entropy, binary cross-entropy and the losses of differences as they are called.
+    Looks at cross_entropy, binary cross-entropy and the losses of differences as they are called; targets that are not
+    those of the batch are a warning.
     """
     for call in case.now.calls:
         if call.name != "nll" and not call.is_weighted and call.result.dim() == 0 and call.result.item() < -1e-6:
@@ -148,6 +155,7 @@ def negative_loss(case: Case) -> Iterator[Seen]:
                 f"{call.result.item():.4g}; its targets lie from {low:.3g} to {high:.3g}",
                 case.at(call.place),
                 "give targets that are probabilities: from 0 to 1, and of classes with the sum 1",
+                level=None if case.is_given(call.targets) else "warning",  # they may be weighted by what was gained
             )
             return
 

@@ -84,7 +84,7 @@ def wrong_average(probe: Probe) -> Iterator[Seen]:
     Computes a metric function of the user's over all of val at once, and as the mean over batches: they differ by
     more than 5 of 100; by more than 5 of 1000 it is info.
     """
-    for name, whole, mean in probe.averaged_metrics():
+    for name, whole, mean in probe.averaged_metrics:
         off = abs(whole - mean) / max(abs(whole), abs(mean), 1e-9)
         if off > 0.005:
             yield Seen(
@@ -118,7 +118,7 @@ def impossible_metric(probe: Probe) -> Iterator[Seen]:
                     "give both the same shape: outputs.squeeze(1), or targets.reshape(outputs.shape)",
                 )
                 return
-    for name, whole, mean in probe.averaged_metrics():
+    for name, whole, mean in probe.averaged_metrics:
         words = re.split(r"[^a-z0-9]+", name.lower())
         is_share = any(word in words for word in ("accuracy", "acc", "precision", "recall", "f1", "auc"))
         for value in (whole, mean):
