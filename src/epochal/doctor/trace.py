@@ -160,7 +160,7 @@ class Trace(TorchFunctionMode):
                 self._height = _len_torch_function_stack()
 
     def _comes_out(self, module: nn.Module, args: Any, *given: Any) -> None:
-        """given: what was given by name, and the output; after an error the output alone, which is None."""
+        """given: what was given by name, and the output; the output alone, None, where an error goes through."""
         *kwargs, output = given
         if threading.get_ident() != self._thread:
             return

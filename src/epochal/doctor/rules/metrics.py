@@ -121,8 +121,9 @@ def impossible_metric(probe: Probe) -> Iterator[Seen]:
     for name, whole, mean in probe.averaged_metrics:
         words = re.split(r"[^a-z0-9]+", name.lower())
         is_share = any(word in words for word in ("accuracy", "acc", "precision", "recall", "f1", "auc"))
+        is_mean = abs(whole - mean) < 0.01 * max(abs(whole), 1e-9)
         for value in (whole, mean):
-            if 10 < value <= 100:
+            if is_mean and 10 < value <= 100:
                 continue  # in percent
             if is_share and not -1e-6 <= value <= 1 + 1e-6:
                 yield Seen(
@@ -130,7 +131,7 @@ def impossible_metric(probe: Probe) -> Iterator[Seen]:
                     f"{value:.4g} over val (0 to 1 allowed)",
                     f"metrics=, {name}",
                     "divide by the number of samples, and look at the shapes: (n,) == (n, 1) compares each with each",
-                    level="warning" if 1 < value <= 10 else None,  # it may be percent
+                    level="warning" if 1 < value <= 100 else None,  # it may be percent
                 )
                 return
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from epochal import losses
 from epochal.doctor.case import Case, is_custom, made_last
 from epochal.doctor.finding import Seen, rule
-from epochal.doctor.graph import made_by, maker, softmax_of
+from epochal.doctor.graph import is_transposed, made_by, maker, softmax_of
 from epochal.doctor.trace import Call, tensors
 
 ROWS = 4  # a batch of fewer rows proves nothing
@@ -103,7 +103,8 @@ def nll_without_log_softmax(case: Case) -> Iterator[Seen]:
         if call.name != "nll" or scores_of(call.outputs).dim() != 2:
             continue
         made = softmax_of(call.outputs)
-        if made is not None and made[0] == "LogSoftmax" and made[2] and made[1] == min(1, len(made[2]) - 1):
+        is_over_classes = made is not None and made[0] == "LogSoftmax" and made[1] == min(1, len(made[2]) - 1)
+        if is_over_classes and not is_transposed(call.outputs):
             continue  # half precision rounds its sums
         rows = scores_of(call.outputs).float()
         highest, off = rows.max().item(), (rows.exp().sum(1) - 1).abs().max().item()
