@@ -31,7 +31,7 @@ PARTS = ("guard", "recorder", "console", "observers", "doctor")
 ROUNDS = {"small": 0, "full": 15}  # of the timing, in turns
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LONG = 3.0  # seconds that a run of an example takes, about
-TURNS = 7  # of an example
+TURNS = 5  # of an example
 X = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))
 Y = X[:, :10].argmax(1)
 

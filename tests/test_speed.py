@@ -147,6 +147,15 @@ def test_what_is_tried_and_suggested(monkeypatch):
         torch.set_num_threads(1)
     assert found.best.setting.name == "2 threads, precision bf16, compile"
     assert found.code()[-1] == "epochal.fit(..., precision='bf16', compile=True)" and "bf16" in found.best.setting.price
+    took["2 threads, precision bf16"], took["2 threads, precision bf16, compile"] = 7.9, 0.5  # little alone, more then
+    took["2 threads, compile"] = 1.0
+    torch.set_num_threads(4)
+    try:
+        found = tuning.tune_speed(plan.replace(epochs=100))
+    finally:
+        torch.set_num_threads(1)
+    names = [row.setting.name for row in found.rows]
+    assert names[-2:] == ["2 threads, compile", "2 threads, precision bf16, compile"] and found.best is found.rows[-1]
 
 
 def test_a_setting_that_cannot_be_is_a_row(monkeypatch):
