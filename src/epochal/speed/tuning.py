@@ -137,9 +137,9 @@ def tune_speed(plan: Plan, *, seconds: float = 1.0, tell: Callable[[Setting], An
     workers. Nothing of it is changed; it decides nothing, and what it suggests costs what ``Tuning.best`` says.
 
     Each setting trains a copy of the model on the plan's own data. What saves at least 5 % is kept while the next
-    thing is tried; bf16 that saved less is tried once more in a compiled update; and what is suggested in the end is
-    measured again, in turns with the plan as it is. seconds: of training for each, after a few updates that do not
-    count. tell: called with each setting before it is measured.
+    thing is tried; layout and precision that saved less are tried once more with all of it; and what is suggested in
+    the end is measured again, in turns with the plan as it is. seconds: of training for each, after a few updates that
+    do not count. tell: called with each setting before it is measured.
 
     Raises what training the plan raises, and PlanError for a plan with a step of its own.
 
@@ -167,9 +167,11 @@ def tune_speed(plan: Plan, *, seconds: float = 1.0, tell: Callable[[Setting], An
             fastest = min(found, key=_cost, default=best)
             if _is_worth_it(fastest, best):
                 best = fastest
-        for setting in _together(rows, best):
-            rows.append(measure(setting))
-            best = rows[-1] if _is_worth_it(rows[-1], best) else best
+        for left_out in _left_out(rows) if best is not rows[0] else ():
+            setting = left_out.also(best.setting)
+            if all(row.setting != setting for row in rows):
+                rows.append(measure(setting))
+                best = rows[-1] if _is_worth_it(rows[-1], best) else best
         if best is rows[0]:
             return Tuning(rows, best)
         # A machine has slow moments, and each was measured in its own.
@@ -187,12 +189,12 @@ def _is_worth_it(row: Row, best: Row) -> bool:
     return row.trial.milliseconds < WORTH * best.trial.milliseconds
 
 
-def _together(rows: Sequence[Row], best: Row) -> Iterator[Setting]:
-    """What saved too little by itself may save more of a compiled update, of which less is overhead: bf16."""
-    if "compile" in best.setting.options and "precision" not in best.setting.options:
-        known = next((row for row in rows if row.setting.options.get("precision") == "bf16"), None)
+def _left_out(rows: Sequence[Row]) -> Iterator[Setting]:
+    """What may save more of a faster update, of which less is overhead, where it has saved a little by itself."""
+    for one in (Setting(channels_last=True), Setting({"precision": "bf16"})):
+        known = next((row for row in rows if one.also(row.setting) == row.setting), None)
         if known is not None and _cost(known) < _cost(rows[0]):
-            yield Setting({"precision": "bf16"}).also(best.setting)
+            yield one
 
 
 def _cost(row: Row) -> float:
