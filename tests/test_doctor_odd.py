@@ -6,6 +6,7 @@ import pickle
 import threading
 import warnings
 import weakref
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import epochal
 from epochal import StepResult
 from epochal.doctor import finding
+from epochal.runtime.seeding import generators_in
 
 DRAWN = torch.Generator().manual_seed(7)
 X, Y = torch.randn(96, 8, generator=DRAWN), torch.randint(0, 3, (96,), generator=DRAWN)
@@ -666,6 +668,34 @@ def test_generators_are_put_back_wherever_they_lie():
     assert all(torch.equal(one.get_state(), state) for one, state in zip(generators, before))
     next(iter(train))
     assert not any(torch.equal(one.get_state(), state) for one, state in zip(generators, before))
+
+
+class Unready(Augmented):
+    """Has parts that cannot be asked what they are, many that need not be, and itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.lazy, self.whole, self.many = Lazy(), self, [{"at": at} for at in range(10_000)]
+
+
+def test_a_data_set_with_odd_parts_is_read():
+    generators = generators_in(Unready())
+    assert len(generators) == 2
+    train = DataLoader(Unready(), 32, shuffle=True)
+    result = epochal.fit(mlp(), train, loss="cross_entropy", epochs=1, observers=())
+    assert result.history.rows[-1]["step"] == 3
+
+
+@dataclass(frozen=True)
+class Frozen:
+    scale: float = 1.0
+
+    def __call__(self, model, batch):
+        return self.scale * F.cross_entropy(model(batch[0]), batch[1]) + 0 * TEACHER.weight.detach().sum()
+
+
+def test_an_objective_that_is_frozen_is_checked():
+    assert epochal.Plan(mlp(), (X, Y), objective=Frozen(), epochs=5).check() == []
 
 
 def test_rows_are_those_of_the_data():

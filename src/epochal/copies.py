@@ -151,7 +151,8 @@ def _over_copies(made: Any, memo: dict[int, Any]) -> Any:
         return made
     named = {name: one for name, one in vars(kind).items() if isinstance(one, FunctionType) and _names_in(one.__code__)}
     with suppress(TypeError):  # its class may not be changed
-        made.__class__ = type(kind.__name__, (kind,), {name: _copy(one, memo) for name, one in named.items()})
+        over = type(kind.__name__, (kind,), {name: _copy(one, memo) for name, one in named.items()})
+        object.__setattr__(made, "__class__", over)  # also of one that is frozen
     return made
 
 

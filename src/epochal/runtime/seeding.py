@@ -165,7 +165,7 @@ def generators_in(owner: Any) -> dict[str, Any]:
         if id(one) in seen or len(seen) > _MANY:
             continue
         seen.add(id(one))
-        if isinstance(one, _KINDS):
+        if issubclass(type(one), _KINDS):  # a lazy object may not be ready to say what it is
             if not isinstance(one, random.SystemRandom):  # it has no state
                 found[place] = one
             continue
@@ -175,18 +175,19 @@ def generators_in(owner: Any) -> dict[str, Any]:
 
 def _parts(one: Any) -> list[tuple[str, Any]]:
     """What may hold a generator, with its name."""
-    if isinstance(one, MethodType):
+    kind = type(one)
+    if kind is MethodType:
         return [("self", one.__self__)]
-    if isinstance(one, partial):
+    if kind is partial:
         return [("func", one.func), *((str(i), part) for i, part in enumerate(one.args)), *one.keywords.items()]
-    if isinstance(one, FunctionType):
+    if kind is FunctionType:
         cells = zip(one.__code__.co_freevars, one.__closure__ or ())
         return [(name, value) for name, cell in cells for value in content(cell)]
-    if isinstance(one, list | tuple):
+    if issubclass(kind, list | tuple):
         return [(str(i), part) for i, part in enumerate(one)] if len(one) <= _FEW else []
-    if isinstance(one, dict):
+    if issubclass(kind, dict):
         return [(str(key), part) for key, part in one.items()] if len(one) <= _FEW else []
-    if isinstance(one, type | ModuleType | torch.Tensor | np.ndarray):
+    if issubclass(kind, type | ModuleType | torch.Tensor | np.ndarray):
         return []
     return [(name, value) for name, value in own(one).items() if not hasattr(type(value), "__next__")]  # on its way
 
